@@ -1,0 +1,101 @@
+# Everything a user or CI runs. PYTHON=exe or SITE=dir name another place than .venv.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+# Recipes read them as quoted shell variables, so that a path may hold blanks.
+export PYTHON SITE
+
+VENV := .venv/bin/python
+# Any Python from 3.9 runs it; the site it works on may belong to another.
+PATCHSET := python3 patches/patchset.py
+
+.PHONY: help setup apply unapply status verify lint test demo lock clean
+
+help:
+	@cat <<-'END'
+	make setup    .venv with everything in requirements.lock (Python 3.11 or 3.12; PYTHON=exe names one)
+	make demo     a small DeepSeek-V4 served on this machine, no GPU needed
+	make test     everything that needs no GPU
+	make apply    patch the SGLang of .venv, of PYTHON=exe, or of SITE=dir; so do unapply, status, verify
+	make lint     the rules of the series, ruff and mypy
+	make lock     resolve requirements.in again (needs uv)
+	make clean    remove .venv and caches
+	END
+
+# The mark is written last: an interrupted setup is done again, a finished one is recognised by the lock's hash.
+setup:
+	@lock=$$(sha256sum < requirements.lock)
+	mark=$$(cat .venv/.complete 2> /dev/null || true)
+	if [[ -z $$PYTHON && $$mark == *"$$lock" ]]; then exit; fi
+	version() { "$$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2> /dev/null || echo "not a Python"; }
+	if [[ -n $$PYTHON ]]; then candidates=("$$PYTHON"); else candidates=(python3 python3.12 python3.11); fi
+	refused=
+	for candidate in "$${candidates[@]}"; do
+	    found=$$(version "$$candidate")
+	    if [[ $$found == 3.1[12] ]]; then break; fi
+	    refused="$${refused:+$$refused; }$$candidate is $$found"
+	done
+	if [[ $$found != 3.1[12] ]]; then
+	    echo "make setup: $$refused, needed Python 3.11 or 3.12: install one or name it with PYTHON=exe" >&2
+	    exit 2
+	fi
+	if [[ $$mark == "$$found $$lock" ]]; then exit; fi
+	rm -rf .venv
+	echo "make setup: filling .venv (Python $$found) from requirements.lock, 9 GB on disk; this takes minutes"
+	if command -v uv > /dev/null; then
+	    uv venv --quiet --python "$$candidate" .venv
+	    uv pip install --quiet --python $(VENV) --no-deps --only-binary :all: --require-hashes -r requirements.lock
+	else
+	    "$$candidate" -m venv .venv
+	    $(VENV) -m pip install --quiet --progress-bar off --disable-pip-version-check --no-input --no-compile \
+	        --no-deps --only-binary :all: --require-hashes -r requirements.lock
+	fi
+	echo "$$found $$lock" > .venv/.complete
+
+apply unapply status verify:
+	@if [[ -n $$SITE && -n $$PYTHON ]]; then
+	    echo "make $@: both PYTHON and SITE are given, needed one of them: drop the other" >&2
+	    exit 2
+	fi
+	if [[ -n $$SITE ]]; then exec $(PATCHSET) $@ --site "$$SITE"; fi
+	if [[ -x $(VENV) ]]; then default=$(VENV); else default=python3; fi
+	exec $(PATCHSET) $@ --python "$${PYTHON:-$$default}"
+
+lint: setup
+	@$(VENV) patches/patchset.py lint
+	$(VENV) -m ruff check overlay patches tests
+	$(VENV) -m mypy overlay/sglang_sm120 patches
+
+test: setup
+	@$(VENV) patches/patchset.py apply
+	$(MAKE) --no-print-directory PYTHON= lint
+	exec $(VENV) -m pytest tests
+
+demo: setup
+	@$(VENV) patches/patchset.py apply
+	exec $(VENV) -m sglang_sm120.demo
+
+# uv repeats tool.uv.environments behind every requirement; setup refuses other interpreters, so drop it again.
+AARCH64 := python_full_version < '3.13' and platform_machine == 'aarch64' and sys_platform == 'linux'
+X86_64 := python_full_version < '3.13' and platform_machine == 'x86_64' and sys_platform == 'linux'
+
+lock:
+	@if ! command -v uv > /dev/null; then
+	    echo "make lock: uv is not on PATH, needed to resolve for both Pythons: install uv" >&2
+	    exit 2
+	fi
+	draft=requirements.lock.draft
+	trap 'rm -f $$draft' EXIT
+	if [[ -e requirements.lock ]]; then cp requirements.lock $$draft; fi
+	uv pip compile requirements.in --output-file $$draft --universal --python-version 3.11 --fork-strategy fewest \
+	    --prerelease allow --only-binary :all: --generate-hashes --no-header --no-annotate --quiet
+	{
+	    echo "# Made by \`make lock\` from requirements.in: Python 3.11 and 3.12, Linux on x86_64 and aarch64."
+	    sed "s/ ; ($(AARCH64)) or ($(X86_64)) / /" $$draft
+	} > requirements.lock
+
+clean:
+	@rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build
+	find overlay patches tests -name __pycache__ -type d -prune -exec rm -rf {} +

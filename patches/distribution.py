@@ -1,0 +1,153 @@
+"""Place the overlay beside SGLang as an installed distribution, so that pip and importlib.metadata know it."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import io
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Dict, List, Optional
+
+import atomic
+
+NAME = "sglang_sm120"
+INSTALLER = "sglang-sm120-patchset"
+# The launcher joins the distribution when the checkout has it.
+PACKAGES = {NAME: "overlay", "sglang_sm120_launch": "launch"}
+METADATA = """Metadata-Version: 2.1
+Name: sglang-sm120
+Version: {version}
+Summary: DeepSeek-V4 in SGLang on consumer Blackwell (SM120)
+License: Apache-2.0
+Requires-Python: >=3.11
+"""
+
+
+class Foreign(Exception):
+    """The site holds a package of our name that patchset did not place."""
+
+
+def wanted(root: Path) -> Dict[str, bytes]:
+    """Every file of the distribution as the checkout `root` would place it: path relative to the site -> bytes.
+
+    The packages hold a copy of the lock and of the series, which the start-up check and a later unapply read.
+    """
+    source = root / PACKAGES[NAME] / NAME / "__init__.py"
+    version = re.search(r'^__version__ = "(.+)"$', source.read_text(encoding="utf-8"), re.MULTILINE)
+    if version is None:
+        raise Foreign(f"{source} sets no __version__: restore it from the repository")
+    project = (root / "pyproject.toml").read_text(encoding="utf-8")
+    files: Dict[str, bytes] = {}
+    for package, folder in PACKAGES.items():
+        for path in sorted((root / folder / package).rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts:
+                files[path.relative_to(root / folder).as_posix()] = path.read_bytes()
+    files[f"{NAME}/sglang.lock"] = (root / "sglang.lock").read_bytes()
+    for path in sorted((root / "patches").glob("*/*")):
+        if path.name == "series" or path.suffix == ".patch":
+            files[f"{NAME}/series/{path.relative_to(root / 'patches').as_posix()}"] = path.read_bytes()
+    info = f"{NAME}-{version.group(1)}.dist-info"
+    files[f"{info}/METADATA"] = METADATA.format(version=version.group(1)).encode()
+    files[f"{info}/INSTALLER"] = f"{INSTALLER}\n".encode()
+    files[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: patchset\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    files[f"{info}/entry_points.txt"] = _entry_points(project)
+    files[f"{info}/RECORD"] = _record(files, f"{info}/RECORD")
+    return files
+
+
+def placed(site: Path) -> Dict[str, bytes]:
+    """The distribution's files as they are in the site, caches left out; empty when it is not there."""
+    files = {}
+    for folder in _folders(site):
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts:
+                files[path.relative_to(site).as_posix()] = path.read_bytes()
+    return files
+
+
+def place(site: Path, files: Dict[str, bytes]) -> bool:
+    """Make the site hold exactly `files`; False when it already does, and then nothing is touched.
+
+    Metadata goes first and leaves last, so that a package without metadata is never ours.
+    """
+    require_ours(site)
+    if placed(site) == files:
+        return False
+    stage = atomic.stage_dir(site)
+    for name, data in files.items():
+        path = stage / "new" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    names = sorted({name.split("/", 1)[0] for name in files}, key=lambda name: not name.endswith(".dist-info"))
+    for name in names:
+        atomic.exchange_or_move(stage / "new" / name, site / name, stage / name)
+    for folder in _folders(site):
+        if folder.name not in names:
+            shutil.rmtree(folder)
+    atomic.discard_stage(site)
+    return True
+
+
+def remove(site: Path) -> bool:
+    """Take the distribution away; False when it is not there."""
+    require_ours(site)
+    folders = _folders(site)
+    for folder in sorted(folders, key=lambda folder: folder.name.endswith(".dist-info")):
+        # Renamed first: a half-deleted package must not be importable.
+        os.rename(folder, atomic.stage_dir(site) / folder.name)
+        atomic.discard_stage(site)
+    return bool(folders)
+
+
+def require_ours(site: Path) -> None:
+    """Raise Foreign when another installer put a package or metadata of our name into the site."""
+    metadata = list(site.glob(f"{NAME}-*.dist-info"))
+    for folder in metadata:
+        installer = folder / "INSTALLER"
+        if not installer.is_file() or installer.read_text().strip() != INSTALLER:
+            raise Foreign(f"{folder} was not placed by patchset: run `pip uninstall sglang-sm120` first")
+    if not metadata and (site / NAME).exists() and placed_series(site) is None:
+        raise Foreign(f"{site / NAME} was not placed by patchset: move it away first")
+
+
+def placed_series(site: Path) -> Optional[Path]:
+    """The folder of the copied series (it has the layout of `patches/`), None when no overlay is placed."""
+    folder = site / NAME / "series"
+    return folder if folder.is_dir() else None
+
+
+def _folders(site: Path) -> List[Path]:
+    packages = [site / package for package in PACKAGES if (site / package).is_dir()]
+    return packages + sorted(site.glob(f"{NAME}-*.dist-info"))
+
+
+def _entry_points(project: str) -> bytes:
+    """entry_points.txt from the quoted `key = "value"` lines of pyproject's scripts and entry-point tables."""
+    lines: List[str] = []
+    section = None
+    for line in project.splitlines():
+        header = re.fullmatch(r'\[(?:project\.(scripts)|project\.entry-points\."(.+)")\]', line.strip())
+        if header:
+            section = "console_scripts" if header.group(1) else header.group(2)
+            lines.append(f"[{section}]")
+        elif line.startswith("["):
+            section = None
+        elif section:
+            pair = re.fullmatch(r'"?([\w.-]+)"? = "(.+)"', line.strip())
+            if pair:
+                lines.append(f"{pair.group(1)} = {pair.group(2)}")
+    return ("\n".join(lines) + "\n").encode()
+
+
+def _record(files: Dict[str, bytes], own: str) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    for name, data in sorted(files.items()):
+        digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+        writer.writerow([name, f"sha256={digest}", len(data)])
+    writer.writerow([own, "", ""])
+    return text.getvalue().encode()
