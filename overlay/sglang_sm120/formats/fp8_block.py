@@ -1,0 +1,46 @@
+"""FP8 block weights: E4M3 values, one scale per 128 x 128 block of a [N, K] matrix.
+
+Checkpoints hold power-of-two scales as E8M0 bytes; servers may hold the same values as fp32. The last block
+of a dimension that is not a multiple of 128 is partial. A dequantised weight is `value * scale`, exact in
+fp32 for E8M0 scales.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import e8m0
+
+__all__ = ["BLOCK", "dequantise", "quantise"]
+
+BLOCK = 128
+"""Rows and columns that share one scale."""
+
+FP8_MAX = 448.0
+
+
+def quantise(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 [N, K] to (float8_e4m3fn [N, K], float8_e8m0fnu [ceil(N/128), ceil(K/128)]).
+
+    The scale is the smallest power of two that brings the block's largest magnitude to 448 or less. Values
+    must be finite.
+    """
+    n, k = w.shape
+    padded = torch.nn.functional.pad(w.float(), (0, -k % BLOCK, 0, -n % BLOCK))
+    amax = padded.abs().unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)).amax((1, 3))
+    scale = e8m0.from_amax(amax, FP8_MAX)
+    return (w.float() / _expand(e8m0.to_float(scale), n, k)).to(torch.float8_e4m3fn), scale
+
+
+def dequantise(w8: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """(float8_e4m3fn [N, K], scale fp32|float8_e8m0fnu [ceil(N/128), ceil(K/128)]) to fp32 [N, K]."""
+    n, k = w8.shape
+    blocks = (-(-n // BLOCK), -(-k // BLOCK))
+    if tuple(scale.shape) != blocks:
+        raise ValueError(f"FP8 weight [{n}, {k}] has scales {list(scale.shape)} and needs {list(blocks)}.")
+    values = scale.float() if scale.dtype == torch.float32 else e8m0.to_float(scale)
+    return w8.float() * _expand(values, n, k)
+
+
+def _expand(scale: torch.Tensor, n: int, k: int) -> torch.Tensor:
+    return scale.repeat_interleave(BLOCK, 0)[:n].repeat_interleave(BLOCK, 1)[:, :k]

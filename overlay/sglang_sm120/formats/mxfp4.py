@@ -1,0 +1,68 @@
+"""MXFP4 weights: E2M1 values packed two per byte, one E8M0 scale per 32 values along K.
+
+Byte j of a row holds value 2j in its low nibble and value 2j+1 in its high nibble. A nibble is `sign << 3 |
+code`, with code 0…7 standing for 0, 0.5, 1, 1.5, 2, 3, 4, 6. Checkpoints store the packed bytes as int8; the
+bits mean uint8. A dequantised weight is `E2M1_VALUES[nibble] * 2^(scale byte - 127)`, exact in fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import e8m0
+
+__all__ = ["BLOCK", "E2M1_VALUES", "dequantise", "pack", "quantise", "unpack"]
+
+BLOCK = 32
+"""Values along K that share one scale."""
+
+_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1_VALUES: tuple[float, ...] = _MAGNITUDES + tuple(-v for v in _MAGNITUDES)
+"""Value of each nibble 0…15."""
+
+
+def pack(codes: torch.Tensor) -> torch.Tensor:
+    """Nibbles uint8 [..., K], each 0…15, to bytes uint8 [..., K/2], low nibble first. K must be even."""
+    if codes.shape[-1] % 2:
+        raise ValueError(f"MXFP4 rows have {codes.shape[-1]} values and need an even count; pad K.")
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def unpack(packed: torch.Tensor) -> torch.Tensor:
+    """Bytes uint8 or int8 [..., K/2] to nibbles uint8 [..., K], low nibble first."""
+    if packed.dtype not in (torch.uint8, torch.int8):
+        raise TypeError(f"packed MXFP4 has dtype {packed.dtype} and needs uint8 or int8.")
+    bits = packed.contiguous().view(torch.uint8)
+    return torch.stack((bits & 15, bits >> 4), dim=-1).flatten(-2)
+
+
+def quantise(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 [..., K] to (packed uint8 [..., K/2], scale float8_e8m0fnu [..., K/32]); K is a multiple of 32.
+
+    The scale is the smallest power of two that brings the block's largest magnitude to 6 or less. Values
+    round to the nearest E2M1 value, ties to the even code. Values must be finite.
+    """
+    if w.shape[-1] % BLOCK:
+        raise ValueError(f"MXFP4 rows have {w.shape[-1]} values and need a multiple of {BLOCK}; pad K.")
+    blocks = w.float().unflatten(-1, (-1, BLOCK))
+    scale = e8m0.from_amax(blocks.abs().amax(-1), 6.0)
+    v = (blocks / e8m0.to_float(scale).unsqueeze(-1)).abs()
+    codes = torch.signbit(blocks).to(torch.uint8) << 3
+    # One step per midpoint between neighbours; > and >= alternate so that a tie lands on the even code.
+    for midpoint in (0.25, 1.25, 2.5, 5.0):
+        codes += v > midpoint
+    for midpoint in (0.75, 1.75, 3.5):
+        codes += v >= midpoint
+    return pack(codes.flatten(-2)), scale
+
+
+def dequantise(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """(packed uint8|int8 [..., K/2], scale float8_e8m0fnu|uint8 [..., K/32]) to fp32 [..., K], exactly."""
+    codes = unpack(packed)
+    if codes.shape[-1] != scale.shape[-1] * BLOCK:
+        raise ValueError(
+            f"MXFP4 rows have {codes.shape[-1]} values and {scale.shape[-1]} scales; "
+            f"they need one scale per {BLOCK} values."
+        )
+    values = torch.tensor(E2M1_VALUES, device=packed.device)[codes.int()]
+    return (values.unflatten(-1, (-1, BLOCK)) * e8m0.to_float(scale).unsqueeze(-1)).flatten(-2)

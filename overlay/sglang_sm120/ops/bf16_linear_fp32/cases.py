@@ -1,0 +1,27 @@
+"""Cases of `bf16_linear_fp32`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from .._cases import FP32, Case, Maker, model_config
+
+
+def cases(kind: str) -> Iterator[Case]:
+    """Odd sizes; compressor and gate of the model on a GPU."""
+
+    def build(make: Maker, tokens: int, k: int, n: int) -> dict[str, Any]:
+        return {"x": make.bf16(tokens, k), "w": make.bf16(n, k, scale=k**-0.5)}
+
+    sizes = [(0, 64, 8), (1, 64, 8), (3, 100, 33), (70, 128, 16)]
+    if kind != "cpu":
+        hidden = model_config()["hidden_size"]
+        sizes += [(t, hidden, n) for n in (256, 512, 1024, 2048) for t in (1, 8, 300)]
+    for t, k, n in sizes:
+        yield Case(
+            f"{t}x{k}-to-{n}",
+            FP32,
+            partial(build, tokens=t, k=k, n=n),
+        )

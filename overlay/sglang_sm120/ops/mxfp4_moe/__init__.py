@@ -1,0 +1,55 @@
+"""Routed experts with MXFP4 weights."""
+
+from __future__ import annotations
+
+import torch
+
+from ...formats import e8m0, mxfp4
+from ...registry import Op
+
+__all__ = ["mxfp4_moe"]
+
+LARGEST_SCALE_BYTE = 191
+"""2^64; a larger byte (255 is NaN) comes from memory no checkpoint filled, and counts as scale 0."""
+
+
+@Op
+def mxfp4_moe(
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    w13: torch.Tensor,
+    s13: torch.Tensor,
+    w2: torch.Tensor,
+    s2: torch.Tensor,
+    limit: float | None,
+) -> torch.Tensor:
+    """y = Σ_e weight_e w2_e (silu(clamp(w1_e x, max=limit)) · clamp(w3_e x, ±limit)) over the chosen experts.
+
+    x bf16 [T, H]; topk_ids int [T, k], -1 = no expert; topk_weights fp32 [T, k], applied as given (the
+    router's 1.5 is not in here); w13 uint8|int8 [E, 2I, H/2], rows w1 (gate) then w3 (up), s13
+    float8_e8m0fnu|uint8 [E, 2I, H/32]; w2 uint8|int8 [E, H, I/2], s2 [E, H, I/32]; limit None = no clamp.
+    Weights as in `formats.mxfp4`, dequantised exactly.
+
+    fp32 throughout, except that silu(gate) · up is rounded to bf16 before w2. Returns bf16 [T, H]. Scale
+    bytes above 191 count as scale 0, so with a limit the result is finite for any weight and scale bytes and
+    |x| < 2^20.
+    """
+    y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for e in topk_ids.unique().tolist():
+        if e < 0:
+            continue
+        row, slot = (topk_ids == e).nonzero(as_tuple=True)
+        gate, up = (x[row].float() @ _dequantise(w13[e], s13[e]).T).chunk(2, dim=-1)
+        if limit is not None:
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        hidden = (torch.nn.functional.silu(gate) * up).bfloat16().float()
+        down = hidden @ _dequantise(w2[e], s2[e]).T
+        y.index_add_(0, row, down * topk_weights[row, slot].float().unsqueeze(-1))
+    return y.bfloat16()
+
+
+def _dequantise(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    bits = e8m0.scale_bytes(scale)
+    weights = mxfp4.dequantise(packed, bits.clamp(max=LARGEST_SCALE_BYTE))
+    return weights.masked_fill((bits > LARGEST_SCALE_BYTE).repeat_interleave(mxfp4.BLOCK, -1), 0)

@@ -1,0 +1,75 @@
+"""Cases of `sparse_mla`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from .._cases import BF16, Case, Maker, model_config
+
+
+def cases(kind: str) -> Iterator[Case]:
+    """With and without compressed entries, empty rows, -1 inside, more than 64 rows, pages past 2^31 bytes.
+
+    Slots beyond a row's length are far outside the pool, and memory of unlisted slots is NaN.
+    """
+
+    def build(
+        make: Maker,
+        heads: int,
+        window: list[int],
+        extra: list[int] | None = None,
+        extra_page_size: int = 64,
+        width: int = 16,
+        gaps: bool = False,
+        wide: bool = False,
+    ) -> dict[str, Any]:
+        pages = 20
+
+        def listed(lengths: list[int], page_size: int) -> tuple[Any, Any]:
+            slots = make.slots(pages * page_size, width, lengths, gaps)
+            pool = make.kv_pool(page_size, slots, pages, wide)
+            for row, length in enumerate(lengths):
+                slots[row, length:] = 2**31 - 1
+            return pool, slots
+
+        window_pages, window_slots = listed(window, 256)
+        inputs: dict[str, Any] = {
+            "q": make.bf16(len(window), heads, 512),
+            "window_pages": window_pages,
+            "window_slots": window_slots,
+            "window_lengths": make.tensor(window),
+            "window_page_size": 256,
+            "extra_pages": None,
+            "extra_slots": None,
+            "extra_lengths": None,
+            "extra_page_size": None,
+            # Sinks of the size of the largest scores, so that leaving them out shows.
+            "sink": make.normal(heads, scale=2.0),
+            "scale": 512**-0.5,
+        }
+        if extra is not None:
+            inputs["extra_pages"], inputs["extra_slots"] = listed(extra, extra_page_size)
+            inputs["extra_lengths"], inputs["extra_page_size"] = make.tensor(extra), extra_page_size
+        return inputs
+
+    yield Case("no-rows", BF16, lambda make: build(make, 8, []))
+    yield Case("window-only", BF16, lambda make: build(make, 8, [16, 1, 7]))
+    yield Case("window-empty", BF16, lambda make: build(make, 8, [0, 3, 0]))
+    yield Case("with-c4", BF16, lambda make: build(make, 16, [16, 5, 3], [16, 0, 9]))
+    yield Case("with-c128", BF16, lambda make: build(make, 8, [16, 5, 3], [1, 0, 6], extra_page_size=2))
+    yield Case("nothing-at-all", BF16, lambda make: build(make, 8, [0, 2, 0], [0, 0, 3]))
+    yield Case("gaps", BF16, lambda make: build(make, 8, [16, 1, 7], [1, 16, 4], gaps=True))
+    yield Case("70-rows", BF16, lambda make: build(make, 8, [t % 7 for t in range(70)], [t % 3 for t in range(70)]))
+    yield Case("past-2^31-bytes", BF16, lambda make: build(make, 8, [16, 5], [16, 9], extra_page_size=2, wide=True))
+    if kind != "cpu":
+        c = model_config()
+        for tp in (1, 2, 4):
+            heads = c["num_attention_heads"] // tp
+            window, extra = [c["sliding_window"]] * 3, [c["index_topk"], 0, 77]
+            yield Case(
+                f"tp{tp}",
+                BF16,
+                partial(build, heads=heads, window=window, extra=extra, width=max(*window, *extra)),
+            )

@@ -1,0 +1,55 @@
+"""Cases of `topk_slots`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from .._cases import EXACT, Case, Maker, model_config
+
+
+def cases(kind: str) -> Iterator[Case]:
+    """Rows with fewer, as many and more entries than k, ties, -inf, caller's buffers.
+
+    Logits beyond a row's length are NaN, page ids beyond it far outside.
+    """
+
+    def build(
+        make: Maker,
+        lengths: list[int],
+        k: int,
+        columns: int = 4,
+        ties: bool = False,
+        buffers: int | None = None,
+    ) -> dict[str, Any]:
+        rows = len(lengths)
+        logits = make.integers(0, 5, rows, columns * 64).float() if ties else make.normal(rows, columns * 64)
+        if ties:
+            logits[logits == 0] = -torch.inf
+        table = make.integers(0, 1000, rows, columns)
+        for row, length in enumerate(lengths):
+            logits[row, length:] = torch.nan
+            table[row, -(-length // 64) :] = 2**25
+        arguments = {"logits": logits, "lengths": make.tensor(lengths), "page_table": table, "k": k}
+        if buffers is not None:
+            arguments["out"] = make.poisoned(rows, buffers, dtype=torch.int32)
+            arguments["raw_out"] = make.poisoned(rows, buffers, dtype=torch.int32)
+        return arguments
+
+    yield Case("no-rows", EXACT, lambda make: build(make, [], 8))
+    yield Case("around-k", EXACT, lambda make: build(make, [0, 1, 63, 64, 65, 200, 256], 64))
+    yield Case("k-beyond-width", EXACT, lambda make: build(make, [0, 64, 30], 100, columns=1))
+    yield Case("ties", EXACT, lambda make: build(make, [256, 100, 65, 30], 64, ties=True))
+    yield Case("70-rows", EXACT, lambda make: build(make, [(7 * t) % 130 for t in range(70)], 16, columns=3))
+    yield Case(
+        "buffers",
+        EXACT,
+        lambda make: build(make, [200, 3], 32, buffers=40),
+        lambda inputs, result: (result, inputs["out"], inputs["raw_out"]),
+        ("out", "raw_out"),
+    )
+    if kind != "cpu":
+        k = model_config()["index_topk"]
+        yield Case("model", EXACT, lambda make: build(make, [16384, 1, 512, 513], k, columns=256))

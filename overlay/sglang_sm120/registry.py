@@ -1,0 +1,259 @@
+"""Dispatch: an op is its torch reference, and providers are other ways to compute it.
+
+    @Op
+    def sinkhorn(mixes, scale, base, iters, eps): ...                      # torch: the contract
+    @sinkhorn.provider("triton", runs_on="sm80+", default_on="sm120 sm121")
+    def sinkhorn_triton(mixes, scale, base, iters, eps): ...
+
+Which provider serves an op is decided once per device kind, in this order:
+`SGLANG_SM120_PROVIDER` ("torch", or "sinkhorn=torch,sparse_mla=triton"), then the provider whose `default_on`
+names the device, then, with `SGLANG_SM120_FORCE=1`, the first provider that runs on the device, then torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import os
+import re
+from collections.abc import Callable
+from typing import Generic, NamedTuple, ParamSpec, TypeVar
+
+import torch
+
+__all__ = [
+    "TORCH",
+    "Op",
+    "Provider",
+    "ProviderError",
+    "Row",
+    "device_kind",
+    "ops",
+    "reset",
+    "runs_on",
+    "table",
+]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+TORCH = "torch"
+logger = logging.getLogger(__name__)
+_ops: dict[str, Op] = {}
+
+
+class ProviderError(ValueError):
+    """A provider that does not exist, does not run here, or refuses its arguments."""
+
+
+class Provider(NamedTuple):
+    """One implementation of an op. `accepts` takes the op's arguments and returns None or why not."""
+
+    name: str
+    function: Callable
+    runs_on: str
+    default_on: str
+    accepts: Callable[..., str | None] | None
+
+
+class Choice(NamedTuple):
+    """The provider that serves an op on a device; `asked` when the user named it."""
+
+    provider: Provider
+    why: str
+    asked: bool
+
+
+class Row(NamedTuple):
+    """One line of `table()`."""
+
+    op: str
+    provider: str
+    chosen: bool
+    why: str
+
+
+class Op(Generic[P, R]):
+    """A function with a contract: calling it runs the provider chosen for the device of its arguments.
+
+    The wrapped torch function defines names, shapes, dtypes and results; it runs on any device.
+    """
+
+    def __init__(self, reference: Callable[P, R]) -> None:
+        functools.update_wrapper(self, reference)
+        self.name = reference.__name__
+        self.reference = reference
+        self.providers = {TORCH: Provider(TORCH, reference, "cpu sm0+", "", None)}
+        if self.name in _ops:
+            raise ProviderError(f"op {self.name} is already registered; give the second one another name.")
+        _ops[self.name] = self
+
+    def provider(
+        self,
+        name: str,
+        *,
+        runs_on: str,
+        default_on: str = "",
+        accepts: Callable[..., str | None] | None = None,
+    ) -> Callable[[Callable], Callable]:
+        """Register another implementation, whose signature equals the reference's (a `plan=None` apart).
+
+        runs_on and default_on list device kinds, separated by spaces: `cpu`, `sm120`, or `sm80+` for that
+        CUDA capability and above.
+        """
+
+        def register(function: Callable) -> Callable:
+            if name in self.providers:
+                raise ProviderError(f"op {self.name} already has a provider {name}; give this one another name.")
+            expected, found = _parameters(self.reference), _parameters(function)
+            if expected != found:
+                raise ProviderError(
+                    f"provider {name} of op {self.name} takes {found} and needs {expected}; "
+                    "make its signature equal the reference's."
+                )
+            for kinds in (runs_on, default_on):
+                _matches(kinds, "cpu")
+            self.providers[name] = Provider(name, function, runs_on, default_on, accepts)
+            reset()
+            return function
+
+        return register
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        choice = _choose(self.name, _kind_of(args, kwargs))
+        provider = choice.provider
+        if provider.accepts is not None:
+            refusal = provider.accepts(*args, **kwargs)
+            if refusal is not None:
+                if choice.asked:
+                    raise ProviderError(f"provider {provider.name} of op {self.name} refuses: {refusal}")
+                _log_refusal(self.name, provider.name, refusal)
+                return self.reference(*args, **kwargs)
+        return provider.function(*args, **kwargs)
+
+
+def ops() -> dict[str, Op]:
+    """Every registered op by name."""
+    return dict(_ops)
+
+
+def runs_on(provider: Provider, kind: str) -> bool:
+    """Whether the provider can serve device kind `kind`."""
+    return _matches(provider.runs_on, kind)
+
+
+def reset() -> None:
+    """Forget past selections, so that the next call reads the environment again."""
+    for cached in (_choose, _asked, _forced, _log_refusal):
+        cached.cache_clear()
+
+
+def table(kind: str | None = None) -> list[Row]:
+    """Op x provider x why, for device kind `kind` (default: CUDA device 0 if there is one, else the CPU)."""
+    if kind is None:
+        kind = device_kind(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+    rows = []
+    for op in sorted(_ops.values(), key=lambda op: op.name):
+        choice = _choose(op.name, kind)
+        for provider in op.providers.values():
+            if provider is choice.provider:
+                why = choice.why
+            elif _matches(provider.runs_on, kind):
+                why = f"runs on {kind}, not chosen"
+            else:
+                why = f"does not run on {kind}, needs {provider.runs_on}"
+            rows.append(Row(op.name, provider.name, provider is choice.provider, why))
+    return rows
+
+
+@functools.cache
+def device_kind(device: torch.device) -> str:
+    """`cpu`, or `sm` and the compute capability: `sm90`, `sm120`."""
+    if device.type != "cuda":
+        return "cpu"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm{major}{minor}"
+
+
+def _kind_of(args: tuple, kwargs: dict) -> str:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor) and value.is_cuda:
+            return device_kind(value.device)
+    return "cpu"
+
+
+@functools.cache
+def _choose(name: str, kind: str) -> Choice:
+    op = _ops[name]
+    asked = _asked().get(name) or _asked().get("")
+    if asked is not None and (asked in op.providers or name in _asked()):
+        provider = op.providers[asked]
+        if not _matches(provider.runs_on, kind):
+            raise ProviderError(
+                f"SGLANG_SM120_PROVIDER asks for {asked} in op {name}, which runs on {provider.runs_on} "
+                f"and not on {kind}; name another of {', '.join(op.providers)}."
+            )
+        return Choice(provider, "SGLANG_SM120_PROVIDER", True)
+    others = [p for p in op.providers.values() if p.name != TORCH and _matches(p.runs_on, kind)]
+    for provider in others:
+        if _matches(provider.default_on, kind):
+            return Choice(provider, f"default on {kind}", False)
+    if others and _forced():
+        return Choice(others[0], "SGLANG_SM120_FORCE", False)
+    return Choice(op.providers[TORCH], f"no other provider is the default on {kind}", False)
+
+
+@functools.cache
+def _asked() -> dict[str, str]:
+    """SGLANG_SM120_PROVIDER as {op: provider}; key "" is the provider asked for in every op that has it."""
+    asked: dict[str, str] = {}
+    for item in os.environ.get("SGLANG_SM120_PROVIDER", "").split(","):
+        name, _, provider = (part.strip() for part in item.rpartition("="))
+        if not name and not provider:
+            continue
+        if name and name not in _ops:
+            raise ProviderError(f"SGLANG_SM120_PROVIDER names op {name!r} and needs one of {', '.join(sorted(_ops))}.")
+        known = _ops[name].providers if name else {p for op in _ops.values() for p in op.providers}
+        if provider not in known:
+            where = f"op {name}" if name else "any op"
+            raise ProviderError(
+                f"SGLANG_SM120_PROVIDER asks for provider {provider!r}, which {where} lacks; "
+                f"use one of {', '.join(sorted(known))}."
+            )
+        asked[name] = provider
+    return asked
+
+
+@functools.cache
+def _forced() -> bool:
+    value = os.environ.get("SGLANG_SM120_FORCE", "0")
+    if value not in ("", "0", "1"):
+        raise ProviderError(f"SGLANG_SM120_FORCE is {value!r} and needs 0 or 1.")
+    return value == "1"
+
+
+@functools.cache
+def _log_refusal(op: str, provider: str, refusal: str) -> None:
+    logger.warning("op %s runs its torch reference, because provider %s refuses: %s", op, provider, refusal)
+
+
+def _matches(kinds: str, kind: str) -> bool:
+    """Whether `kind` is named by `kinds`, a list such as "cpu sm80+"."""
+    found = False
+    for entry in kinds.split():
+        match = re.fullmatch(r"cpu|sm(\d+)(\+?)", entry)
+        if match is None:
+            raise ProviderError(f"device kind {entry!r} is unknown; use cpu, sm120 or sm80+.")
+        floor, plus = match.groups()
+        found |= entry == kind or (plus == "+" and kind.startswith("sm") and int(kind[2:]) >= int(floor))
+    return found
+
+
+def _parameters(function: Callable) -> list[str]:
+    """Parameters as text without annotations, so that signatures compare by names, kinds and defaults."""
+    parameters = inspect.signature(function).parameters.values()
+    return [
+        f"{p.kind.description} {p.replace(annotation=p.empty)}"
+        for p in parameters
+        if not (p.name == "plan" and p.default is None)
+    ]

@@ -1,0 +1,106 @@
+"""Examples worked on paper: the second, independent point that formats and Sinkhorn rest on."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+
+from sglang_sm120 import ops
+from sglang_sm120.formats import e8m0, fp8_block, indexer_page, kv_page, mxfp4
+
+
+def test_sinkhorn_two_iterations() -> None:
+    # exp(C) has rows (1 1 1 1) and, second, (3 1 1 1). Row softmax: 1/4 …; 1/2 1/6 1/6 1/6.
+    # Columns sum to 5/4 and 11/12:  1/5 3/11 …; 2/5 2/11 …
+    # Rows sum to 56/55 and 52/55:   11/56 15/56 …; 11/26 5/26 …
+    # Columns: 737/728 and 725/728:  13/67 39/145 …; 28/67 28/145 …
+    scale = torch.tensor([2.0, 3.0, 5.0])
+    mixes = torch.ones(1, 24)
+    comb_base = torch.tensor([[1.0, 1, 1, 1], [3, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]]).log().flatten() - 5
+    three = torch.tensor(3.0).log()
+    base = torch.cat((torch.tensor([-2.0, -2, -2, -2]), (three - 3).expand(4), comb_base))
+    pre, post, comb = ops.sinkhorn(mixes, scale, base, 2, 0.0)
+
+    torch.testing.assert_close(pre, torch.full((1, 4), 0.5))
+    torch.testing.assert_close(post, torch.full((1, 4), 1.5))
+    ordinary = [Fraction(13, 67)] + 3 * [Fraction(39, 145)]
+    second = [Fraction(28, 67)] + 3 * [Fraction(28, 145)]
+    expected = torch.tensor([[[float(v) for v in row] for row in (ordinary, second, ordinary, ordinary)]])
+    torch.testing.assert_close(comb, expected)
+
+
+def test_sinkhorn_eps_enters_where_the_model_says() -> None:
+    # All entries equal: softmax 1/4, + 1 = 5/4; columns / (5 + 1) = 5/24; rows / (5/6 + 1) = 5/44;
+    # columns / (5/11 + 1) = 5/64. pre = 1/2 + 1, post = 1 without it.
+    pre, post, comb = ops.sinkhorn(torch.zeros(1, 24), torch.ones(3), torch.zeros(24), 2, 1.0)
+    torch.testing.assert_close(pre, torch.full((1, 4), 1.5))
+    torch.testing.assert_close(post, torch.full((1, 4), 1.0))
+    torch.testing.assert_close(comb, torch.full((1, 4, 4), 5 / 64))
+
+
+def test_mxfp4_block() -> None:
+    # Largest 12: 12 / 6 = 2, so the scale byte is 128. Divided by 2 the values are 6 -3 2 -1 .5 .25 .75 4;
+    # .25 and .75 lie between two codes and go to the even one: 0 and 1.
+    w = torch.zeros(32)
+    w[:8] = torch.tensor([12.0, -6, 4, -2, 1, 0.5, 1.5, 8])
+    packed, scale = mxfp4.quantise(w)
+    assert packed.tolist() == [0xD7, 0xA4, 0x01, 0x62] + 12 * [0]
+    assert e8m0.scale_bytes(scale).tolist() == [128]
+    back = mxfp4.dequantise(packed, scale)
+    assert back[:8].tolist() == [12, -6, 4, -2, 1, 0, 2, 8]
+
+
+def test_fp8_block() -> None:
+    # Block (0, 0) has 896: scale 2; block (0, 1) has 7: 7 / 448 = 2^-6.
+    w = torch.zeros(2, 130)
+    w[0, 0], w[1, 1], w[1, 129] = 896, -2, 7
+    values, scale = fp8_block.quantise(w)
+    assert e8m0.scale_bytes(scale).tolist() == [[128, 121]]
+    data = values.view(torch.uint8)
+    assert (data[0, 0], data[1, 1], data[1, 129]) == (0x7E, 0xB8, 0x7E)
+    assert torch.equal(fp8_block.dequantise(values, scale), w)
+
+
+def test_kv_page_record() -> None:
+    k = torch.zeros(1, 512)
+    k[0, 0], k[0, 1], k[0, 2] = 448, -1, 0.0625  # group 0: scale 1
+    k[0, 64], k[0, 65] = 3.5, 1 / 64  # group 1: 3.5 / 448 = 2^-7
+    k[0, 192] = 449  # group 3: just above 448, scale 2; 224.5 rounds to 224
+    k[0, 448], k[0, 511] = 1, -2.5  # bf16 3F80, C020
+    pages = torch.full((2, kv_page.page_bytes(2)), 0xAA, dtype=torch.uint8)
+    kv_page.store(pages, torch.tensor([3]), k, 2)
+
+    expected = [0xAA] * 1728
+    expected[576:1152] = [0] * 576
+    expected[576:579] = [0x7E, 0xB8, 0x18]
+    expected[640:642] = [0x7E, 0x40]
+    expected[768] = 0x76
+    expected[1024:1026] = [0x80, 0x3F]
+    expected[1150:1152] = [0x20, 0xC0]
+    # 1e-4 / 448 lies between 2^-23 and 2^-22: the empty groups have byte 105. The eighth byte is unused.
+    expected[1160:1167] = [127, 120, 105, 128, 105, 105, 105]
+    assert pages[1].tolist() == expected
+    assert set(pages[0].tolist()) == {0xAA}
+
+    back = kv_page.load(pages, torch.tensor([3, -1]), 2)
+    k[0, 192] = 448
+    assert back.dtype == torch.bfloat16
+    assert torch.equal(back.float(), torch.cat((k, torch.zeros(1, 512))))
+
+
+def test_indexer_page_record() -> None:
+    k = torch.zeros(1, 128)
+    k[0, 0], k[0, 127] = 896, -2  # scale 2.0 = 00 00 00 40; 448 and -1
+    pages = torch.full((1, indexer_page.page_bytes(64)), 0xAA, dtype=torch.uint8)
+    indexer_page.store(pages, torch.tensor([5]), k, 64)
+    expected = [0xAA] * 8448
+    expected[640:768] = [0x7E] + 126 * [0] + [0xB8]
+    expected[8192 + 20 : 8192 + 24] = [0x00, 0x00, 0x00, 0x40]
+    assert pages[0].tolist() == expected
+
+
+@pytest.mark.parametrize(("page_size", "size"), [(256, 149_760), (64, 37_440), (2, 1_728)])
+def test_kv_page_bytes(page_size: int, size: int) -> None:
+    assert kv_page.page_bytes(page_size) == size

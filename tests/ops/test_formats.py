@@ -1,0 +1,219 @@
+"""Formats: round trips, exactness of what is representable, error bounds, byte order, refusals."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sglang_sm120.formats import compress_plan, e8m0, fp8_block, indexer_page, kv_page, mxfp4
+
+MOST = settings(max_examples=60, deadline=None, derandomize=True)
+finite = st.floats(-(2.0**60), 2.0**60, width=32, allow_nan=False)
+seeds = st.integers(0, 2**32 - 1)
+# Exponents of a whole block, from where scales saturate at 2^-127 to where fp32 ends.
+magnitudes = st.integers(-140, 120)
+
+
+def normal(seed: int, *shape: int, exponent: int = 0) -> torch.Tensor:
+    return torch.ldexp(torch.randn(shape, generator=torch.Generator().manual_seed(seed)), torch.tensor(exponent))
+
+
+def ceil_log2(x: float) -> int:
+    mantissa, exponent = math.frexp(x)
+    return exponent - (mantissa == 0.5)
+
+
+@MOST
+@given(st.floats(2.0**-126, 2.0**127, width=32), st.sampled_from([6.0, 448.0]))
+def test_scale_is_the_smallest_sufficient_power_of_two(amax: float, largest: float) -> None:
+    byte = int(e8m0.scale_bytes(e8m0.from_amax(torch.tensor([amax]), largest)))
+    quotient = float(torch.tensor(amax) / largest)
+    assert byte == max(0, min(254, ceil_log2(quotient) + 127))
+
+
+@pytest.mark.parametrize("exponent", range(-120, 120, 7))
+def test_scale_of_exact_powers_of_two_is_exact(exponent: int) -> None:
+    for largest in (6.0, 448.0):
+        scale = e8m0.from_amax(torch.tensor([largest * 2.0**exponent]), largest)
+        assert e8m0.to_float(scale).item() == 2.0**exponent
+
+
+def test_scale_bytes_are_bits_not_values() -> None:
+    bits = torch.arange(256, dtype=torch.uint8)
+    scale = e8m0.from_bytes(bits)
+    assert torch.equal(e8m0.scale_bytes(scale), bits)
+    values = e8m0.to_float(scale)
+    assert values[255].isnan()
+    assert values[:255].tolist() == [2.0 ** (e - 127) for e in range(255)]
+    assert e8m0.from_amax(torch.zeros(1), 6.0).float().item() == 1
+    with pytest.raises(TypeError, match="float8_e8m0fnu or uint8"):
+        e8m0.scale_bytes(torch.ones(1))
+
+
+@MOST
+@given(st.lists(st.integers(0, 15), min_size=2, max_size=64).filter(lambda c: len(c) % 2 == 0))
+def test_mxfp4_pack_low_nibble_first(codes: list[int]) -> None:
+    packed = mxfp4.pack(torch.tensor(codes, dtype=torch.uint8))
+    assert packed.tolist() == [low + 16 * high for low, high in zip(codes[::2], codes[1::2], strict=True)]
+    assert mxfp4.unpack(packed).tolist() == codes
+    assert mxfp4.unpack(packed.view(torch.int8)).tolist() == codes
+
+
+@MOST
+@given(st.lists(st.integers(0, 15), min_size=64, max_size=64), st.integers(3, 250), st.integers(3, 250))
+def test_mxfp4_representable_values_survive(codes: list[int], first: int, second: int) -> None:
+    scale = e8m0.from_bytes(torch.tensor([first, second], dtype=torch.uint8))
+    w = mxfp4.dequantise(mxfp4.pack(torch.tensor(codes, dtype=torch.uint8)), scale)
+    for i, code in enumerate(codes):
+        assert w[i] == mxfp4.E2M1_VALUES[code] * 2.0 ** ((first, second)[i // 32] - 127)
+    assert torch.equal(mxfp4.dequantise(*mxfp4.quantise(w)), w)
+
+
+@MOST
+@given(st.lists(finite, min_size=32, max_size=32))
+def test_mxfp4_picks_the_nearest_value(values: list[float]) -> None:
+    w = torch.tensor(values)
+    packed, scale = mxfp4.quantise(w)
+    grid = torch.tensor(mxfp4.E2M1_VALUES).double() * e8m0.to_float(scale).double()
+    nearest = (w.double().unsqueeze(1) - grid).abs().amin(1)
+    assert torch.equal((mxfp4.dequantise(packed, scale).double() - w).abs(), nearest)
+    # No value is clipped: the scale brings the largest to 6 or less.
+    assert w.abs().max() <= 6 * e8m0.to_float(scale).double()
+
+
+@MOST
+@given(seeds, magnitudes)
+def test_mxfp4_is_idempotent(seed: int, exponent: int) -> None:
+    once = mxfp4.dequantise(*mxfp4.quantise(normal(seed, 3, 64, exponent=exponent)))
+    assert torch.equal(mxfp4.dequantise(*mxfp4.quantise(once)), once)
+
+
+@MOST
+@given(seeds, magnitudes, st.integers(1, 300), st.integers(1, 300))
+def test_fp8_block_error_and_idempotence(seed: int, exponent: int, n: int, k: int) -> None:
+    w = normal(seed, n, k, exponent=exponent)
+    values, scale = fp8_block.quantise(w)
+    assert scale.shape == (-(-n // 128), -(-k // 128))
+    back = fp8_block.dequantise(values, scale)
+    step = e8m0.to_float(scale).double().repeat_interleave(128, 0)[:n].repeat_interleave(128, 1)[:, :k]
+    # Half a step: 2^-4 of the value, or of the smallest normal 2^-6 below it; fp32 itself ends at 2^-149.
+    bound = torch.maximum(w.double().abs() / 16, step * 2.0**-10).clamp(min=2.0**-149)
+    assert ((back.double() - w).abs() <= bound).all()
+    assert torch.equal(fp8_block.dequantise(*fp8_block.quantise(back)), back)
+    assert torch.equal(fp8_block.dequantise(values, e8m0.to_float(scale)), back)
+
+
+def test_fp8_block_neighbours_do_not_share_a_scale() -> None:
+    w = torch.ones(129, 129)
+    w[128, 128] = 2.0**20
+    values, scale = fp8_block.quantise(w)
+    assert torch.equal(fp8_block.dequantise(values, scale), w)
+    assert e8m0.to_float(scale).unique().numel() == 2
+
+
+@MOST
+@given(seeds, st.integers(-30, 20), st.sampled_from([2, 64, 256]), st.integers(0, 64))
+def test_kv_page_round_trip(seed: int, exponent: int, page_size: int, slack: int) -> None:
+    k = normal(seed, 6, 512, exponent=exponent)
+    nope, scale, rope = kv_page.quantise(k)
+    pages = torch.full((4, kv_page.page_bytes(page_size) + slack), 255, dtype=torch.uint8)
+    pool = pages[:, : kv_page.page_bytes(page_size)]
+    slots = torch.randperm(4 * page_size, generator=torch.Generator().manual_seed(seed))[:6]
+    slots[2] = -1
+    kv_page.store(pool, slots, k, page_size)
+    loaded = kv_page.load(pool, slots.view(2, 3), page_size).view(6, 512)
+    expected = kv_page.dequantise(nope, scale, rope)
+    expected[2] = 0
+    assert torch.equal(loaded, expected)
+    # Nothing beside five rows of 576 bytes and their seven scales was written.
+    assert int((pages != 255).sum()) <= 5 * (576 + 7)
+    assert (pages[:, pool.shape[1] :] == 255).all()
+
+    step = e8m0.to_float(scale).double().repeat_interleave(64, -1)
+    bound = torch.maximum(k[:, :448].double().abs() / 16, step * 2.0**-10)
+    error = (kv_page.dequantise(nope, scale, rope).double() - k).abs()
+    assert (error[:, :448] <= bound).all()
+    assert (error[:, 448:] <= k[:, 448:].double().abs() * 2.0**-8).all()
+    assert ((1e-4 / 448 <= e8m0.to_float(scale)) & (nope.float().abs() <= 448).all()).all()
+
+
+@MOST
+@given(seeds, st.integers(-30, 20))
+def test_kv_page_is_idempotent(seed: int, exponent: int) -> None:
+    once = kv_page.dequantise(*kv_page.quantise(normal(seed, 2, 512, exponent=exponent)))
+    assert torch.equal(kv_page.dequantise(*kv_page.quantise(once.float())), once)
+
+
+@MOST
+@given(seeds, st.integers(-30, 20), st.sampled_from([2, 64]))
+def test_indexer_page_round_trip(seed: int, exponent: int, page_size: int) -> None:
+    k = normal(seed, 6, 128, exponent=exponent)
+    values, scale = indexer_page.quantise(k)
+    # The floor under the scale is 1e-4 rounded to fp32.
+    assert torch.equal(scale, k.abs().amax(-1).clamp(min=1e-4) / 448)
+    pages = torch.full((4, indexer_page.page_bytes(page_size)), 255, dtype=torch.uint8)
+    slots = torch.randperm(4 * page_size, generator=torch.Generator().manual_seed(seed))[:6]
+    slots[2] = -1
+    indexer_page.store(pages, slots, k, page_size)
+    got, got_scale = indexer_page.load(pages, slots, page_size)
+    values.view(torch.uint8)[2], scale[2] = 0, 0
+    assert torch.equal(got.view(torch.uint8), values.view(torch.uint8))
+    assert torch.equal(got_scale, scale)
+    back = indexer_page.dequantise(got, got_scale)
+    keep = torch.arange(6) != 2
+    bound = torch.maximum(k.abs() / 15.9, scale.unsqueeze(-1) * 2.0**-10)
+    assert ((back - k).abs() <= bound)[keep].all()
+
+
+u32 = st.integers(0, 2**31 - 1)
+
+
+@MOST
+@given(st.lists(st.tuples(u32, st.integers(0, 65535), st.integers(0, 65535), u32, st.integers(-1, 99)), max_size=5))
+def test_compress_plan_round_trip(rows: list[tuple[int, ...]]) -> None:
+    fields = torch.tensor(rows, dtype=torch.int64).view(-1, 5).unbind(1)
+    packed = compress_plan.CompressPlan(*fields).pack()
+    assert packed.shape == (len(rows), 16)
+    for got, expected in zip(compress_plan.CompressPlan.unpack(packed), fields, strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_plan_bytes() -> None:
+    one = [torch.tensor([v]) for v in (0x01020304, 0xFFFE, 0x0007, -1, 5)]
+    expected = [4, 3, 2, 1, 0xFE, 0xFF, 7, 0, 255, 255, 255, 255, 5, 0, 0, 0]
+    assert compress_plan.CompressPlan(*one).pack().tolist() == [expected]
+    assert compress_plan.WritePlan(*one[:1], torch.tensor([258])).pack().tolist() == [[4, 3, 2, 1, 2, 1, 0, 0]]
+    invalid = torch.full((1, 16), 255, dtype=torch.uint8)
+    assert compress_plan.CompressPlan.unpack(invalid).seq_len.tolist() == [-1]
+    with pytest.raises(ValueError, match=r"needs torch.uint8 \[N, 8\]"):
+        compress_plan.WritePlan.unpack(invalid)
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="multiple of 32"):
+        mxfp4.quantise(torch.zeros(40))
+    with pytest.raises(ValueError, match="even count"):
+        mxfp4.pack(torch.zeros(3, dtype=torch.uint8))
+    with pytest.raises(TypeError, match="uint8 or int8"):
+        mxfp4.unpack(torch.zeros(2))
+    with pytest.raises(ValueError, match="one scale per 32"):
+        mxfp4.dequantise(torch.zeros(32, dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"needs \[2, 1\]"):
+        fp8_block.dequantise(torch.zeros(129, 1).to(torch.float8_e4m3fn), torch.ones(1, 1))
+    with pytest.raises(ValueError, match="need 512"):
+        kv_page.quantise(torch.zeros(128))
+    with pytest.raises(ValueError, match="need 128"):
+        indexer_page.quantise(torch.zeros(512))
+    pool = torch.zeros(2, kv_page.page_bytes(2), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="needs at least"):
+        kv_page.load(pool, torch.tensor([0]), 64)
+    with pytest.raises(ValueError, match="bytes adjacent"):
+        kv_page.load(pool[:, ::2], torch.tensor([0]), 2)
+    with pytest.raises(TypeError, match="needs uint8"):
+        kv_page.load(pool.float(), torch.tensor([0]), 2)
+    with pytest.raises(ValueError, match="one slot per row"):
+        kv_page.store(pool, torch.tensor([0]), torch.zeros(2, 512), 2)

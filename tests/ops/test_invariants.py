@@ -1,0 +1,232 @@
+"""What must hold of single ops whatever the numbers are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sglang_sm120 import ops
+from sglang_sm120.formats import kv_page
+from sglang_sm120.ops import _math
+from sglang_sm120.ops._cases import Maker
+
+CPU = torch.device("cpu")
+SOME = settings(max_examples=30, deadline=None, derandomize=True)
+seeds = st.integers(0, 2**32 - 1)
+
+
+@SOME
+@given(seeds, st.floats(0.1, 5))
+def test_sinkhorn_is_doubly_stochastic(seed: int, spread: float) -> None:
+    make = Maker(seed, CPU)
+    pre, post, comb = ops.sinkhorn(make.normal(9, 24), torch.ones(3), make.normal(24, scale=spread), 20, 1e-6)
+    # Columns come last; each is divided by its sum + eps. Rows follow as the iteration converges.
+    torch.testing.assert_close(comb.sum(-2), torch.ones(9, 4), atol=2e-6, rtol=0)
+    assert (comb > 0).all()
+    assert ((pre > 0) & (pre <= 1 + 1e-6) & (post >= 0) & (post <= 2)).all()
+    longer = ops.sinkhorn(make.normal(9, 24), torch.ones(3), make.normal(24), 200, 1e-6)[2]
+    torch.testing.assert_close(longer.sum(-1), torch.ones(9, 4), atol=1e-4, rtol=0)
+
+
+def test_mhc_post_keeps_a_stream_that_comb_copies(seed: int) -> None:
+    make = Maker(seed, CPU)
+    x, f = make.bf16(5, 4, 64), make.bf16(5, 64)
+    shift = torch.eye(4).roll(1, 1).expand(5, 4, 4)
+    # comb[j, j + 1] = 1: stream j goes to place j + 1.
+    assert torch.equal(ops.mhc_post(f, x, torch.zeros(5, 4), shift), x.roll(1, 1))
+    post = torch.tensor([1.0, 0, 2, 0]).expand(5, 4)
+    y = ops.mhc_post(f, x, post, torch.zeros(5, 4, 4))
+    assert torch.equal(y[:, 0], f) and torch.equal(y[:, 2], f * 2) and not y[:, 1::2].any()
+
+
+def test_hadamard_is_its_own_inverse_and_keeps_norms(seed: int) -> None:
+    x = Maker(seed, CPU).normal(7, 128)
+    y = _math.hadamard(x)
+    torch.testing.assert_close(_math.hadamard(y), x)
+    torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1))
+    assert torch.equal(_math.hadamard(torch.eye(128)[:1]), torch.full((1, 128), 128**-0.5))
+
+
+def test_rope_inverse_undoes_it(seed: int) -> None:
+    make = Maker(seed, CPU)
+    x, table, positions = make.bf16(9, 3, 64), make.freqs_cis(), make.integers(0, 512, 9)
+    turned = x.clone()
+    ops.rope(turned, table, positions)
+    pairs = x.float().unflatten(-1, (-1, 2)).norm(dim=-1)
+    torch.testing.assert_close(turned.float().unflatten(-1, (-1, 2)).norm(dim=-1), pairs, atol=0, rtol=2**-7)
+    ops.rope(turned, table, positions, inverse=True)
+    # Two roundings to bf16, of numbers up to sqrt(2) times the pair's larger member.
+    torch.testing.assert_close(turned.float(), x.float(), atol=float(x.abs().max()) * 2**-7, rtol=0)
+    still = x.clone()
+    ops.rope(still, table, torch.zeros(9, dtype=torch.int64))
+    assert torch.equal(still, x)
+
+
+def test_rope_pairs_are_interleaved() -> None:
+    x = torch.zeros(1, 64).bfloat16()
+    x[0, 6] = 1
+    table = torch.ones(1, 32, dtype=torch.complex64)
+    table[0, 3] = 1j
+    ops.rope(x, table, torch.tensor([0]))
+    assert x[0].nonzero().flatten().tolist() == [7] and x[0, 7] == 1
+
+
+@SOME
+@given(seeds, st.integers(1, 300), st.integers(1, 80), st.integers(1, 6))
+def test_topk_slots_are_a_top_k(seed: int, length: int, k: int, levels: int) -> None:
+    make = Maker(seed, CPU)
+    logits = make.integers(0, levels * levels, 1, 320).float()
+    table = torch.arange(5).flip(0).view(1, 5).int()
+    raw = torch.full((1, k + 3), -7, dtype=torch.int32)
+    slots = ops.topk_slots(logits, torch.tensor([length]), table, k, raw_out=raw)[0].tolist()
+    chosen = [i for i in raw[0].tolist() if i >= 0]
+    assert len(chosen) == min(k, length) and chosen == sorted(set(chosen)) and max(chosen) < length
+    rest = set(range(length)) - set(chosen)
+    # Nothing left out beats anything chosen; among equals the lower index is chosen.
+    assert all((logits[0, c], -c) > (logits[0, r], -r) for c in chosen for r in rest)
+    assert slots == [(4 - i // 64) * 64 + i % 64 for i in chosen] + [-1] * (k - len(chosen))
+    assert raw[0].tolist() == chosen + [-1] * (k + 3 - len(chosen))
+
+
+def test_topk_slots_ranks_nan_lowest() -> None:
+    logits = torch.tensor([[1.0, torch.nan, 3, torch.nan, 2]])
+    slots = ops.topk_slots(logits, torch.tensor([5]), torch.zeros(1, 1).int(), 4)
+    assert slots.tolist() == [[0, 1, 2, 4]]
+
+
+def test_topk_slots_refuses_a_narrow_out() -> None:
+    with pytest.raises(ValueError, match=r"needs torch.int32 \[1, 4\] or wider"):
+        ops.topk_slots(torch.zeros(1, 64), torch.tensor([5]), torch.zeros(1, 1).int(), 4, out=torch.zeros(1, 3).int())
+
+
+def attention(make: Maker, heads: int = 4, candidates: int = 24) -> dict:
+    slots = make.slots(80, candidates, [candidates, candidates])
+    return {
+        "q": make.bf16(2, heads, 512),
+        "window_pages": make.kv_pool(64, slots, 2),
+        "window_slots": slots,
+        "window_lengths": torch.tensor([candidates, candidates]),
+        "window_page_size": 64,
+        "extra_pages": None,
+        "extra_slots": None,
+        "extra_lengths": None,
+        "extra_page_size": None,
+        "sink": torch.full((heads,), -torch.inf),
+        "scale": 512**-0.5,
+    }
+
+
+def test_sparse_mla_without_a_sink_is_attention(seed: int) -> None:
+    inputs = attention(Maker(seed, CPU))
+    k = kv_page.load(inputs["window_pages"], inputs["window_slots"], 64).float().unsqueeze(1)
+    expected = torch.nn.functional.scaled_dot_product_attention(inputs["q"].float().unsqueeze(2), k, k).squeeze(2)
+    torch.testing.assert_close(ops.sparse_mla(**inputs).float(), expected, atol=4e-3, rtol=2**-7)
+
+
+def test_sparse_mla_does_not_care_where_a_candidate_stands(seed: int) -> None:
+    make = Maker(seed, CPU)
+    inputs = attention(make) | {"sink": make.normal(4)}
+    expected = ops.sparse_mla(**inputs)
+    slots, pages = inputs["window_slots"], inputs["window_pages"]
+    moved = {
+        "window_slots": slots[:, 10:],
+        "window_lengths": torch.tensor([14, 14]),
+        "extra_pages": pages,
+        "extra_slots": slots[:, :10].flip(1),
+        "extra_lengths": torch.tensor([10, 10]),
+        "extra_page_size": 64,
+    }
+    torch.testing.assert_close(ops.sparse_mla(**inputs | moved), expected, atol=2**-8, rtol=2**-7)
+
+
+def test_sparse_mla_survives_large_scores(seed: int) -> None:
+    make = Maker(seed, CPU)
+    inputs = attention(make) | {"sink": torch.full((4,), 1e4), "scale": 50.0}
+    assert ops.sparse_mla(**inputs).isfinite().all()
+    inputs["sink"] = torch.full((4,), -1e4)
+    assert ops.sparse_mla(**inputs).isfinite().all()
+
+
+def test_sparse_mla_wants_all_of_extra(seed: int) -> None:
+    inputs = attention(Maker(seed, CPU))
+    with pytest.raises(ValueError, match="pass all or none"):
+        ops.sparse_mla(**inputs | {"extra_pages": inputs["window_pages"]})
+
+
+@SOME
+@given(seeds, st.booleans())
+def test_mxfp4_moe_is_finite_for_any_bytes(seed: int, random_scales: bool) -> None:
+    make = Maker(seed, CPU)
+    e, hidden, inter = 3, 64, 32
+
+    def data(*shape: int) -> torch.Tensor:
+        return make.integers(0, 256, *shape, dtype=torch.uint8)
+
+    def scales(*shape: int) -> torch.Tensor:
+        return data(*shape) if random_scales else torch.full(shape, 255, dtype=torch.uint8)
+
+    y = ops.mxfp4_moe(
+        make.bf16(5, hidden, scale=1000.0),
+        make.integers(-1, e, 5, 2),
+        make.normal(5, 2),
+        data(e, 2 * inter, hidden // 2),
+        scales(e, 2 * inter, hidden // 32),
+        data(e, hidden, inter // 2),
+        scales(e, hidden, inter // 32),
+        10.0,
+    )
+    assert y.isfinite().all()
+    assert random_scales or not y.any()
+
+
+@SOME
+@given(seeds, st.integers(1, 40))
+def test_router_weights_sum_to_one(seed: int, tokens: int) -> None:
+    make = Maker(seed, CPU)
+    logits = make.normal(tokens, 16, scale=5.0)
+    weights, ids = ops.router_topk(logits, make.normal(16), 6)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(tokens))
+    assert all(len(set(row)) == 6 for row in ids.tolist())
+    # The bias moves the choice and not the weights.
+    everyone, order = ops.router_topk(logits, make.normal(16, scale=100.0), 16)
+    plain, ranked = ops.router_topk(logits, torch.zeros(16), 16)
+    assert torch.equal(everyone.gather(1, order.argsort(1)).argmax(1), plain.gather(1, ranked.argsort(1)).argmax(1))
+
+
+def test_silu_mul_clamp_limits_gate_from_above_only() -> None:
+    gate_up = torch.tensor([[100.0, -100.0, 1.0, 1.0, 50.0, -50.0]]).bfloat16()
+    y = ops.silu_mul_clamp(gate_up, 10.0)
+    expected = torch.nn.functional.silu(torch.tensor([10.0, -100.0, 1.0])) * torch.tensor([1.0, 10.0, -10.0])
+    torch.testing.assert_close(y[0], expected.bfloat16())
+
+
+def test_chunking_does_not_change_results(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang_sm120.ops.compress.cases import cases as compress_cases
+    from sglang_sm120.ops.indexer_logits.cases import inputs as indexer_inputs
+
+    scorer = indexer_inputs(Maker(seed, CPU), 8, [200, 1, 0, 130, 65])
+    attended = attention(Maker(seed, CPU))
+    compressed = next(case for case in compress_cases("cpu") if case.name == "c4-first")
+
+    def results() -> list[torch.Tensor]:
+        return [
+            ops.indexer_logits(**scorer),
+            ops.sparse_mla(**attended),
+            ops.indexer_topk(**scorer, k=32),
+            ops.compress(**compressed.build(Maker(seed, CPU))),
+        ]
+
+    whole = results()
+    monkeypatch.setattr(_math, "CHUNK_BYTES", 1)
+    monkeypatch.setitem(ops.indexer_logits.reference.__globals__, "PAGES_AT_ONCE", 1)
+    assert len(list(_math.row_chunks(5, 100))) == 5
+    for small, large in zip(results(), whole, strict=True):
+        torch.testing.assert_close(small, large)
+
+
+def test_row_chunks_cover_all_rows_once() -> None:
+    for rows, size in ((0, 5), (1, 1 << 40), (1000, _math.CHUNK_BYTES // 3), (7, 0)):
+        covered = [i for chunk in _math.row_chunks(rows, size) for i in range(chunk.start, chunk.stop)]
+        assert covered == list(range(rows))

@@ -1,0 +1,190 @@
+"""Dispatch: who is chosen, who may refuse, and what a bad setting says."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from sglang_sm120 import ops as _ops  # noqa: F401  (so that an op's name in the environment can be checked)
+from sglang_sm120 import registry
+from sglang_sm120.registry import Op, ProviderError
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(registry, "_ops", dict(registry._ops))
+    monkeypatch.delenv("SGLANG_SM120_PROVIDER", raising=False)
+    monkeypatch.delenv("SGLANG_SM120_FORCE", raising=False)
+    registry.reset()
+    yield
+    monkeypatch.undo()
+    registry.reset()
+
+
+def make(default_on: str = "", runs_on: str = "cpu sm80+", accepts=None) -> Op:
+    @Op
+    def double(x: torch.Tensor, times: int = 2) -> str:
+        return "torch"
+
+    @double.provider("fake", runs_on=runs_on, default_on=default_on, accepts=accepts)
+    def double_fake(x: torch.Tensor, times: int = 2, plan: object = None) -> str:
+        return "fake"
+
+    return double
+
+
+X = torch.zeros(1)
+
+
+def test_the_reference_serves_unless_a_provider_is_the_default() -> None:
+    assert make()(X) == "torch"
+
+
+def test_a_default_provider_serves() -> None:
+    assert make(default_on="cpu")(X) == "fake"
+
+
+def test_force_makes_a_provider_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_SM120_FORCE", "1")
+    assert make()(X) == "fake"
+
+
+def test_force_cannot_choose_what_does_not_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_SM120_FORCE", "1")
+    assert make(runs_on="sm120")(X) == "torch"
+
+
+@pytest.mark.parametrize("value", ["torch", "double=torch", " double = torch ,", "fake,double=torch"])
+def test_the_environment_switches_back_to_torch(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("SGLANG_SM120_PROVIDER", value)
+    assert make(default_on="cpu")(X) == "torch"
+
+
+def test_the_environment_chooses_one_op_or_all_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = make()
+    for value in ("double=fake", "fake", "torch,double=fake"):
+        monkeypatch.setenv("SGLANG_SM120_PROVIDER", value)
+        registry.reset()
+        assert op(X) == "fake"
+        assert registry.ops()["rope"](torch.zeros(0, 64).bfloat16(), torch.ones(1, 32) + 0j, X[:0].long()) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        ("tritn", "asks for provider 'tritn', which any op lacks; use one of fake, torch"),
+        ("double=triton", "asks for provider 'triton', which op double lacks"),
+        ("doubel=torch", "names op 'doubel' and needs one of"),
+        ("double=", "asks for provider '', which op double lacks"),
+    ],
+)
+def test_a_bad_value_is_one_sentence(monkeypatch: pytest.MonkeyPatch, value: str, sentence: str) -> None:
+    op = make()
+    monkeypatch.setenv("SGLANG_SM120_PROVIDER", value)
+    with pytest.raises(ProviderError, match=sentence) as caught:
+        op(X)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_provider_that_does_not_run_here_cannot_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = make(runs_on="sm120")
+    monkeypatch.setenv("SGLANG_SM120_PROVIDER", "double=fake")
+    with pytest.raises(ProviderError, match="runs on sm120 and not on cpu; name another of torch, fake"):
+        op(X)
+
+
+def test_a_bad_force_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_SM120_FORCE", "yes")
+    with pytest.raises(ProviderError, match="is 'yes' and needs 0 or 1"):
+        make()(X)
+
+
+def test_selection_happens_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = make()
+    assert op(X) == "torch"
+    monkeypatch.setenv("SGLANG_SM120_FORCE", "1")
+    assert op(X) == "torch"
+    registry.reset()
+    assert op(X) == "fake"
+
+
+def test_a_default_provider_that_refuses_is_replaced_and_logged_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    op = make(default_on="cpu", accepts=lambda x, times=2: None if times == 2 else "times must be 2")
+    with caplog.at_level(logging.WARNING):
+        assert op(X) == "fake"
+        assert op(X, times=3) == op(X, 3) == "torch"
+    assert len(caplog.records) == 1
+    assert "provider fake refuses: times must be 2" in caplog.text
+
+
+def test_a_provider_asked_for_that_refuses_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = make(accepts=lambda x, times=2: "x is too small")
+    monkeypatch.setenv("SGLANG_SM120_PROVIDER", "fake")
+    with pytest.raises(ProviderError, match="provider fake of op double refuses: x is too small"):
+        op(X)
+
+
+def test_signatures_must_agree() -> None:
+    op = make()
+    with pytest.raises(ProviderError, match="make its signature equal"):
+        op.provider("renamed", runs_on="cpu")(lambda y, times=2: None)
+    with pytest.raises(ProviderError, match="make its signature equal"):
+        op.provider("other-default", runs_on="cpu")(lambda x, times=3: None)
+    with pytest.raises(ProviderError, match="make its signature equal"):
+
+        @op.provider("keyword", runs_on="cpu")
+        def keyword(x: torch.Tensor, *, times: int = 2) -> None: ...
+
+
+def test_names_are_unique() -> None:
+    op = make()
+    with pytest.raises(ProviderError, match="already has a provider fake"):
+        op.provider("fake", runs_on="cpu")(lambda x, times=2: None)
+    with pytest.raises(ProviderError, match="op double is already registered"):
+        make()
+
+
+def test_an_unknown_device_kind_is_refused() -> None:
+    with pytest.raises(ProviderError, match="device kind 'sm120x' is unknown; use cpu, sm120 or sm80"):
+        make(runs_on="sm120x")
+
+
+def test_device_kinds() -> None:
+    op = make(runs_on="sm80+", default_on="sm120 sm121")
+    chosen = {
+        kind: row.provider
+        for kind in ("cpu", "sm75", "sm80", "sm90", "sm120", "sm121")
+        for row in registry.table(kind)
+        if row.op == op.name and row.chosen
+    }
+    assert chosen == {
+        "cpu": "torch",
+        "sm75": "torch",
+        "sm80": "torch",
+        "sm90": "torch",
+        "sm120": "fake",
+        "sm121": "fake",
+    }
+
+
+def test_the_table_says_why() -> None:
+    make(runs_on="sm80+", default_on="sm120")
+    why = {kind: [row[1:] for row in registry.table(kind) if row.op == "double"] for kind in ("cpu", "sm90", "sm120")}
+    assert why["cpu"] == [
+        ("torch", True, "no other provider is the default on cpu"),
+        ("fake", False, "does not run on cpu, needs sm80+"),
+    ]
+    assert why["sm90"][1] == ("fake", False, "runs on sm90, not chosen")
+    assert why["sm120"] == [("torch", False, "runs on sm120, not chosen"), ("fake", True, "default on sm120")]
+    assert {row.op for row in registry.table()} >= set(_ops.__all__)
+    assert all(row.chosen for row in registry.table("cpu") if row.provider == "torch" and row.op != "double")
+
+
+def test_an_op_keeps_its_contract() -> None:
+    assert _ops.sinkhorn.__name__ == "sinkhorn"
+    assert "column" in _ops.sinkhorn.__doc__
