@@ -1,0 +1,144 @@
+"""Starts the real SGLang HTTP server as a child process and stops exactly that process tree: for the demo and tests."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import httpx
+
+
+class ServerError(RuntimeError):
+    """The server did not come up; the message holds the end of its log."""
+
+
+def free_port() -> int:
+    """A TCP port on the loopback interface that was free a moment ago; SGLang also claims the one 10,000 above."""
+    for port in random.sample(range(20000, 32000), 100):
+        try:
+            for number in (port, port + 10000):
+                with socket.socket() as s:
+                    s.bind(("127.0.0.1", number))
+        except OSError:
+            continue
+        return port
+    raise ServerError("No free TCP port was found between 20000 and 32000: stop other servers on this machine.")
+
+
+class LocalServer:
+    """`python -m sglang.launch_server` on a free loopback port, as a context manager.
+
+    Args:
+        checkpoint: model directory.
+        args: further SGLang flags, as on the command line.
+        launcher: what Python runs, `-m sglang.launch_server` unless given.
+        env: variables to set for the server beside this process's own.
+        log: file that receives the server's stdout and stderr.
+        ready_seconds: how long start-up may take before it counts as failed.
+
+    Raises:
+        ServerError: on entering, when the server exits or is not healthy in time.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        *args: str,
+        log: Path,
+        launcher: Sequence[str] = ("-m", "sglang.launch_server"),
+        env: Mapping[str, str] | None = None,
+        ready_seconds: float = 240,
+    ) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = Path(log)
+        self._command = [
+            sys.executable, *launcher,
+            "--model-path", str(checkpoint), "--host", "127.0.0.1", "--port", str(self.port), *args,
+        ]  # fmt: skip
+        self._env = os.environ | dict(env or {})
+        self._ready_seconds = ready_seconds
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "LocalServer.pid is read inside `with`"
+        return self._process.pid
+
+    def __enter__(self) -> LocalServer:
+        with self.log.open("wb") as log:
+            # A session of its own: the schedulers it spawns stay in its process group.
+            self._process = subprocess.Popen(
+                self._command,
+                env=self._env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            self._wait_until_healthy()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def alive(self) -> bool:
+        """Whether the launched process still runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def stop(self, grace_seconds: float = 10) -> None:
+        """Terminate the process group, by force after `grace_seconds`; returns when all of it is gone."""
+        if self._process is None:
+            return
+        group = self._process.pid
+        for sig, seconds in ((signal.SIGTERM, grace_seconds), (signal.SIGKILL, 10.0)):
+            try:
+                os.killpg(group, sig)
+            except ProcessLookupError:
+                break
+            if self._wait_group_gone(group, seconds):
+                break
+        self._process.wait()
+
+    def _wait_group_gone(self, group: int, seconds: float) -> bool:
+        assert self._process is not None
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            self._process.poll()
+            try:
+                os.killpg(group, 0)
+            except ProcessLookupError:
+                return True
+            time.sleep(0.1)
+        return False
+
+    def _wait_until_healthy(self) -> None:
+        deadline = time.monotonic() + self._ready_seconds
+        while time.monotonic() < deadline:
+            if not self.alive():
+                raise ServerError(f"The server exited with its log ending in:\n{self.log_tail()}")
+            try:
+                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
+                    return
+            except httpx.HTTPError:
+                pass
+            time.sleep(0.5)
+        raise ServerError(f"The server was not healthy after {self._ready_seconds:.0f} s; log:\n{self.log_tail()}")
+
+    def log_tail(self, lines: int = 40) -> str:
+        """The last lines of the server's log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])

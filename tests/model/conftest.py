@@ -1,0 +1,46 @@
+"""One small checkpoint and one server per configuration, shared by the tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from serving import CachedOracle
+from sglang_sm120.local_server import LocalServer
+from sglang_sm120.reference.oracle import Oracle
+from sglang_sm120.reference.write import write_checkpoint
+
+torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint") / "DeepSeek-V4-small"
+    write_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def oracle(checkpoint: Path) -> CachedOracle:
+    return CachedOracle(Oracle(checkpoint))
+
+
+@pytest.fixture(scope="module")
+def server(
+    request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LocalServer]:
+    """The server of a module's `SERVER_ARGS`, `SERVER_ENV` and `SERVER_LAUNCHER`."""
+    module = request.module
+    with LocalServer(
+        checkpoint,
+        "--device",
+        "cpu",
+        *module.SERVER_ARGS,
+        log=tmp_path_factory.mktemp("server") / "server.log",
+        launcher=getattr(module, "SERVER_LAUNCHER", ("-m", "sglang.launch_server")),
+        env=getattr(module, "SERVER_ENV", None),
+    ) as running:
+        yield running
