@@ -6,6 +6,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 # Recipes read them as quoted shell variables, so that a path may hold blanks.
 export PYTHON SITE
+# SGLang starts four processes; without byte code each of them compiles some 6,000 files first.
+unexport PYTHONDONTWRITEBYTECODE
 
 VENV := .venv/bin/python
 # Any Python from 3.9 runs it; the site it works on may belong to another.

@@ -5,13 +5,14 @@ The checkpoint has random weights, so the text it writes means nothing; what is 
 
 from __future__ import annotations
 
+import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import httpx
-from openai import OpenAI
+from openai import OpenAI, OpenAIError
 
 from sglang_sm120.local_server import LocalServer, ServerError
 from sglang_sm120.reference.write import write_checkpoint
@@ -50,7 +51,7 @@ def _show_requests(url: str) -> None:
     if "".join(pieces) != (chat.choices[0].message.content or ""):
         raise ServerError("The streamed completion differs from the plain one, though both were greedy.")
 
-    text = " ".join(f"Line {i}: the key of box {i} is {i * 7919 % 10007}." for i in range(1, 400))
+    text = " ".join(f"Line {i}: the key of box {i} is {i * 7919 % 10007}." for i in range(1, 101))
     start = time.monotonic()
     long = client.completions.create(model=model, prompt=text, max_tokens=4, temperature=0)
     assert long.usage is not None
@@ -61,18 +62,20 @@ def _show_requests(url: str) -> None:
 
 def main() -> int:
     """Run the demo; 0 when every request was answered, 1 with one sentence otherwise."""
+    # An exception, unlike the signal itself, stops the server on its way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with tempfile.TemporaryDirectory(prefix="sglang-sm120-demo-") as scratch:
         checkpoint = Path(scratch) / "DeepSeek-V4-small"
         _say("Writing a small DeepSeek-V4 checkpoint with random weights …")
         write_checkpoint(checkpoint)
         log = Path(scratch) / "server.log"
-        _say("Starting python -m sglang.launch_server --device cpu … (the first start compiles nothing, about a minute)")
+        _say("Starting python -m sglang.launch_server --device cpu … (about a minute)")
         start = time.monotonic()
         try:
             with LocalServer(checkpoint, "--device", "cpu", log=log) as server:
                 _say(f"Server ready at {server.url} after {time.monotonic() - start:.0f} s.")
                 _show_requests(server.url)
-        except (ServerError, httpx.HTTPError) as error:
+        except (ServerError, httpx.HTTPError, OpenAIError) as error:
             print(f"make demo failed: {error}", file=sys.stderr)
             return 1
     _say("Server stopped. The demo worked.")

@@ -39,11 +39,11 @@ def admissible(
             f"The window pool holds {window_tokens} tokens but DeepSeek-V4 needs at least {smallest} to make progress: "
             f"raise --max-total-tokens, --mem-fraction-static or --swa-full-tokens-ratio."
         )
-    half = max(window_tokens // 2 // page_size * page_size, page_size)
     asked = chunked_prefill_size if chunked_prefill_size is not None and chunked_prefill_size > 0 else window_tokens
-    chunk = asked if asked + reserve * max_running_requests <= window_tokens else min(asked, half)
-    pages = -(-chunk // page_size) * page_size
-    requests = min(max_running_requests, max(1, (window_tokens - pages) // reserve))
+    chunk = asked
+    if _whole_pages(asked, page_size) + reserve * max_running_requests > window_tokens:
+        chunk = min(asked, max(window_tokens // 2 // page_size, 1) * page_size)
+    requests = min(max_running_requests, (window_tokens - _whole_pages(chunk, page_size)) // reserve)
     if chunk != chunked_prefill_size:
         logger.warning(
             "chunked_prefill_size %s -> %d: the window pool holds %d tokens.",
@@ -55,3 +55,7 @@ def admissible(
             max_running_requests, requests, window_tokens,
         )
     return chunk, requests
+
+
+def _whole_pages(tokens: int, page_size: int) -> int:
+    return -(-tokens // page_size) * page_size

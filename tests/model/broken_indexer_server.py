@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import torch
+
 from sglang_sm120 import ops
 
 

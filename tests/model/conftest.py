@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from serving import CachedOracle
+from serving import CachedOracle, PromptOf
+
 from sglang_sm120.local_server import LocalServer
 from sglang_sm120.reference.oracle import Oracle
+from sglang_sm120.reference.prompts import prompt
 from sglang_sm120.reference.write import write_checkpoint
 
 torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -26,6 +29,24 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def oracle(checkpoint: Path) -> CachedOracle:
     return CachedOracle(Oracle(checkpoint))
+
+
+@pytest.fixture(scope="session")
+def prompt_of(checkpoint: Path) -> PromptOf:
+    """`prompt_of(tokens, seed)`: random ids on which every part of the checkpoint shows."""
+    return partial(prompt, checkpoint)
+
+
+@pytest.fixture(scope="session")
+def long_prompt(prompt_of: PromptOf) -> list[int]:
+    """2,600 tokens: the indexer chooses 512 of 650 entries, and 20 c128 entries are in sight."""
+    return prompt_of(2600, 1)
+
+
+@pytest.fixture(scope="session")
+def short_prompt(prompt_of: PromptOf) -> list[int]:
+    """200 tokens: every compressed entry is selected."""
+    return prompt_of(200, 2)
 
 
 @pytest.fixture(scope="module")

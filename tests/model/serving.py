@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import torch
+
 from sglang_sm120.local_server import LocalServer
 from sglang_sm120.reference.oracle import LOGPROB_TOLERANCE, Oracle, Result
+
+# (tokens, seed) to token ids.
+PromptOf = Callable[[int, int], list[int]]
 
 # The share of positions where rounding alone may decide between two experts or index entries.
 MAX_EXCLUDED = 0.02
@@ -90,22 +95,17 @@ def greedy_until_tie(answer: Answer, oracle: CachedOracle) -> tuple[list[int], l
     """Return (the server's, the oracle's) greedy tokens up to the first undecided position or top-1 tie."""
     result = oracle(answer.tokens)
     decided = result.decided()
-    for n, position in enumerate(range(len(answer.prompt) - 1, len(answer.tokens) - 1)):
-        first, second = result.logprobs[position].topk(2).values.tolist()
-        if first - second < 2 * LOGPROB_TOLERANCE or not decided[position]:
-            break
-    else:
-        n = len(answer.output)
-    rows = slice(len(answer.prompt) - 1, len(answer.prompt) - 1 + n)
-    return answer.output[:n], result.logprobs[rows].argmax(-1).tolist()
+    rows = slice(len(answer.prompt) - 1, len(answer.tokens) - 1)
+    best = result.logprobs[rows].topk(2)
+    clear = decided[rows] & (best.values[:, 0] - best.values[:, 1] >= 2 * LOGPROB_TOLERANCE)
+    n = int(clear.long().cumprod(0).sum())
+    return answer.output[:n], best.indices[:n, 0].tolist()
 
 
 def assert_equal(answer: Answer, oracle: CachedOracle) -> None:
     """The server's log-probabilities and greedy tokens are the oracle's."""
     error, excluded = deviation(answer, oracle)
-    print(
-        f"{len(answer.prompt)} + {len(answer.output)} tokens: largest error {error:.4f}, {excluded:.2%} excluded"
-    )
+    print(f"{len(answer.prompt)} + {len(answer.output)} tokens: largest error {error:.4f}, {excluded:.2%} excluded")
     assert excluded <= MAX_EXCLUDED or excluded * len(answer.logprobs) <= 1
     assert error <= LOGPROB_TOLERANCE
     served, expected = greedy_until_tie(answer, oracle)

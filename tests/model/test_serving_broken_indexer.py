@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prompts import LONG, SHORT
 from serving import CachedOracle, ask, assert_equal, deviation
+
 from sglang_sm120.local_server import LocalServer
 from sglang_sm120.reference.oracle import LOGPROB_TOLERANCE
 
@@ -14,10 +14,10 @@ SERVER_LAUNCHER = (str(Path(__file__).with_name("broken_indexer_server.py")),)
 SERVER_ENV = {"SGLANG_SM120_PROVIDER": "indexer_topk=off_by_one_block"}
 
 
-def test_long_case_fails(server: LocalServer, oracle: CachedOracle) -> None:
-    error, _ = deviation(ask(server, LONG, new_tokens=1), oracle)
+def test_long_case_fails(server: LocalServer, oracle: CachedOracle, long_prompt: list[int]) -> None:
+    error, _ = deviation(ask(server, long_prompt, new_tokens=1), oracle)
     assert error > 2 * LOGPROB_TOLERANCE
 
 
-def test_short_case_cannot_tell(server: LocalServer, oracle: CachedOracle) -> None:
-    assert_equal(ask(server, SHORT, new_tokens=1), oracle)
+def test_short_case_cannot_tell(server: LocalServer, oracle: CachedOracle, short_prompt: list[int]) -> None:
+    assert_equal(ask(server, short_prompt, new_tokens=1), oracle)

@@ -8,16 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from prompts import LONG, SHORT, random_prompt
-from serving import CachedOracle, ask, ask_batch, assert_equal, request_body
+from serving import CachedOracle, PromptOf, ask, ask_batch, assert_equal, request_body
+
 from sglang_sm120.local_server import LocalServer
 
 CONTEXT = 4096
-SERVER_ARGS = ("--chunked-prefill-size", "512", "--context-length", str(CONTEXT))
+# Every decode step is logged, so that a test can read how many requests it had.
+SERVER_ARGS = ("--chunked-prefill-size", "512", "--context-length", str(CONTEXT), "--decode-log-interval", "1")
 
 
-def test_chunked_prefill(server: LocalServer, oracle: CachedOracle) -> None:
-    answer = ask(server, LONG, new_tokens=4)
+def test_chunked_prefill(server: LocalServer, oracle: CachedOracle, long_prompt: list[int]) -> None:
+    answer = ask(server, long_prompt, new_tokens=4)
     assert answer.cached_tokens == 0
     assert "#new-token: 512" in server.log.read_text()
     assert_equal(answer, oracle)
@@ -25,41 +26,45 @@ def test_chunked_prefill(server: LocalServer, oracle: CachedOracle) -> None:
 
 @pytest.mark.parametrize("tokens", [122, 250])
 def test_decode_across_block_boundaries(
-    server: LocalServer, oracle: CachedOracle, tokens: int, seed: int
+    server: LocalServer, oracle: CachedOracle, tokens: int, seed: int, prompt_of: PromptOf
 ) -> None:
     # Twelve new tokens complete at least two c4 blocks and, at 128 and 256, a c128 block.
-    assert_equal(ask(server, random_prompt(tokens, seed), new_tokens=12), oracle)
+    assert_equal(ask(server, prompt_of(tokens, seed), new_tokens=12), oracle)
 
 
-def test_decode_past_the_indexer_width(server: LocalServer, oracle: CachedOracle, seed: int) -> None:
+def test_decode_past_the_indexer_width(
+    server: LocalServer, oracle: CachedOracle, seed: int, prompt_of: PromptOf
+) -> None:
     # The 513th c4 entry appears at token 2,052: from there on decode has to choose.
-    assert_equal(ask(server, random_prompt(2047, seed), new_tokens=8), oracle)
+    assert_equal(ask(server, prompt_of(2047, seed), new_tokens=8), oracle)
 
 
-def test_prefix_cache_hit(server: LocalServer, oracle: CachedOracle, seed: int) -> None:
-    shared = random_prompt(600, seed)
-    ask(server, shared + random_prompt(40, seed + 1))
+def test_prefix_cache_hit(server: LocalServer, oracle: CachedOracle, seed: int, prompt_of: PromptOf) -> None:
+    shared = prompt_of(600, seed)
+    ask(server, shared + prompt_of(40, seed + 1))
     # Log-probabilities are asked for behind the shared part only: SGLang recomputes what it has to score.
-    answer = ask(server, shared + random_prompt(70, seed + 2), new_tokens=6, start=550)
+    answer = ask(server, shared + prompt_of(70, seed + 2), new_tokens=6, start=550)
     assert answer.cached_tokens >= 512
     assert_equal(answer, oracle)
 
 
-def test_three_requests_in_one_batch(server: LocalServer, oracle: CachedOracle, seed: int) -> None:
-    prompts = [random_prompt(tokens, seed + tokens) for tokens in (5, 130, 333)]
+def test_three_requests_in_one_batch(server: LocalServer, oracle: CachedOracle, seed: int, prompt_of: PromptOf) -> None:
+    prompts = [prompt_of(tokens, seed + tokens) for tokens in (5, 130, 333)]
     answers = ask_batch(server, prompts, new_tokens=10)
-    assert "#new-seq: 3" in server.log.read_text() or "#running-req: 3" in server.log.read_text()
+    assert "Decode batch, #running-req: 3" in server.log.read_text()
     for answer in answers:
         assert_equal(answer, oracle)
 
 
-def test_aborted_request_beside_a_live_one(server: LocalServer, oracle: CachedOracle, seed: int) -> None:
-    doomed = {**request_body(random_prompt(300, seed), 2000), "stream": True, "rid": f"doomed-{seed}"}
+def test_aborted_request_beside_a_live_one(
+    server: LocalServer, oracle: CachedOracle, seed: int, prompt_of: PromptOf
+) -> None:
+    doomed = {**request_body(prompt_of(300, seed), 2000), "stream": True, "rid": f"doomed-{seed}"}
     with ThreadPoolExecutor(1) as pool, httpx.Client(timeout=300) as client:
         with client.stream("POST", f"{server.url}/generate", json=doomed) as stream:
             lines = stream.iter_lines()
             next(lines)  # it is decoding now
-            live = pool.submit(ask, server, random_prompt(150, seed + 1), 16)
+            live = pool.submit(ask, server, prompt_of(150, seed + 1), 16)
             client.post(f"{server.url}/abort_request", json={"rid": doomed["rid"]}).raise_for_status()
             replies = [json.loads(line[5:]) for line in lines if line.startswith("data: {")]
         assert_equal(live.result(), oracle)
@@ -86,28 +91,28 @@ def _error_of(response: httpx.Response) -> str:
     ids=["no tokens", "empty text", "over the context", "id too large", "id negative"],
 )
 def test_bad_prompt(
-    server: LocalServer, oracle: CachedOracle, body: dict[str, object], named: str
+    server: LocalServer, oracle: CachedOracle, body: dict[str, object], named: str, short_prompt: list[int]
 ) -> None:
-    response = httpx.post(
-        f"{server.url}/generate", json={**body, "sampling_params": {"max_new_tokens": 1}}, timeout=60
-    )
+    response = httpx.post(f"{server.url}/generate", json={**body, "sampling_params": {"max_new_tokens": 1}}, timeout=60)
     assert named in _error_of(response)
     assert server.alive()
-    assert_equal(ask(server, SHORT, new_tokens=2), oracle)
+    assert_equal(ask(server, short_prompt, new_tokens=2), oracle)
 
 
 @pytest.mark.parametrize("path", ["/generate", "/v1/chat/completions"])
-def test_malformed_json(server: LocalServer, oracle: CachedOracle, path: str) -> None:
+def test_malformed_json(server: LocalServer, oracle: CachedOracle, path: str, short_prompt: list[int]) -> None:
     response = httpx.post(
         server.url + path, content=b'{"messages": [', headers={"content-type": "application/json"}, timeout=60
     )
     _error_of(response)
-    assert_equal(ask(server, SHORT, new_tokens=2), oracle)
+    assert_equal(ask(server, short_prompt, new_tokens=2), oracle)
 
 
-def test_half_of_100_requests_disconnect(server: LocalServer, oracle: CachedOracle, seed: int) -> None:
+def test_half_of_100_requests_disconnect(
+    server: LocalServer, oracle: CachedOracle, seed: int, prompt_of: PromptOf, short_prompt: list[int]
+) -> None:
     async def one(client: httpx.AsyncClient, i: int) -> bool:
-        body = request_body(random_prompt(20, seed + i), 4)
+        body = request_body(prompt_of(20, seed + i), 4)
         if i % 2:
             task = asyncio.create_task(client.post("/generate", json={**body, "sampling_params": {
                 "max_new_tokens": 200, "ignore_eos": True}}))  # fmt: skip
@@ -124,4 +129,4 @@ def test_half_of_100_requests_disconnect(server: LocalServer, oracle: CachedOrac
 
     assert sum(asyncio.run(everybody())) == 50
     assert server.alive()
-    assert_equal(ask(server, SHORT, new_tokens=2), oracle)
+    assert_equal(ask(server, short_prompt, new_tokens=2), oracle)

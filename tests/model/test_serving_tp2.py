@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from prompts import random_prompt
-from serving import CachedOracle, ask, assert_equal
+from serving import CachedOracle, PromptOf, ask, assert_equal
+
 from sglang_sm120.local_server import LocalServer
 
 SERVER_ARGS = ("--tp", "2")
 
 
 @pytest.mark.parametrize("tokens", [1, 127, 128, 129])
-def test_prefill_and_decode(server: LocalServer, oracle: CachedOracle, tokens: int, seed: int) -> None:
-    assert_equal(ask(server, random_prompt(tokens, seed), new_tokens=8), oracle)
+def test_prefill_and_decode(
+    server: LocalServer, oracle: CachedOracle, tokens: int, seed: int, prompt_of: PromptOf
+) -> None:
+    assert_equal(ask(server, prompt_of(tokens, seed), new_tokens=8), oracle)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import pytest
-from prompts import LONG, random_prompt
-from serving import CachedOracle, ask, assert_equal
+from serving import CachedOracle, PromptOf, ask, assert_equal
+
 from sglang_sm120.local_server import LocalServer
 
 SERVER_ARGS = ("--chunked-prefill-size", "4096")
 
 
 @pytest.mark.parametrize("tokens", [1, 127, 128, 129, 2047])
-def test_prefill(server: LocalServer, oracle: CachedOracle, tokens: int, seed: int) -> None:
-    assert_equal(ask(server, random_prompt(tokens, seed), new_tokens=4), oracle)
+def test_prefill(server: LocalServer, oracle: CachedOracle, tokens: int, seed: int, prompt_of: PromptOf) -> None:
+    assert_equal(ask(server, prompt_of(tokens, seed), new_tokens=4), oracle)
 
 
-def test_long_prefill(server: LocalServer, oracle: CachedOracle) -> None:
-    assert_equal(ask(server, LONG, new_tokens=4), oracle)
+def test_long_prefill(server: LocalServer, oracle: CachedOracle, long_prompt: list[int]) -> None:
+    assert_equal(ask(server, long_prompt, new_tokens=4), oracle)

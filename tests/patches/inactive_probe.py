@@ -14,6 +14,7 @@ from collections.abc import Callable
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
+import sglang
 import torch
 from sglang.srt.distributed import init_distributed_environment, initialize_model_parallel
 from sglang.srt.layers.deep_gemm_wrapper import configurer
@@ -85,6 +86,7 @@ def main() -> None:
     torch.manual_seed(0)
     with torch.inference_mode():
         print(json.dumps({
+            "sglang": sglang.__file__,
             "moe": moe_of_deepseek_v3(),
             "fp8_linear": fp8_linear(),
             "deepgemm": deepgemm_by_architecture(),

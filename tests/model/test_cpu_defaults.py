@@ -1,0 +1,126 @@
+"""What is set before the server starts: pool sizes, environment, and that the started server is stopped."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sglang_sm120
+from sglang_sm120 import window_pool
+from sglang_sm120.local_server import LocalServer, ServerError
+
+PAGE = 256
+
+
+@given(
+    window=st.integers(3 * PAGE, 300 * PAGE),
+    chunk=st.none() | st.integers(-1, 100_000),
+    requests=st.integers(1, 512),
+)
+def test_no_prompt_waits_for_ever(window: int, chunk: int | None, requests: int) -> None:
+    got_chunk, got_requests = window_pool.admissible(window, PAGE, chunk, requests)
+    assert 1 <= got_chunk and 1 <= got_requests <= requests
+    assert -(-got_chunk // PAGE) * PAGE + got_requests * 2 * PAGE <= window
+    unlimited = chunk is None or chunk <= 0
+    assert unlimited or got_chunk <= chunk
+    if not unlimited and -(-chunk // PAGE) * PAGE + requests * 2 * PAGE <= window:
+        assert (got_chunk, got_requests) == (chunk, requests), "values that fit were changed"
+
+
+@given(window=st.integers(0, 3 * PAGE - 1))
+def test_a_pool_too_small_for_one_request_is_refused(window: int) -> None:
+    with pytest.raises(ValueError, match=rf"holds {window} tokens .* at least {3 * PAGE}.*--max-total-tokens"):
+        window_pool.admissible(window, PAGE, 512, 1)
+
+
+@given(cpus=st.sets(st.integers(0, 255), min_size=1), ranks=st.integers(1, 8))
+def test_ranks_share_the_cores_equally(cpus: set[int], ranks: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "sched_getaffinity", lambda pid: cpus)
+        shares = sglang_sm120._cores_of_ranks(ranks)
+    assert len(shares) == ranks
+    assert len({len(share) for share in shares}) == 1
+    assert {cpu for share in shares for cpu in share} <= cpus
+    if len(cpus) >= ranks:
+        assert len({cpu for share in shares for cpu in share}) == sum(map(len, shares)), "a core has two ranks"
+
+
+def test_prepare_respects_what_the_user_set_and_warns_where_it_cannot(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(os, "environ", {"OMP_NUM_THREADS": "1", "SGLANG_OPT_USE_TOPK_V2": "1"})
+    assert sglang_sm120.prepare("cpu", 2)
+    assert os.environ["OMP_NUM_THREADS"] == "1"
+    assert os.environ["TRITON_INTERPRET"] == "1"
+    assert len(os.environ["SGLANG_CPU_OMP_THREADS_BIND"].split("|")) == 2
+    assert "SGLANG_USE_CPU_ENGINE" not in os.environ
+    assert os.environ["SGLANG_OPT_USE_TOPK_V2"] == "0"
+    (warning,) = caplog.messages
+    assert warning.startswith("SGLANG_OPT_USE_TOPK_V2=1 is replaced by 0")
+
+
+# Stands in for the server: answers /health, has a child that ignores SIGTERM, and writes both process ids.
+SERVER = """
+import http.server, os, signal, subprocess, sys
+port = int(sys.argv[sys.argv.index("--port") + 1])
+child = subprocess.Popen([sys.executable, "-c",
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(600)"],
+    stdout=subprocess.PIPE)
+child.stdout.readline()
+open(os.environ["PIDS"], "w").write(f"{os.getpid()} {child.pid}")
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+def _running(pid: int) -> bool:
+    """Whether the process exists and is not a zombie that waits for its parent."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_the_whole_process_tree_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pids = tmp_path / "pids"
+    monkeypatch.setattr(LocalServer.stop, "__defaults__", (1.0,))
+    with LocalServer(
+        tmp_path, log=tmp_path / "log", launcher=("-c", SERVER), env={"PIDS": str(pids)}, ready_seconds=60
+    ) as server:
+        assert server.alive()
+        parent, child = map(int, pids.read_text().split())
+        assert _running(parent) and _running(child)
+    assert not _running(parent) and not _running(child)
+
+
+def test_a_server_that_exits_is_reported_with_its_log(tmp_path: Path) -> None:
+    with pytest.raises(ServerError, match="no such model"):
+        with LocalServer(tmp_path, log=tmp_path / "log", launcher=("-c", "raise SystemExit('no such model')")):
+            pass
+
+
+def test_demo_fails_with_one_sentence_when_the_server_does(tmp_path: Path) -> None:
+    script = """
+        import sys
+        from sglang_sm120 import demo
+        from sglang_sm120.local_server import LocalServer
+        class Broken(LocalServer):
+            def __init__(self, *args, **options):
+                super().__init__(*args, **options, launcher=("-c", "raise SystemExit('out of order')"))
+        demo.LocalServer = Broken
+        sys.exit(demo.main())
+    """
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.startswith("make demo failed: The server exited")
+    assert "out of order" in result.stderr and "Traceback" not in result.stderr
