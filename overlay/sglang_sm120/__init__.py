@@ -35,12 +35,14 @@ _SWITCHES = {
 }
 
 
-# A laptop's worth of cache; SGLang sizes the pool by all free memory otherwise.
+# A laptop's worth of cache (SGLang sizes the pool by all free memory otherwise), and a core that is free while no
+# request is there.
 _CPU_SERVER_DEFAULTS = {
     "max_total_tokens": 32768,
     "max_running_requests": 8,
     "swa_full_tokens_ratio": 0.4,
     "disable_cuda_graph": True,
+    "sleep_on_idle": True,
 }
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 from openai import OpenAI, OpenAIError
+from openai.types.chat import ChatCompletionUserMessageParam
 
 from sglang_sm120.local_server import LocalServer, ServerError
 from sglang_sm120.reference.write import write_checkpoint
@@ -32,7 +33,7 @@ def _show_requests(url: str) -> None:
 
     client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=300, max_retries=0)
     model = client.models.list().data[0].id
-    question = [{"role": "user", "content": "What is 6 times 7?"}]
+    question = [ChatCompletionUserMessageParam(role="user", content="What is 6 times 7?")]
 
     start = time.monotonic()
     chat = client.chat.completions.create(model=model, messages=question, max_tokens=16, temperature=0)

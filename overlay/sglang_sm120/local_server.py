@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import signal
@@ -14,6 +15,9 @@ from pathlib import Path
 from types import TracebackType
 
 import httpx
+
+
+PR_SET_PDEATHSIG = 1
 
 
 class ServerError(RuntimeError):
@@ -31,6 +35,11 @@ def free_port() -> int:
             continue
         return port
     raise ServerError("No free TCP port was found between 20000 and 32000: stop other servers on this machine.")
+
+
+def _stop_with_parent() -> None:
+    """Ask Linux to terminate this process when its parent dies, even by SIGKILL; SGLang then stops its own children."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class LocalServer:
@@ -83,6 +92,7 @@ class LocalServer:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_stop_with_parent,
             )
         try:
             self._wait_until_healthy()

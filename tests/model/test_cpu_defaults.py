@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -101,6 +103,26 @@ def test_the_whole_process_tree_is_stopped(tmp_path: Path, monkeypatch: pytest.M
         parent, child = map(int, pids.read_text().split())
         assert _running(parent) and _running(child)
     assert not _running(parent) and not _running(child)
+
+
+def test_the_server_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    script = f"""
+        import os, signal, sys
+        from pathlib import Path
+        from sglang_sm120.local_server import LocalServer
+        server = LocalServer(Path("."), log=Path({str(tmp_path / "log")!r}), launcher=("-c", sys.argv[1]),
+                             env={{"PIDS": {str(pids)!r}}}, ready_seconds=60)
+        with server:
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script), SERVER])
+    parent, child = map(int, pids.read_text().split())
+    os.kill(child, signal.SIGKILL)  # SGLang's children watch their parent; this stand-in's does not
+    deadline = time.monotonic() + 10
+    while _running(parent) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _running(parent)
 
 
 def test_a_server_that_exits_is_reported_with_its_log(tmp_path: Path) -> None:

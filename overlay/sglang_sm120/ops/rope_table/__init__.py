@@ -8,7 +8,6 @@ import math
 import torch
 
 
-@functools.lru_cache(maxsize=2)
 def rope_table(
     dim: int, seqlen: int, original_seq_len: int, base: float, factor: float, beta_fast: float, beta_slow: float
 ) -> torch.Tensor:
@@ -26,11 +25,28 @@ def rope_table(
         beta_fast, beta_slow: turns at the two ends of the ramp.
 
     Returns:
-        complex64 [seqlen, dim/2], on CPU, shared between equal calls: every layer of one kind holds the same table.
+        complex64 [seqlen, dim/2] on torch's default device, shared between equal calls: every layer of one kind
+        holds the same table.
 
     Source: YaRN (Peng et al., 2023), section 3; SGLang `srt/layers/deepseek_v4_rope.py`, whose values this equals bit
     for bit (tested), computed without TileLang.
     """
+    arguments = (dim, seqlen, original_seq_len, base, factor, beta_fast, beta_slow)
+    return _table(*arguments, device=torch.get_default_device())
+
+
+@functools.lru_cache(maxsize=2)
+def _table(
+    dim: int,
+    seqlen: int,
+    original_seq_len: int,
+    base: float,
+    factor: float,
+    beta_fast: float,
+    beta_slow: float,
+    device: torch.device,
+) -> torch.Tensor:
+    # Computed on CPU, so that every device has the same bits.
     with torch.device("cpu"):
         frequency = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
         if original_seq_len > 0:
@@ -45,4 +61,4 @@ def rope_table(
             keep = 1 - ramp
             frequency = frequency / factor * (1 - keep) + frequency * keep
         angle = torch.outer(torch.arange(seqlen, dtype=torch.float32), frequency)
-        return torch.polar(torch.ones_like(angle), angle)
+        return torch.polar(torch.ones_like(angle), angle).to(device)
