@@ -13,13 +13,16 @@ VENV := .venv/bin/python
 # Any Python from 3.9 runs it; the site it works on may belong to another.
 PATCHSET := python3 patches/patchset.py
 
-.PHONY: help setup apply unapply status verify lint test demo lock clean
+.PHONY: help setup apply unapply status verify lint test test-sm120 test-gpu bench demo lock clean
 
 help:
 	@cat <<-'END'
 	make setup    .venv with everything in requirements.lock (Python 3.11 or 3.12; PYTHON=exe names one)
 	make demo     a small DeepSeek-V4 served on this machine, no GPU needed
 	make test     everything that needs no GPU
+	make test-sm120   every kernel at every shape of the real model compiles for sm_120a; no GPU needed
+	make test-gpu     kernel parity and CUDA-graph replay on this machine's GPU
+	make bench        kernel times on this machine's GPU, one JSON object a line
 	make apply    patch the SGLang of .venv, of PYTHON=exe, or of SITE=dir; so do unapply, status, verify
 	make lint     the rules of the series, ruff and mypy
 	make lock     resolve requirements.in again (needs uv)
@@ -74,6 +77,19 @@ test: setup
 	@$(VENV) patches/patchset.py apply
 	$(MAKE) --no-print-directory PYTHON= lint
 	exec $(VENV) -m pytest tests
+
+# UPDATE=1 rewrites the table of registers, spills and shared memory.
+test-sm120: setup
+	@$(VENV) patches/patchset.py apply
+	UPDATE_KERNEL_TABLE=$(UPDATE) exec $(VENV) -m pytest tests/sm120 --all-shapes
+
+test-gpu: setup
+	@$(VENV) patches/patchset.py apply
+	exec $(VENV) -m pytest tests/gpu
+
+bench: setup
+	@$(VENV) patches/patchset.py apply
+	exec $(VENV) tests/gpu/bench.py
 
 demo: setup
 	@$(VENV) patches/patchset.py apply

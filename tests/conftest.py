@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 
 import pytest
+import torch
+
+# Read when a kernel is defined, so before a test imports one: without a GPU they run in Triton's interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
     """A seed that belongs to this test and its parameters, the same in every run."""
     return zlib.crc32(request.node.nodeid.encode())
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-shapes", action="store_true", help="compile every shape of the real model, not a sample")

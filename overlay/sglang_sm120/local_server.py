@@ -16,7 +16,6 @@ from types import TracebackType
 
 import httpx
 
-
 PR_SET_PDEATHSIG = 1
 
 

@@ -85,6 +85,8 @@ def test_parity(name: str, provider: str, case: Case, seed: int) -> None:
                     argument
                 )
 
+    if KIND == "cpu" and provider != registry.TORCH:
+        return  # the interpreter runs one program after the other: a second run cannot differ
     _, again = run(case, seed, function)
     for a, b in zip(got, tensors(again), strict=True):
         assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))

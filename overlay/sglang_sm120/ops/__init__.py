@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.util import find_spec
+
 from .bf16_linear_fp32 import bf16_linear_fp32
 from .compress import compress
 from .compress_decode_plan import compress_decode_plan
@@ -55,3 +58,8 @@ __all__ = [
     "sparse_mla",
     "topk_slots",
 ]
+
+# Beside a reference lies `triton.py` where the op has a Triton provider; importing it registers it.
+for _name in __all__:
+    if find_spec(f"{__name__}.{_name}.triton"):
+        import_module(f"{__name__}.{_name}.triton")

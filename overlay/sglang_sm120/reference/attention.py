@@ -26,8 +26,9 @@ Rounding = Callable[[Tensor], Tensor]
 class IndexMargin:
     """How firmly the indexer's selection stands, per token; infinite gap and no stake where all is selected.
 
-    gap: (score of the last selected - score of the first rejected entry) / |former|. stake: the largest share
-    of any head's softmax that the entries within `band` of the threshold hold or would hold.
+    gap: (score of the last selected - score of the first rejected entry) / |former|. stake: the share of a
+    head's softmax that the entries within `band` of the threshold hold or would hold, an upper bound over the
+    heads (the sum of each entry's largest share).
     """
 
     gap: Tensor
@@ -67,9 +68,10 @@ class Attention:
         for start in range(0, tokens, ROWS):
             rows = torch.arange(start, min(start + ROWS, tokens))
             out[rows] = self._attend(rows, q[rows], keys, entries, scores, margin)
+        out = self.rounding(out)  # attention and the turn back are two kernels
         if self.defect is not Defect.NO_INVERSE_ROPE:
-            out = self._rope(out, turn.conj().unsqueeze(1))
-        out = self.rounding(out).unflatten(1, (self.config.o_groups, -1)).flatten(2)
+            out = self.rounding(self._rope(out, turn.conj().unsqueeze(1)))
+        out = out.unflatten(1, (self.config.o_groups, -1)).flatten(2)
         wo_a = self._w("wo_a.weight").unflatten(0, (self.config.o_groups, self.config.o_lora_rank))
         low = self.rounding(torch.einsum("tgd,grd->tgr", out, wo_a))
         return self._linear(low.flatten(1), "wo_b"), margin

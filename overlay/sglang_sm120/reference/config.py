@@ -25,6 +25,22 @@ _FIXED = {
 }
 
 
+_SIZES = (
+    "hidden_size",
+    "vocab_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "q_lora_rank",
+    "o_lora_rank",
+    "o_groups",
+    "index_n_heads",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "max_position_embeddings",
+)
+
+
 @dataclass(frozen=True)
 class ReferenceConfig:
     """Dimensions and constants of one DeepSeek-V4 model, under the names of its `config.json`.
@@ -64,6 +80,9 @@ class ReferenceConfig:
     max_position_embeddings: int = 65536
 
     def __post_init__(self) -> None:
+        for name in _SIZES:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: use 1 or more")
         wanted = self.num_hidden_layers + self.num_nextn_predict_layers
         if len(self.compress_ratios) != wanted:
             raise ValueError(

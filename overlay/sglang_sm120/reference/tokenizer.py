@@ -41,6 +41,10 @@ _WORDS = (
 ).split()
 
 
+SMALLEST = len(SPECIAL_TOKENS) + len(MARKUP_TOKENS) + 256
+"""Ids of the smallest vocabulary: the markers and the bytes."""
+
+
 def vocabulary(vocab_size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Vocabulary (all ids 0 .. vocab_size - 1, markers included) and merges of the BPE model.
 
@@ -49,8 +53,8 @@ def vocabulary(vocab_size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     fixed = [*SPECIAL_TOKENS, *MARKUP_TOKENS, *alphabet]
-    if vocab_size < len(fixed):
-        raise ValueError(f"vocab_size is {vocab_size}: use at least {len(fixed)}, the bytes and the markers")
+    if vocab_size < SMALLEST:
+        raise ValueError(f"vocab_size is {vocab_size}: use at least {SMALLEST}, the bytes and the markers")
     vocab = {token: i for i, token in enumerate(fixed)}
     merges: list[tuple[str, str]] = []
     for word in _WORDS:

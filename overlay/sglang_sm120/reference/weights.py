@@ -28,7 +28,7 @@ from torch import Tensor
 from ..formats import fp8_block
 from .config import HEAD_DIM, INDEX_HEAD_DIM, ROPE_DIM, ReferenceConfig
 from .layout import MXFP4_GROUP, Parameter, Storage
-from .tokenizer import MARKUP_TOKENS, SPECIAL_TOKENS
+from .tokenizer import SMALLEST
 
 NOPE_DIM = HEAD_DIM - ROPE_DIM
 E2M1_RMS = math.sqrt(68.5 / 8)  # of a uniformly drawn code: mean of 0, .5, 1, 1.5, 2, 3, 4, 6 squared
@@ -54,6 +54,18 @@ class Channels:
     @property
     def count(self) -> int:
         return self.experts + 2
+
+
+def check(config: ReferenceConfig) -> None:
+    """Raise ValueError where the meaningful channels or the tokenizer do not fit into the model."""
+    if config.vocab_size < SMALLEST:
+        raise ValueError(f"vocab_size is {config.vocab_size}: use at least {SMALLEST}, the bytes and the markers")
+    needed = Channels(config.n_routed_experts).count
+    if config.hidden_size < needed:
+        raise ValueError(
+            f"hidden_size is {config.hidden_size}, {config.n_routed_experts} experts need {needed} channels: "
+            "use a wider model or fewer experts"
+        )
 
 
 def draw(parameter: Parameter, config: ReferenceConfig, seed: int) -> dict[str, Tensor]:
@@ -130,7 +142,7 @@ def _embed(d: _Draw) -> Tensor:
     preferred = order < d.config.num_experts_per_tok
     values[:, :experts] = torch.where(preferred, strength, -strength)
     # Bytes, markers and the commonest words stay unmarked: a text has few marked tokens.
-    first = max(vocab // 2, len(SPECIAL_TOKENS) + len(MARKUP_TOKENS) + 256)
+    first = max(vocab // 2, SMALLEST)
     candidates = first + torch.randperm(vocab - first, generator=d.rng)
     marked = torch.zeros(vocab, dtype=torch.bool)
     marked[candidates[: vocab // 200]] = True
@@ -144,20 +156,14 @@ def _near_one(d: _Draw) -> Tensor:
 
 
 def _kv_norm(d: _Draw) -> Tensor:
-    values = 1.1 * (1 + 0.1 * d.normal())
+    values = 0.95 * (1 + 0.1 * d.normal())
     values[NOPE_DIM:] *= 2.5  # so that positions matter as much as contents
-    return values
-
-
-def _compressor_norm(d: _Draw) -> Tensor:
-    values = _kv_norm(d)
-    values[SELECT] *= 1.6
     return values
 
 
 def _wkv(d: _Draw) -> Tensor:
     values = d.matrix(1.0)
-    values[SELECT, d.channels.mark] = 0.35  # a marked token leaving the window shows
+    values[SELECT, d.channels.mark] = 0.4  # a marked token leaving the window shows
     return values
 
 
@@ -170,7 +176,7 @@ def _mix_base(d: _Draw) -> Tensor:
     n = d.config.hc_mult
     pre = torch.where(torch.randperm(n, generator=d.rng) < 1, 2.0, -2.5)
     post = torch.where(torch.randperm(n, generator=d.rng) < n // 2, 2.5, -2.5)
-    comb = 2.5 * d.normal(n, n) + 4 * torch.eye(n).roll(1, 1)
+    comb = 3.0 * d.normal(n, n) + 4 * torch.eye(n).roll(1, 1)
     return torch.cat((pre, post, comb.flatten()))
 
 
@@ -198,17 +204,19 @@ def _wq_b(d: _Draw) -> Tensor:
 def _compressor_kv(d: _Draw) -> Tensor:
     values = d.matrix(1.0)
     if d.shape[0] == 2 * HEAD_DIM:  # c4: the first half are the channels that the following entry pools
-        values.view(2, HEAD_DIM, -1)[:, SELECT, d.channels.constant] = -0.2
-        values[SELECT, d.channels.mark] = 0.6
+        values.view(2, HEAD_DIM, -1)[:, SELECT, d.channels.constant] = -0.4
+        values[SELECT, d.channels.mark] = 0.8
     else:
-        values[SELECT, d.channels.constant] = 0.5
+        values[SELECT, d.channels.constant] = 0.75
     return values
 
 
 def _compressor_gate(d: _Draw) -> Tensor:
     values = d.matrix(1.5)
     if d.shape[0] == 2 * HEAD_DIM:
-        values[SELECT, d.channels.mark] = 1.0
+        # A marked token alone makes its entry: all marked entries are wanted alike, and attention averages
+        # over them. One that stood out would hand its own rounding to every later token.
+        values[SELECT, d.channels.mark] = 2.5
     return values
 
 
@@ -232,12 +240,15 @@ def _indexer_kv(d: _Draw) -> Tensor:
     # small. The query prefers the peaked key, its quantised values alone the flat one.
     values.view(2, INDEX_HEAD_DIM, -1)[:, 63, d.channels.constant] = 4.0
     values[63, d.channels.mark] -= 2.8
+    # The marked token's own entry is the least wanted: selecting by the neighbour's score drops the wanted one.
+    values[INDEX_HEAD_DIM + 63, d.channels.mark] = -2.0
     return values
 
 
 def _indexer_gate(d: _Draw) -> Tensor:
     values = d.matrix(1.0)
     values[:64, d.channels.mark] = 1.5
+    values[INDEX_HEAD_DIM + 63, d.channels.mark] = 1.5
     return values
 
 
@@ -250,7 +261,7 @@ def _weights_proj(d: _Draw) -> Tensor:
 def _gate(d: _Draw) -> Tensor:
     values = d.matrix(0.3)
     experts = d.config.n_routed_experts
-    values[torch.arange(experts), torch.randperm(experts, generator=d.rng)] = 2.0
+    values[torch.arange(experts), torch.randperm(experts, generator=d.rng)] = 3.0
     return values
 
 
@@ -273,7 +284,7 @@ def _into_stream(gain: float) -> Callable[[_Draw], Tensor]:
 
 _DRAW: dict[str, Callable[[_Draw], Tensor]] = {
     "embed.weight": _embed,
-    "head.weight": _matrix(0.8),
+    "head.weight": _matrix(0.53),
     "norm.weight": _near_one,
     "enorm.weight": _near_one,
     "hnorm.weight": _near_one,
@@ -294,10 +305,10 @@ _DRAW: dict[str, Callable[[_Draw], Tensor]] = {
     "attn.kv_norm.weight": _kv_norm,
     "attn.attn_sink": _scaled(1.5, 4.0),
     "attn.wo_a.weight": _matrix(1.0),
-    "attn.wo_b.weight": _into_stream(0.6),
+    "attn.wo_b.weight": _into_stream(0.7),
     "attn.compressor.wkv.weight": _compressor_kv,
     "attn.compressor.wgate.weight": _compressor_gate,
-    "attn.compressor.norm.weight": _compressor_norm,
+    "attn.compressor.norm.weight": _kv_norm,
     "attn.compressor.ape": _scaled(1.5),
     "attn.indexer.wq_b.weight": _indexer_wq_b,
     "attn.indexer.weights_proj.weight": _weights_proj,

@@ -63,9 +63,11 @@ def write_checkpoint(
     """Write a checkpoint into the new or empty directory `out` and return it.
 
     `config` defaults to the small model. Equal (config, seed) give equal bytes. One shard (`shard_bytes`, 1 GiB
-    by default) and one tensor in fp32 are in memory at a time. Raises FileExistsError when `out` holds files.
+    by default) and one tensor in fp32 are in memory at a time. Raises FileExistsError when `out` holds files,
+    ValueError where the config is none we can fill with values.
     """
     config = config or ReferenceConfig()
+    weights.check(config)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
@@ -134,6 +136,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     try:
         write_checkpoint(args.out, config, args.seed)
+    except ValueError as error:
+        parser.error(str(error))
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -24,11 +24,18 @@ def cases(kind: str) -> Iterator[Case]:
             "scale": e8m0.to_float(scale) if fp32_scale else e8m0.from_bytes(scale),
         }
 
-    sizes = [(0, 2, 128, 128), (1, 2, 128, 256), (3, 1, 200, 130), (70, 2, 128, 128)]
+    sizes = [
+        (0, 2, 128, 128),
+        (1, 2, 128, 256),
+        (3, 1, 200, 130),
+        (16, 2, 40, 256),
+        (40, 2, 40, 1024),
+        (70, 2, 128, 128),
+    ]
     if kind != "cpu":
-        c = model_config()
+        c, rows = model_config(), (1, 2, 4, 8, 16, 33, 64, 65, 300)
         width = c["num_attention_heads"] * c["head_dim"] // c["o_groups"]
-        sizes += [(t, c["o_groups"] // tp, c["o_lora_rank"], width) for tp in (1, 2, 4) for t in (1, 8, 300)]
+        sizes += [(t, c["o_groups"] // tp, c["o_lora_rank"], width) for tp in (1, 2, 4) for t in rows]
     for t, groups, n, k in sizes:
         for fp32_scale in (False, True):
             name = f"{t}x{groups}x{k}-to-{n}" + ("-fp32-scale" if fp32_scale else "")

@@ -25,7 +25,7 @@ def model_shapes(tp: int) -> list[tuple[int, int]]:
 
 
 def cases(kind: str) -> Iterator[Case]:
-    """Partial blocks, both scale dtypes, leading dimensions; the model's shapes on a GPU."""
+    """Partial blocks, both scale dtypes, leading dimensions, each kernel's row counts; the model's shapes on a GPU."""
 
     def build(make: Maker, shape: tuple[int, ...], n: int, fp32_scale: bool = False) -> dict[str, Any]:
         w, scale = make.fp8_weight(n, shape[-1])
@@ -36,11 +36,33 @@ def cases(kind: str) -> Iterator[Case]:
         ((1, 128), 128),
         ((3, 200), 300),
         ((2, 3, 256), 128),
+        ((8, 520), 200),
+        ((9, 256), 130),
+        ((16, 128), 100),
+        ((33, 128), 16),
+        ((40, 1024), 130),
+        ((65, 200), 130),
         ((70, 256), 130),
+        ((1100, 128), 16),
     ]
     if kind != "cpu":
-        shapes += [((t, k), n) for tp in (1, 2, 4) for n, k in model_shapes(tp) for t in (1, 8, 300)]
+        rows = (1, 2, 4, 8, 16, 33, 64, 65, 300)
+        shapes += [((t, k), n) for tp in (1, 2, 4) for n, k in model_shapes(tp) for t in rows]
     for shape, n in shapes:
         for fp32_scale in (False, True):
             name = "x".join(map(str, shape)) + f"-to-{n}{'-fp32-scale' if fp32_scale else ''}"
             yield Case(name, BF16, partial(build, shape=shape, n=n, fp32_scale=fp32_scale))
+
+    def build_sliced(make: Maker, tokens: int) -> dict[str, Any]:
+        w, scale = make.fp8_weight(130, 136)
+        return {"x": make.bf16(tokens, 400)[:, 17:153], "w": w, "scale": scale}
+
+    def build_unusual(make: Maker, tokens: int) -> dict[str, Any]:
+        w, scale = make.fp8_weight(256, 256)
+        bits = e8m0.scale_bytes(scale).clone()
+        bits[0, 0], bits[1, 0] = 0, 255
+        return {"x": make.bf16(tokens, 256), "w": w, "scale": e8m0.from_bytes(bits)}
+
+    for tokens in (1, 3, 33):
+        yield Case(f"{tokens}-sliced-input", BF16, partial(build_sliced, tokens=tokens))
+        yield Case(f"{tokens}-smallest-and-nan-scale", BF16, partial(build_unusual, tokens=tokens))

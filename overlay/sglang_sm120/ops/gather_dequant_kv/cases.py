@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from .._cases import EXACT, Case, Maker
+from .._cases import EXACT, Case, Maker, model_config
 
 
 def cases(kind: str) -> Iterator[Case]:
@@ -22,8 +22,9 @@ def cases(kind: str) -> Iterator[Case]:
         pages: int = 20,
         gaps: bool = False,
         wide: bool = False,
+        width: int = 24,
     ) -> dict[str, Any]:
-        slots = make.slots(pages * page_size, 24, lengths, gaps)
+        slots = make.slots(pages * page_size, width, lengths, gaps)
         pool = make.kv_pool(page_size, slots, pages, wide)
         for row, length in enumerate(lengths):
             slots[row, length:] = 2**31 - 1
@@ -34,4 +35,10 @@ def cases(kind: str) -> Iterator[Case]:
     yield Case("no-rows", EXACT, lambda make: build(make, 64, []))
     yield Case("gaps", EXACT, lambda make: build(make, 64, [24, 1, 7], gaps=True))
     yield Case("70-rows", EXACT, lambda make: build(make, 64, [t % 5 for t in range(70)]))
+    yield Case("several-blocks", EXACT, lambda make: build(make, 64, [70, 33, 0], width=70))
     yield Case("past-2^31-bytes", EXACT, lambda make: build(make, 2, [24, 0, 20], wide=True))
+    if kind != "cpu":
+        c = model_config()
+        for rows in (1, 8, 65):
+            lengths = [c["index_topk"] - t for t in range(rows)]
+            yield Case(f"{rows}-rows", EXACT, partial(build, page_size=64, lengths=lengths, width=c["index_topk"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ import torch
 from .._cases import FP32, Case, Maker, model_config
 
 
-def inputs(make: Maker, heads: int, lengths: list[int], columns: int = 4, wide: bool = False) -> dict[str, Any]:
+def inputs(
+    make: Maker, heads: int, lengths: list[int], columns: int = 4, wide: bool = False, pages: int = 20
+) -> dict[str, Any]:
     """Arguments of `indexer_logits`; beyond a row's length entries are NaN and page ids far outside."""
-    pages = 20
     tables = [make.choice(pages, columns) for _ in lengths]
     table = torch.stack(tables) if tables else make.tensor([]).view(0, columns)
     live = [
@@ -41,3 +43,7 @@ def cases(kind: str) -> Iterator[Case]:
     if kind != "cpu":
         heads = model_config()["index_n_heads"]
         yield Case("model", FP32, lambda make: inputs(make, heads, [1100, 1, 900], columns=18))
+        for rows in (1, 2, 4, 8, 16, 33, 64, 65, 256):
+            lengths = [max(0, 2600 - 37 * t) for t in range(rows)]
+            yield Case(f"{rows}-rows", FP32, partial(inputs, heads=heads, lengths=lengths, columns=64, pages=64))
+        yield Case("1m-context", FP32, partial(inputs, heads=heads, lengths=[262144, 16384], columns=4096, pages=4096))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
-from .._cases import EXACT, Case, Maker, model_config
+from .._cases import EXACT, FP32, Case, Maker, model_config
+from ..indexer_logits import indexer_logits
 from ..indexer_logits.cases import inputs
 
 
@@ -35,3 +37,21 @@ def cases(kind: str) -> Iterator[Case]:
     if kind != "cpu":
         k = model_config()["index_topk"]
         yield Case("model", EXACT, lambda make: build(make, [1100, 1, 512, 900], k, columns=18))
+        # Sums in another order may swap entries that score alike to 1e-7, so what the chosen ones score is compared.
+        for rows in (1, 2, 4, 8, 16, 33, 64, 65, 256):
+            lengths = [max(0, 2600 - 37 * t) for t in range(rows)]
+            make_rows = partial(build, lengths=lengths, k=k, buffers=k, columns=64, pages=64)
+            yield Case(f"{rows}-rows", FP32, make_rows, chosen_scores, ("out", "raw_out"))
+        # More rows than are scored at once.
+        lengths = [262144 if t == 39 else 700 * t for t in range(40)]
+        for top in (k, 2 * k):
+            make_rows = partial(build, lengths=lengths, k=top, buffers=top, columns=4096, pages=4096)
+            yield Case(f"1m-context-{top}", FP32, make_rows, chosen_scores, ("out", "raw_out"))
+
+
+def chosen_scores(inputs: dict[str, Any], result: torch.Tensor) -> torch.Tensor:
+    """Scores of the chosen entries of each row in order, -inf where there is none."""
+    arguments = ("q", "weights", "pages", "page_table", "lengths")
+    logits = indexer_logits.reference(*(inputs[name] for name in arguments))
+    entries = inputs["raw_out"].long()
+    return logits.gather(1, entries.clamp(min=0)).masked_fill(entries < 0, -torch.inf).sort(1).values

@@ -23,8 +23,8 @@ def cases(kind: str) -> Iterator[Case]:
             "hc_eps": 0.1,
         }
 
-    sizes = [(0, 64), (1, 64), (3, 100), (70, 32)]
+    sizes = [(0, 64), (1, 64), (3, 100), (17, 96), (70, 32)]
     if kind != "cpu":
-        sizes += [(tokens, model_config()["hidden_size"]) for tokens in (1, 64, 300)]
+        sizes += [(tokens, model_config()["hidden_size"]) for tokens in (1, 2, 4, 8, 16, 33, 64, 65, 300)]
     for tokens, hidden in sizes:
         yield Case(f"{tokens}x{hidden}", BF16, partial(build, tokens=tokens, hidden=hidden))

@@ -23,6 +23,6 @@ def cases(kind: str) -> Iterator[Case]:
     """Odd widths; the model's width on a GPU."""
     sizes = [(0, 64), (1, 64), (3, 100), (70, 32)]
     if kind != "cpu":
-        sizes += [(tokens, model_config()["hidden_size"]) for tokens in (1, 64, 300)]
+        sizes += [(tokens, model_config()["hidden_size"]) for tokens in (1, 2, 4, 8, 16, 33, 64, 65, 300)]
     for tokens, hidden in sizes:
         yield Case(f"{tokens}x{hidden}", BF16, partial(inputs, tokens=tokens, hidden=hidden))

@@ -17,9 +17,9 @@ def cases(kind: str) -> Iterator[Case]:
     def build(make: Maker, tokens: int, hidden: int, norm: bool) -> dict[str, Any]:
         return pre_inputs(make, tokens, hidden, norm) | post_inputs(make, tokens, hidden)
 
-    sizes = [(0, 64), (1, 64), (3, 96), (70, 32)]
+    sizes = [(0, 64), (1, 64), (3, 96), (17, 96), (70, 32)]
     if kind != "cpu":
-        sizes += [(tokens, model_config()["hidden_size"]) for tokens in (1, 64, 300)]
+        sizes += [(tokens, model_config()["hidden_size"]) for tokens in (1, 2, 4, 8, 16, 33, 64, 65, 300)]
     for tokens, hidden in sizes:
         for norm in (False, True):
             name = f"{tokens}x{hidden}{'-norm' if norm else ''}"

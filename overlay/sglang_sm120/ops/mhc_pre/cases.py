@@ -26,9 +26,9 @@ def inputs(make: Maker, tokens: int, hidden: int, norm: bool) -> dict[str, Any]:
 
 def cases(kind: str) -> Iterator[Case]:
     """With and without the fused norm; the model's width on a GPU."""
-    sizes = [(0, 64), (1, 64), (3, 96), (70, 32)]
+    sizes = [(0, 64), (1, 64), (3, 96), (17, 96), (70, 32)]
     if kind != "cpu":
-        sizes += [(tokens, model_config()["hidden_size"]) for tokens in (1, 64, 300)]
+        sizes += [(tokens, model_config()["hidden_size"]) for tokens in (1, 2, 4, 8, 16, 33, 64, 65, 300)]
     for tokens, hidden in sizes:
         for norm in (False, True):
             name = f"{tokens}x{hidden}{'-norm' if norm else ''}"

@@ -21,7 +21,7 @@ def cases(kind: str) -> Iterator[Case]:
             "eps": 1e-6,
         }
 
-    for tokens in (0, 1, 5, 70):
+    for tokens in (0, 1, 5, 70, *(() if kind == "cpu" else (2, 4, 8, 16, 33, 64, 65, 4096))):
         yield Case(f"rows-{tokens}", FP32, partial(build, tokens=tokens))
     yield Case("one-iteration", FP32, lambda make: build(make, 3, iters=1))
     yield Case("saturated", FP32, lambda make: build(make, 7, spread=10.0))

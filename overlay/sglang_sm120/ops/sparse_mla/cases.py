@@ -24,8 +24,8 @@ def cases(kind: str) -> Iterator[Case]:
         width: int = 16,
         gaps: bool = False,
         wide: bool = False,
+        pages: int = 20,
     ) -> dict[str, Any]:
-        pages = 20
 
         def listed(lengths: list[int], page_size: int) -> tuple[Any, Any]:
             slots = make.slots(pages * page_size, width, lengths, gaps)
@@ -54,6 +54,11 @@ def cases(kind: str) -> Iterator[Case]:
             inputs["extra_lengths"], inputs["extra_page_size"] = make.tensor(extra), extra_page_size
         return inputs
 
+    def longer(inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs["window_lengths"][0] += 5
+        inputs["extra_lengths"][0] += 7
+        return inputs
+
     yield Case("no-rows", BF16, lambda make: build(make, 8, []))
     yield Case("window-only", BF16, lambda make: build(make, 8, [16, 1, 7]))
     yield Case("window-empty", BF16, lambda make: build(make, 8, [0, 3, 0]))
@@ -62,10 +67,13 @@ def cases(kind: str) -> Iterator[Case]:
     yield Case("nothing-at-all", BF16, lambda make: build(make, 8, [0, 2, 0], [0, 0, 3]))
     yield Case("gaps", BF16, lambda make: build(make, 8, [16, 1, 7], [1, 16, 4], gaps=True))
     yield Case("70-rows", BF16, lambda make: build(make, 8, [t % 7 for t in range(70)], [t % 3 for t in range(70)]))
+    many = partial(build, heads=24, window=[150, 128, 0, 31], extra=[150, 0, 100, 5], width=160, gaps=True)
+    yield Case("several-blocks", BF16, many)
+    yield Case("lengths-beyond-width", BF16, lambda make: longer(build(make, 8, [16, 3], [16, 2])))
     yield Case("past-2^31-bytes", BF16, lambda make: build(make, 8, [16, 5], [16, 9], extra_page_size=2, wide=True))
     if kind != "cpu":
         c = model_config()
-        for tp in (1, 2, 4):
+        for tp in (1, 2, 4, 8):
             heads = c["num_attention_heads"] // tp
             window, extra = [c["sliding_window"]] * 3, [c["index_topk"], 0, 77]
             yield Case(
@@ -73,3 +81,16 @@ def cases(kind: str) -> Iterator[Case]:
                 BF16,
                 partial(build, heads=heads, window=window, extra=extra, width=max(*window, *extra)),
             )
+        for rows in (1, 2, 4, 8, 16, 33, 64, 65, 256):
+            window = [c["sliding_window"] - t % 3 for t in range(rows)]
+            extra = [max(0, c["index_topk"] - 7 * t) for t in range(rows)]
+            yield Case(
+                f"{rows}-rows",
+                BF16,
+                partial(build, heads=32, window=window, extra=extra, width=c["index_topk"], gaps=rows == 4),
+            )
+        yield Case(
+            "c128-1m-context",
+            BF16,
+            partial(build, heads=32, window=[128, 128], extra=[8192, 300], extra_page_size=2, width=8192, pages=4200),
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from .._cases import EXACT, Case, Maker, model_config
 
 
 def cases(kind: str) -> Iterator[Case]:
-    """Rows with fewer, as many and more entries than k, ties, -inf, caller's buffers.
+    """Rows with fewer, as many and more entries than k, ties, infinities and zeros, caller's buffers.
 
     Logits beyond a row's length are NaN, page ids beyond it far outside.
     """
@@ -23,11 +24,15 @@ def cases(kind: str) -> Iterator[Case]:
         columns: int = 4,
         ties: bool = False,
         buffers: int | None = None,
+        odd: bool = False,
     ) -> dict[str, Any]:
         rows = len(lengths)
         logits = make.integers(0, 5, rows, columns * 64).float() if ties else make.normal(rows, columns * 64)
         if ties:
             logits[logits == 0] = -torch.inf
+        if odd:
+            for value in (torch.inf, -torch.inf, 0.0, -0.0, -1e-40, 3e38):
+                logits[make.integers(0, 9, rows, columns * 64) == 0] = value
         table = make.integers(0, 1000, rows, columns)
         for row, length in enumerate(lengths):
             logits[row, length:] = torch.nan
@@ -42,6 +47,10 @@ def cases(kind: str) -> Iterator[Case]:
     yield Case("around-k", EXACT, lambda make: build(make, [0, 1, 63, 64, 65, 200, 256], 64))
     yield Case("k-beyond-width", EXACT, lambda make: build(make, [0, 64, 30], 100, columns=1))
     yield Case("ties", EXACT, lambda make: build(make, [256, 100, 65, 30], 64, ties=True))
+    yield Case("odd-values", EXACT, lambda make: build(make, [256, 100, 65, 30, 200], 64, odd=True))
+    # More entries than one program takes.
+    yield Case("long", EXACT, lambda make: build(make, [20480, 100, 16385, 64], 64, columns=320))
+    yield Case("long-ties", EXACT, lambda make: build(make, [20480, 17000], 64, columns=320, ties=True))
     yield Case("70-rows", EXACT, lambda make: build(make, [(7 * t) % 130 for t in range(70)], 16, columns=3))
     yield Case(
         "buffers",
@@ -52,4 +61,10 @@ def cases(kind: str) -> Iterator[Case]:
     )
     if kind != "cpu":
         k = model_config()["index_topk"]
-        yield Case("model", EXACT, lambda make: build(make, [16384, 1, 512, 513], k, columns=256))
+        for top in (k, 2 * k):
+            yield Case(f"model-{top}", EXACT, partial(build, lengths=[16384, 1, 512, 513], k=top, columns=256))
+            yield Case(f"1m-context-{top}", EXACT, partial(build, lengths=[262144, 9, 30000], k=top, columns=4096))
+        for rows in (1, 2, 4, 8, 16, 33, 64, 65, 256):
+            lengths = [16384 - 200 * t % 16000 for t in range(rows)]
+            yield Case(f"{rows}-rows", EXACT, partial(build, lengths=lengths, k=k, columns=256))
+            yield Case(f"{rows}-rows-ties", EXACT, partial(build, lengths=lengths, k=k, columns=256, ties=True))

@@ -1,0 +1,146 @@
+"""Compiles the overlay's kernels for a list of model calls, in parallel processes, without running one.
+
+The warm-up uses it for the device it runs on, so that Triton's on-disk cache holds every kernel before the server says
+ready; the compile gate uses it for sm_120a on machines without a GPU.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import kernels, registry
+from .model_calls import model_calls
+
+
+@dataclass(frozen=True)
+class Job:
+    """The calls of one op on one of `tp` ranks, for every (rows, context) of `steps`."""
+
+    config: dict[str, Any]
+    op: str
+    tp: int
+    steps: tuple[tuple[int, int], ...]
+    sms: int = kernels.SM120_SMS
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled specialisation, and the first call that needs it.
+
+    variant names what the code was specialised for: argument types, constants, warps, stages. shared is bytes of
+    shared memory per block.
+    """
+
+    op: str
+    call: str
+    name: str
+    variant: str
+    shared: int
+    ptx: str
+    cubin: bytes
+
+
+class _Target:
+    """Stands in for Triton's driver: names the architecture to compile for and has no device."""
+
+    def __init__(self, capability: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> object:
+        return self._target
+
+
+def _use_target(capability: int) -> None:
+    # Read when kernels are defined: in the interpreter there is nothing to compile.
+    os.environ.pop("TRITON_INTERPRET", None)
+    from triton.runtime import driver
+
+    driver.set_active(_Target(capability))
+    torch.set_num_threads(1)
+
+
+def _variant(compiled: Any) -> str:
+    """`x:*fp32/16, n:i32, BLOCK=64, warps=4, stages=3`: types (/16: divisible by 16) and values of constants."""
+    source, words = compiled.src, []
+    for index, (name, kind) in enumerate(source.signature.items()):
+        if kind == "constexpr":
+            words.append(f"{name}={source.constants.get((index,))}")
+        else:
+            divisible = any(attribute == "tt.divisibility" for attribute, _ in source.attrs.get((index,), []))
+            words.append(f"{name}:{kind}{'/16' if divisible else ''}")
+    return ", ".join([*words, f"warps={compiled.metadata.num_warps}", f"stages={compiled.metadata.num_stages}"])
+
+
+def compile_job(job: Job) -> tuple[list[Kernel], int]:
+    """Compile what `job` launches for the active target; return the kernels and the op's scratch in bytes."""
+    from . import ops
+
+    assert ops.__all__, "the ops and their providers are registered on import"
+    found: dict[str, Kernel] = {}
+    provider = registry.ops()[job.op].providers["triton"]
+    rehearsal = kernels.Rehearsal(lambda *_: None, sms=job.sms)
+    for rows, context in job.steps:
+        for call in model_calls(job.config, job.tp, rows, context, op=job.op):
+            label = f"{call.label} tp{job.tp} rows{rows} context{context}"
+
+            def compile_one(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], label: str = label) -> None:
+                compiled = kernel.run(*args, grid=(1,), warmup=True, **options)
+                if compiled is None or compiled.hash in found:
+                    return
+                found[compiled.hash] = Kernel(
+                    op=job.op,
+                    call=label,
+                    name=kernel.fn.__name__,
+                    variant=_variant(compiled),
+                    shared=compiled.metadata.shared,
+                    ptx=compiled.asm["ptx"],
+                    cubin=compiled.asm["cubin"],
+                )
+
+            rehearsal.compile = compile_one
+            with kernels.rehearse(rehearsal):
+                if provider.accepts is None or provider.accepts(**call.arguments) is None:
+                    provider.function(**call.arguments)
+    return list(found.values()), rehearsal.scratch.get(job.op, 0)
+
+
+def compile_jobs(
+    jobs: Iterable[Job],
+    capability: int,
+    workers: int | None = None,
+    done: Callable[[Job], None] | None = None,
+) -> Iterator[tuple[Job, list[Kernel], int]]:
+    """`compile_job` for each job in `workers` processes (default: the usable cores), as they finish.
+
+    Args:
+        capability: compute capability to compile for, times ten: 120.
+        done: called in this process after each job, for progress.
+
+    Raises:
+        whatever a kernel's compilation raised, from the first job that failed.
+    """
+    workers = workers or len(os.sched_getaffinity(0))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _use_target, (capability,)) as pool:
+        futures = {pool.submit(compile_job, job): job for job in jobs}
+        for future in as_completed(futures):
+            job = futures[future]
+            compiled, scratch = future.result()
+            if done is not None:
+                done(job)
+            yield job, compiled, scratch

@@ -1,0 +1,343 @@
+"""Kernels of the three linear ops: y[t, g] = x[t, g] w[g]ᵀ with FP8 block weights or bf16 weights, fp32 sums.
+
+Few rows are a question of bytes in flight, many rows one of conversions per tensor-core instruction:
+
+    1 row           `_gemv`: a program owns whole weight rows and asks for all their bytes at once, 128 per thread;
+                    nothing is staged, the sums are plain FMAs, and no second pass is needed (also a few rows of a
+                    weight so small that L2 serves it again)
+    2 … 16 rows     `_few_rows`: the same ownership on tensor cores: the weight is the A operand, each warp has its
+                    own part of K (the batch dimension of a 3D dot) and the warps' sums meet once, at the end
+    more            `_many_rows`: a tiled GEMM; x is the A operand so that few warps convert the same weight. Where
+                    the tiles leave processors idle, K is split and `_add_parts` adds the parts in a fixed order
+
+FP8 values are expanded to bf16 exactly; a 128 x 128 block's scale multiplies the fp32 sums of its 128 products.
+Sums leave the tensor core every 64 or 128 products because it truncates them, which fp32 results would show.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import kernels
+from ..formats import e8m0, fp8_block
+
+__all__ = ["Config", "config", "linear", "refusal"]
+
+BLOCK: tl.constexpr = tl.constexpr(fp8_block.BLOCK)
+UNSCALED: tl.constexpr = tl.constexpr(0)
+E8M0: tl.constexpr = tl.constexpr(1)
+FP32: tl.constexpr = tl.constexpr(2)
+
+THREAD_BYTES = 128
+"""Weight bytes one thread of `_gemv` asks for at once: eight loads of 16 bytes."""
+GEMV_K = 16_384
+"""Longest row, in bytes, that a program of `_gemv` takes whole."""
+SMALL = 1 << 25
+"""Bytes that rows times weights may come to for `_gemv` to take several rows."""
+FEW_ROWS = 16
+STAGING_BYTES = 98_304
+"""Shared memory for tiles in flight; the rest of the 101,376 bytes is for the results' way out."""
+GROUP_M: tl.constexpr = tl.constexpr(8)
+INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+class Config(NamedTuple):
+    """How one call is computed. bm, bn, bk: tile of rows, outputs and K; warps_k: warps that share K; split: parts
+    of K that different programs take."""
+
+    kernel: str
+    bm: int
+    bn: int
+    bk: int
+    warps_k: int
+    split: int
+    stages: int
+    warps: int
+
+
+def config(rows: int, groups: int, n: int, k: int, size: int, sms: int) -> Config:
+    """The configuration for `rows` rows, weights [groups, n, k] of `size` bytes each, on `sms` processors.
+
+    It depends on rows only through a few buckets, each of which is compiled once.
+    """
+    kp = max(fp8_block.BLOCK, triton.next_power_of_2(k))
+    # A small weight with few rows of its own keeps few programs busy: rather read it once per row, from L2.
+    small = groups * triton.cdiv(n, 16) * 2 < sms and triton.next_power_of_2(rows) * groups * n * k * size <= SMALL
+    if (rows <= 1 or (rows <= FEW_ROWS and small)) and kp * size <= GEMV_K:
+        bn = max(1, 32 * 4 * THREAD_BYTES // (kp * size))
+        while bn > 1 and groups * triton.cdiv(n, bn) < 2 * sms:
+            bn //= 2
+        return Config("gemv", 1, min(bn, fp8_block.BLOCK), kp, 1, 1, 1, 4)
+    blocks_k = triton.cdiv(k, fp8_block.BLOCK)
+    if rows <= FEW_ROWS:
+        bm = 8 if rows <= 8 else 16
+        bn = 16 if bm == 8 or groups * triton.cdiv(n, 32) < sms else 32
+        warps_k = 8 if groups * triton.cdiv(n, bn) < sms and blocks_k >= 16 and size == 1 else 4
+        warps_k = min(warps_k, triton.next_power_of_2(blocks_k))
+        stage = warps_k * fp8_block.BLOCK * (bn * size + bm * 2)
+        stages = 1 + min(2, STAGING_BYTES // stage, triton.cdiv(blocks_k, warps_k))
+        return Config("few", bm, bn, fp8_block.BLOCK, warps_k, 1, stages, warps_k)
+    bm = 32 if rows <= 32 else 64 if rows <= 64 else 128
+    bn, bk, warps = (128, 64, 8) if bm == 128 else (64, 128, 4)
+    # Rounded up to a power of two, so that neighbouring row counts share a kernel.
+    tiles = triton.next_power_of_2(triton.cdiv(rows, bm)) * triton.cdiv(n, bn) * groups
+    split = 1
+    while tiles * split * 2 <= (sms if bm == 128 else sms * 3 // 2) and blocks_k // (split * 2) >= 4:
+        split *= 2
+    return Config("many", bm, bn, bk, 1, split, 4 if bm == 128 else 3, warps)
+
+
+def refusal(w: torch.Tensor, scale: torch.Tensor | None) -> str | None:
+    """Why the kernels cannot read this weight, or None."""
+    if scale is not None and w.dtype != torch.float8_e4m3fn:
+        return f"weight is {w.dtype} and needs torch.float8_e4m3fn."
+    if scale is None and w.dtype != torch.bfloat16:
+        return f"weight is {w.dtype} and needs torch.bfloat16."
+    if not w.is_contiguous():
+        return f"weight {list(w.shape)} has strides {list(w.stride())} and needs to be contiguous."
+    if scale is not None and not scale.is_contiguous():
+        return f"scale {list(scale.shape)} has strides {list(scale.stride())} and needs to be contiguous."
+    return None
+
+
+def linear(op: str, x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """x bf16 [T, G, K] of any strides, w [G, N, K], scale [G, ceil(N/128), ceil(K/128)] or None → dtype [T, G, N].
+
+    `op` owns the scratch.
+    """
+    rows = x.shape[0]
+    groups, n, k = w.shape
+    blocks = (groups, triton.cdiv(n, fp8_block.BLOCK), triton.cdiv(k, fp8_block.BLOCK))
+    if tuple(x.shape[1:]) != (groups, k):
+        raise ValueError(f"input is {list(x.shape)} and needs [rows, {groups}, {k}] for weight {list(w.shape)}.")
+    if scale is not None and tuple(scale.shape) != blocks:
+        raise ValueError(f"FP8 weight {list(w.shape)} has scales {list(scale.shape)} and needs {list(blocks)}.")
+    form, s = UNSCALED.value, w
+    if scale is not None:
+        form, s = (FP32.value, scale) if scale.dtype == torch.float32 else (E8M0.value, e8m0.scale_bytes(scale))
+    y = torch.empty((rows, groups, n), dtype=dtype, device=x.device)
+    # At least 8 processors, for the interpreter, whose one would never split K.
+    c = config(rows, groups, n, k, w.element_size(), max(8, kernels.multiprocessors(x.device)))
+    # A dimension of size 1 has a stride that means nothing.
+    x_row, x_group = (x.stride(0) if rows > 1 else 0), (x.stride(1) if groups > 1 else 0)
+    unit = 8 if x_row % 8 == 0 and x_group % 8 == 0 else 1
+    model = {"G": groups, "N": n, "K": k, "X_STEP": x.stride(2) if k > 1 else 1, "X_UNIT": unit, "SCALE": form}
+    strides = (x_row // unit, x_group // unit)
+    if c.kernel == "gemv":
+        grid = (rows, triton.cdiv(n, c.bn), groups)
+        kernels.launch(_gemv, grid, x, w, s, y, *strides, **model, BN=c.bn, KP=c.bk, num_warps=c.warps)
+        return y
+    if c.kernel == "few":
+        grid = (triton.cdiv(n, c.bn), groups)
+        tile = {"BM": c.bm, "BN": c.bn, "KW": c.warps_k, "EVEN": k % (c.warps_k * c.bk) == 0, "STAGES": c.stages}
+        kernels.launch(_few_rows, grid, x, w, s, y, rows, *strides, **model, **tile, num_warps=c.warps)
+        return y
+    tile = {"BM": c.bm, "BN": c.bn, "BK": c.bk, "SPLIT": c.split, "EVEN": k % c.bk == 0, "STAGES": c.stages}
+    tiles = (triton.cdiv(rows, c.bm) * triton.cdiv(n, c.bn), c.split, groups)
+    if c.split == 1:
+        kernels.launch(_many_rows, tiles, x, w, s, y, rows, *strides, **model, **tile, num_warps=c.warps)
+        return y
+    (parts,) = kernels.scratch(op, x.device, ((c.split, rows, groups, n), torch.float32))
+    kernels.launch(_many_rows, tiles, x, w, s, parts, rows, *strides, **model, **tile, num_warps=c.warps)
+    total = math.prod(y.shape)
+    kernels.launch(_add_parts, (triton.cdiv(total, 1024),), parts, y, total, SPLIT=c.split, BLOCK=1024, num_warps=4)
+    return y
+
+
+@triton.jit
+def to_bf16(value):
+    """fp32 to the nearest bf16; Triton's interpreter would truncate, so there the bits are rounded first."""
+    if INTERPRETED:
+        bits = value.to(tl.int32, bitcast=True)
+        value = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    return value.to(tl.bfloat16)
+
+
+@triton.jit
+def dot(a, b):
+    """fp32 a b of bf16 tiles; Triton's interpreter has no bf16 dot."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return tl.dot(a, b)
+
+
+@triton.jit
+def scaled_sum(product, factor, acc):
+    """product * factor + acc, rounded once.
+
+    In assembly, since LLVM would pair the FMAs for SM120's two-wide ones and move every accumulator back and forth.
+    """
+    if INTERPRETED:
+        return product * factor + acc
+    return tl.inline_asm_elementwise(
+        "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [product, factor, acc], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def e8m0_value(bits):
+    """fp32 2^(e - 127) of exponent bytes: 2^-127 is subnormal, byte 255 is NaN."""
+    wide = bits.to(tl.int32)
+    wide = tl.where(wide == 0, 0x00400000, tl.where(wide == 255, 0x7FC00000, wide << 23))
+    return wide.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _scale_value(stored, SCALE: tl.constexpr):
+    return e8m0_value(stored) if SCALE == E8M0 else stored.to(tl.float32)
+
+
+@triton.jit
+def _exact_bf16(weight, SCALE: tl.constexpr):
+    # Through fp32, which converts in pairs; from E4M3 directly, every value takes a slow instruction of its own.
+    return weight if SCALE == UNSCALED else weight.to(tl.float32).to(tl.bfloat16)
+
+
+@triton.jit
+def _store(at, value, mask):
+    if at.dtype.element_ty == tl.bfloat16:
+        tl.store(at, to_bf16(value), mask=mask)
+    else:
+        tl.store(at, value, mask=mask)
+
+
+@triton.jit(do_not_specialize=["x_row", "x_group"])
+def _gemv(
+    x, w, scale, y, x_row, x_group, G: tl.constexpr, N: tl.constexpr, K: tl.constexpr, X_STEP: tl.constexpr,
+    X_UNIT: tl.constexpr, SCALE: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr,
+):  # fmt: skip
+    """Program (t, i, g): outputs i BN … of row t and group g, from whole weight rows padded to KP."""
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(2).to(tl.int64)
+    first = tl.program_id(1) * BN
+    n = first + tl.arange(0, BN)
+    k = tl.arange(0, KP)
+    at = w + group * (N * K) + (tl.minimum(n, N - 1)[:, None] * K + k[None, :])
+    # The weights first: they come from far away, x and the scales are in L2.
+    weight = tl.load(at) if K == KP else tl.load(at, mask=k[None, :] < K, other=0.0)
+    KB: tl.constexpr = (K + BLOCK - 1) // BLOCK
+    NB: tl.constexpr = (N + BLOCK - 1) // BLOCK
+    PB: tl.constexpr = KP // BLOCK
+    block = tl.arange(0, PB)
+    if SCALE != UNSCALED:
+        s = tl.load(scale + group * (NB * KB) + first // BLOCK * KB + block, mask=block < KB, other=0)
+    x_at = x + (row * x_row + group * x_group) * X_UNIT + k * X_STEP
+    value = tl.load(x_at, mask=k < K, other=0.0).to(tl.float32)
+    if SCALE != UNSCALED:
+        value = tl.reshape(tl.reshape(value, PB, BLOCK) * _scale_value(s, SCALE)[:, None], KP)
+    out = tl.sum(weight.to(tl.float32) * value[None, :], 1)
+    _store(y + (row * G + group) * N + n, out, n < N)
+
+
+@triton.jit(do_not_specialize=["rows", "x_row", "x_group"])
+def _few_rows(
+    x, w, scale, y, rows, x_row, x_group, G: tl.constexpr, N: tl.constexpr, K: tl.constexpr, X_STEP: tl.constexpr,
+    X_UNIT: tl.constexpr, SCALE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, KW: tl.constexpr,
+    EVEN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """rows <= BM: program (i, g) computes outputs i BN … of group g; warp j takes every KW-th block of K."""
+    group = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0) * BN
+    n = first + tl.arange(0, BN)
+    m = tl.arange(0, BM)
+    live = m < rows
+    part = tl.arange(0, KW)
+    k = part[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    KB: tl.constexpr = (K + BLOCK - 1) // BLOCK
+    NB: tl.constexpr = (N + BLOCK - 1) // BLOCK
+    STEP: tl.constexpr = KW * BLOCK
+    row = tl.where(live, m, 0) * (x_row.to(tl.int64) * X_UNIT)
+    x_at = x + group * (x_group.to(tl.int64) * X_UNIT) + (row[None, None, :] + (k * X_STEP)[:, :, None])
+    w_at = w + group * (N * K) + (tl.minimum(n, N - 1)[None, :, None] * K + k[:, None, :])
+    s_at = scale + group * (NB * KB) + first // BLOCK * KB
+    if SCALE != UNSCALED:
+        s_next = tl.load(s_at + tl.minimum(part, KB - 1))
+    acc = tl.zeros([KW, BN, BM], tl.float32)
+    for start in tl.range(0, K, STEP, num_stages=STAGES):
+        if EVEN:
+            weight = tl.load(w_at + start)
+            value = tl.load(x_at + start * X_STEP, mask=live[None, None, :], other=0.0)
+        else:
+            inside = start + k < K
+            weight = tl.load(w_at + start, mask=inside[:, None, :], other=0.0)
+            value = tl.load(x_at + start * X_STEP, mask=inside[:, :, None] & live[None, None, :], other=0.0)
+        product = dot(_exact_bf16(weight, SCALE), value)
+        if SCALE == UNSCALED:
+            factor = tl.full([KW], 1.0, tl.float32)
+        else:
+            factor = _scale_value(s_next, SCALE)
+            # One step ahead, or every step would wait for its scale.
+            s_next = tl.load(s_at + tl.minimum(start // BLOCK + KW + part, KB - 1))
+        acc = scaled_sum(product, factor[:, None, None], acc)
+    out = tl.trans(tl.sum(acc, 0))
+    at = y + (m[:, None] * G + group) * N + n[None, :]
+    _store(at, out, live[:, None] & (n < N)[None, :])
+
+
+@triton.jit(do_not_specialize=["rows", "x_row", "x_group"])
+def _many_rows(
+    x, w, scale, y, rows, x_row, x_group, G: tl.constexpr, N: tl.constexpr, K: tl.constexpr, X_STEP: tl.constexpr,
+    X_UNIT: tl.constexpr, SCALE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    SPLIT: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Program (tile, s, g): a tile [BM, BN] of group g over part s of K, into y [SPLIT, rows, G, N]."""
+    group = tl.program_id(2).to(tl.int64)
+    # Neighbouring programs share weights and GROUP_M blocks of rows, so that both stay in L2.
+    n_blocks: tl.constexpr = (N + BN - 1) // BN
+    m_blocks = tl.cdiv(rows, BM)
+    tile = tl.program_id(0)
+    m_first = tile // (GROUP_M * n_blocks) * GROUP_M
+    m_here = tl.minimum(m_blocks - m_first, GROUP_M)
+    inside_group = tile % (GROUP_M * n_blocks)
+    m = ((m_first + inside_group % m_here) * BM).to(tl.int64) + tl.arange(0, BM)
+    first = inside_group // m_here * BN
+    n = first + tl.arange(0, BN)
+    live = m < rows
+    KB: tl.constexpr = (K + BLOCK - 1) // BLOCK
+    NB: tl.constexpr = (N + BLOCK - 1) // BLOCK
+    # Parts end at whole blocks, so that a step never straddles two scales.
+    PART: tl.constexpr = (KB + SPLIT - 1) // SPLIT * BLOCK
+    low = tl.program_id(1) * PART
+    high = tl.minimum(low + PART, K)
+    k = tl.arange(0, BK)
+    row = tl.where(live, m, 0) * (x_row.to(tl.int64) * X_UNIT)
+    x_at = x + group * (x_group.to(tl.int64) * X_UNIT) + (row[:, None] + (k * X_STEP)[None, :])
+    w_at = w + group * (N * K) + (tl.minimum(n, N - 1)[None, :] * K + k[:, None])
+    s_at = scale + group * (NB * KB) + first // BLOCK * KB
+    if SCALE != UNSCALED:
+        s_next = tl.load(s_at + tl.minimum(low // BLOCK, KB - 1))
+    acc = tl.zeros([BM, BN], tl.float32)
+    for start in tl.range(low, high, BK, num_stages=STAGES):
+        if EVEN:
+            value = tl.load(x_at + start * X_STEP, mask=live[:, None], other=0.0)
+            weight = tl.load(w_at + start)
+        else:
+            inside = start + k < K
+            value = tl.load(x_at + start * X_STEP, mask=live[:, None] & inside[None, :], other=0.0)
+            weight = tl.load(w_at + start, mask=inside[:, None], other=0.0)
+        product = dot(value, _exact_bf16(weight, SCALE))
+        if SCALE == UNSCALED:
+            factor = tl.full([1, 1], 1.0, tl.float32)
+        else:
+            factor = tl.full([1, 1], 1.0, tl.float32) * _scale_value(s_next, SCALE)
+            s_next = tl.load(s_at + tl.minimum((start + BK) // BLOCK, KB - 1))
+        acc = scaled_sum(product, factor, acc)
+    at = y + ((tl.program_id(1).to(tl.int64) * rows + m[:, None]) * G + group) * N + n[None, :]
+    _store(at, acc, live[:, None] & (n < N)[None, :])
+
+
+@triton.jit(do_not_specialize=["total"])
+def _add_parts(parts, y, total, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+    """y [total] = Σ_s parts [SPLIT, total], in the order of s."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = at < total
+    acc = tl.zeros([BLOCK], tl.float32)
+    for part in tl.static_range(SPLIT):
+        acc += tl.load(parts + part * total + at, mask=live, other=0.0)
+    _store(y + at, acc, live)

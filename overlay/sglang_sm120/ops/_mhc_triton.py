@@ -1,0 +1,406 @@
+"""Kernels of the hyper-connection ops: two launches for an exit and the next entry, one for an exit alone.
+
+    `_mix`      reads f and X (or X alone) once: X' = post f + combᵀ X, stored, and while it is in registers its
+                products with fn and its squares, for one part of the columns; parts meet in scratch
+    `_finish`   adds the parts; some programs make post and comb of a few rows each (Sinkhorn in registers), the
+                others one row of y each (gate, combine, norm), so that the chain of 20 iterations delays nobody
+
+With few rows the columns are split over 64 programs, with many the rows are, and X' is the only large thing written
+between the launches; `_finish` begins with the rows written last, which L2 still holds. fn is split into two bf16 parts
+(2^-18 is left), X' is bf16 anyway, so the tensor core's products are exact; its sums are taken out every 32 or 64
+columns, because it truncates them.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import kernels
+from ._linear_triton import INTERPRETED, dot, scaled_sum, to_bf16
+
+__all__ = ["Config", "config", "contiguous", "enter", "exit_block", "mixing_weights"]
+
+WIDTH: tl.constexpr = tl.constexpr(32)
+"""fp32 per row and part in scratch: the mixes, then the sum of squares."""
+
+
+class Config(NamedTuple):
+    """rows: per program of `_mix`; columns: per step; parts: of all columns; sinkhorn_rows: per program."""
+
+    rows: int
+    columns: int
+    parts: int
+    sinkhorn_rows: int
+    warps: int
+    stages: int
+    registers: int | None
+
+
+def config(rows: int, hidden: int, sms: int) -> Config:
+    """The configuration for `rows` rows of width `hidden`; it depends on rows only through powers of two."""
+    few = rows <= 16
+    tile = 16 if few else 64
+    columns = min(64 if few else 32, max(16, triton.next_power_of_2(hidden)))
+    tiles = triton.next_power_of_2(triton.cdiv(max(rows, 1), tile))
+    parts = min(64, *(triton.next_power_of_2(triton.cdiv(*ab)) for ab in ((2 * sms, tiles), (hidden, columns))))
+    # Two programs of 256 threads per processor: while one waits at a barrier, the other works.
+    return Config(tile, columns, parts, min(32, 256 // parts), 4 if few else 8, 1 if few else 2, None if few else 128)
+
+
+def contiguous(**tensors: torch.Tensor | None) -> str | None:
+    """Which tensor is not contiguous, as a refusal, or None."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_contiguous():
+            return f"{name} {list(tensor.shape)} has strides {list(tensor.stride())} and needs to be contiguous."
+    return None
+
+
+def enter(
+    op: str,
+    block: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    x: torch.Tensor,
+    fn: torch.Tensor,
+    scale: torch.Tensor,
+    base: torch.Tensor,
+    iters: int,
+    rms_eps: float,
+    hc_eps: float,
+    norm_weight: torch.Tensor | None,
+    norm_eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(X', y, post', comb') of X' = mhc_post(f, x, post, comb) for block (f, post, comb), or of X' = x for None.
+
+    fn has 24 rows, or 4 for the head, whose post' and comb' are empty. `op` owns the scratch.
+    """
+    rows, _, hidden = x.shape
+    mixes, head = fn.shape[0], fn.shape[0] == 4
+    out = torch.empty_like(x) if block is not None else x
+    y = torch.empty((rows, hidden), dtype=torch.bfloat16, device=x.device)
+    post = torch.empty((0 if head else rows, 4), dtype=torch.float32, device=x.device)
+    comb = torch.empty((0 if head else rows, 4, 4), dtype=torch.float32, device=x.device)
+    c = config(rows, hidden, kernels.multiprocessors(x.device))
+    (parts,) = kernels.scratch(op, x.device, ((rows, c.parts, WIDTH.value), torch.float32))
+    f, f_post, f_comb = block if block is not None else (x, x, x)
+    kernels.launch(
+        _mix,
+        (c.parts, triton.cdiv(rows, c.rows)),
+        *(f, x, f_post, f_comb, fn, out, parts, rows),
+        H=hidden,
+        N=mixes,
+        NP=16 if head else 32,
+        EXIT=block is not None,
+        R=c.rows,
+        B=c.columns,
+        PART=triton.cdiv(triton.cdiv(hidden, c.columns), c.parts) * c.columns,
+        STAGES=c.stages,
+        num_warps=c.warps,
+        maxnreg=c.registers,
+    )
+    tiles = 0 if head else triton.cdiv(rows, c.sinkhorn_rows)
+    kernels.launch(
+        _finish,
+        (tiles + rows,),
+        *(out, parts, scale, base, norm_weight if norm_weight is not None else x, y, post, comb),
+        *(rows, tiles, rms_eps, hc_eps, norm_eps),
+        H=hidden,
+        HP=triton.next_power_of_2(hidden),
+        N=mixes,
+        PARTS=c.parts,
+        R=c.sinkhorn_rows,
+        ITERS=iters,
+        NORM=norm_weight is not None,
+        num_warps=4,
+    )
+    return out, y, post, comb
+
+
+def exit_block(f: torch.Tensor, x: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> torch.Tensor:
+    """X' alone."""
+    rows, _, hidden = x.shape
+    out = torch.empty_like(x)
+    columns = min(2048, triton.next_power_of_2(hidden)) if rows > 64 else min(512, triton.next_power_of_2(hidden))
+    warps = max(1, min(4, columns // 256))
+    grid = (rows, triton.cdiv(hidden, columns))
+    kernels.launch(_exit, grid, f, x, post, comb, out, H=hidden, B=columns, num_warps=warps)
+    return out
+
+
+def mixing_weights(
+    mixes: torch.Tensor, scale: torch.Tensor, base: torch.Tensor, iters: int, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(pre, post, comb) of mixes fp32 [T, 24]."""
+    rows = mixes.shape[0]
+    pre, post = (torch.empty((rows, 4), dtype=torch.float32, device=mixes.device) for _ in range(2))
+    comb = torch.empty((rows, 4, 4), dtype=torch.float32, device=mixes.device)
+    tile = 8 if rows <= 1024 else 32
+    grid = (triton.cdiv(rows, tile),)
+    kernels.launch(_weights, grid, mixes, scale, base, pre, post, comb, rows, eps, R=tile, ITERS=iters, num_warps=4)
+    return pre, post, comb
+
+
+@triton.jit
+def _four(at, live):
+    """The four neighbouring fp32 at `at` [R], as [R] each."""
+    return (
+        tl.load(at, mask=live, other=0.0),
+        tl.load(at + 1, mask=live, other=0.0),
+        tl.load(at + 2, mask=live, other=0.0),
+        tl.load(at + 3, mask=live, other=0.0),
+    )
+
+
+@triton.jit
+def _stream(post, f, c0, x0, c1, x1, c2, x2, c3, x3):
+    """One stream of X': post f + Σ_j c_j x_j of fp32 values, the product rounded before it is added.
+
+    The reference rounds there too; otherwise some X' would differ in their last bit, and with them the next mixes.
+    """
+    mixed = scaled_sum(c3, x3, scaled_sum(c2, x2, scaled_sum(c1, x1, scaled_sum(c0, x0, 0.0))))
+    if INTERPRETED:
+        return to_bf16(post * f + mixed)
+    # Not pure: Triton would compute all of it twice, for the store and in the dot's layout.
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .f32 a, b;
+        mul.rn.f32 a, $1, $3;
+        mul.rn.f32 b, $2, $4;
+        add.rn.f32 a, a, $5;
+        add.rn.f32 b, b, $6;
+        cvt.rn.bf16x2.f32 $0, b, a;
+        }
+        """,
+        "=r,f,f,f,f,f,f",
+        [post, f, mixed],
+        dtype=tl.bfloat16,
+        is_pure=False,
+        pack=2,
+    )
+
+
+@triton.jit
+def _split(w):
+    """fp32 w as a sum of two bf16, to 2^-18."""
+    if INTERPRETED:
+        high = to_bf16(w)
+        return high, to_bf16(w - high.to(tl.float32))
+    # Not pure: Triton would split in the dot's layout, where every warp holds all of w.
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 t;
+        .reg .f32 a, b, c;
+        cvt.rn.bf16x2.f32 $0, $3, $2;
+        shl.b32 t, $0, 16;
+        mov.b32 c, t;
+        sub.rn.f32 a, $2, c;
+        and.b32 t, $0, 0xFFFF0000;
+        mov.b32 c, t;
+        sub.rn.f32 b, $3, c;
+        cvt.rn.bf16x2.f32 $1, b, a;
+        }
+        """,
+        "=&r,=&r,f,f",
+        [w],
+        dtype=(tl.bfloat16, tl.bfloat16),
+        is_pure=False,
+        pack=2,
+    )
+
+
+@triton.jit
+def _products(v, w, squares, acc):
+    """squares [R, B] + v² and acc [NP, R] + w vᵀ, for bf16 v [R, B] and fp32 w [NP, B]."""
+    value = v.to(tl.float32)
+    high, low = _split(w)
+    # Added outside the dots: chained ones would be given to the warps by rows alone.
+    v = tl.trans(v)
+    acc = scaled_sum(dot(low, v), 1.0, acc)
+    acc = scaled_sum(dot(high, v), 1.0, acc)
+    return scaled_sum(value, value, squares), acc
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _mix(
+    f, x, post, comb, fn, out, parts, rows, H: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, EXIT: tl.constexpr,
+    R: tl.constexpr, B: tl.constexpr, PART: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Program (p, i): columns p PART … of all four streams, rows i R …: out, and parts [rows, PARTS, 32] = products
+    with fn [N, 4 H], then the sum of squares."""
+    m = tl.program_id(1) * R + tl.arange(0, R)
+    live = m < rows
+    row = tl.where(live, m, 0).to(tl.int64)
+    part = tl.program_id(0)
+    n = tl.arange(0, NP)
+    h = tl.arange(0, B)
+    if EXIT:
+        p0, p1, p2, p3 = _four(post + row * 4, live)
+        c00, c01, c02, c03 = _four(comb + row * 16, live)
+        c10, c11, c12, c13 = _four(comb + row * 16 + 4, live)
+        c20, c21, c22, c23 = _four(comb + row * 16 + 8, live)
+        c30, c31, c32, c33 = _four(comb + row * 16 + 12, live)
+    acc = tl.zeros([NP, R], tl.float32)
+    squares = tl.zeros([R, B], tl.float32)
+    low = part * PART
+    for start in tl.range(low, tl.minimum(low + PART, H), B, num_stages=STAGES):
+        inside = live[:, None]
+        fn_inside = (n < N)[:, None]
+        if H % B != 0:
+            inside &= (start + h < H)[None, :]
+            fn_inside &= (start + h < H)[None, :]
+        at = row[:, None] * (4 * H) + (start + h)[None, :]
+        fn_at = fn + n[:, None] * (4 * H) + (start + h)[None, :]
+        v0 = tl.load(x + at, mask=inside, other=0.0)
+        v1 = tl.load(x + at + H, mask=inside, other=0.0)
+        v2 = tl.load(x + at + 2 * H, mask=inside, other=0.0)
+        v3 = tl.load(x + at + 3 * H, mask=inside, other=0.0)
+        w0 = tl.load(fn_at, mask=fn_inside, other=0.0)
+        w1 = tl.load(fn_at + H, mask=fn_inside, other=0.0)
+        w2 = tl.load(fn_at + 2 * H, mask=fn_inside, other=0.0)
+        w3 = tl.load(fn_at + 3 * H, mask=fn_inside, other=0.0)
+        if EXIT:
+            g = tl.load(f + row[:, None] * H + (start + h)[None, :], mask=inside, other=0.0).to(tl.float32)
+            x0, x1, x2, x3 = v0.to(tl.float32), v1.to(tl.float32), v2.to(tl.float32), v3.to(tl.float32)
+            v0 = _stream(p0[:, None], g, c00[:, None], x0, c10[:, None], x1, c20[:, None], x2, c30[:, None], x3)
+            tl.store(out + at, v0, mask=inside)
+        squares, acc = _products(v0, w0, squares, acc)
+        if EXIT:
+            v1 = _stream(p1[:, None], g, c01[:, None], x0, c11[:, None], x1, c21[:, None], x2, c31[:, None], x3)
+            tl.store(out + at + H, v1, mask=inside)
+        squares, acc = _products(v1, w1, squares, acc)
+        if EXIT:
+            v2 = _stream(p2[:, None], g, c02[:, None], x0, c12[:, None], x1, c22[:, None], x2, c32[:, None], x3)
+            tl.store(out + at + 2 * H, v2, mask=inside)
+        squares, acc = _products(v2, w2, squares, acc)
+        if EXIT:
+            v3 = _stream(p3[:, None], g, c03[:, None], x0, c13[:, None], x1, c23[:, None], x2, c33[:, None], x3)
+            tl.store(out + at + 3 * H, v3, mask=inside)
+        squares, acc = _products(v3, w3, squares, acc)
+    to = parts + (row * tl.num_programs(0) + part) * WIDTH
+    tl.store(to[:, None] + n[None, :], tl.trans(acc), mask=live[:, None] & (n < N)[None, :])
+    tl.store(to + N, tl.sum(squares, 1), mask=live)
+
+
+@triton.jit
+def _sinkhorn(comb, eps, ITERS: tl.constexpr):
+    """comb [R, 4, 4] before the row softmax → doubly stochastic, as in the op `sinkhorn`."""
+    comb = tl.exp(comb - tl.max(comb, 2, keep_dims=True))
+    comb = comb / tl.sum(comb, 2, keep_dims=True) + eps
+    comb = comb / (tl.sum(comb, 1, keep_dims=True) + eps)
+    for _ in range(ITERS - 1):
+        comb = comb / (tl.sum(comb, 2, keep_dims=True) + eps)
+        comb = comb / (tl.sum(comb, 1, keep_dims=True) + eps)
+    return comb
+
+
+@triton.jit
+def _finish_weights(
+    program, parts, scale, base, post, comb, rows, rms_eps, hc_eps, H: tl.constexpr, N: tl.constexpr,
+    PARTS: tl.constexpr, R: tl.constexpr, ITERS: tl.constexpr,
+):  # fmt: skip
+    """post and comb of rows program R …"""
+    m = program * R + tl.arange(0, R)
+    live = m < rows
+    row = tl.where(live, m, 0).to(tl.int64)
+    part = tl.arange(0, PARTS)
+    four = tl.arange(0, 4)
+    sixteen = tl.arange(0, 16)
+    at = parts + (row[None, :] * PARTS + part[:, None]) * WIDTH
+    squares = tl.sum(tl.load(at + N), 0)
+    mix1 = tl.sum(tl.load(at[:, :, None] + 4 + four[None, None, :]), 0)
+    mix2 = tl.sum(tl.load(at[:, :, None] + 8 + sixteen[None, None, :]), 0)
+    r = tl.rsqrt(squares / (4 * H) + rms_eps)[:, None]
+    gate = tl.sigmoid(mix1 * r * tl.load(scale + 1) + tl.load(base + 4 + four)[None, :])
+    tl.store(post + row[:, None] * 4 + four[None, :], 2.0 * gate, mask=live[:, None])
+    logits = mix2 * r * tl.load(scale + 2) + tl.load(base + 8 + sixteen)[None, :]
+    mixing = tl.reshape(_sinkhorn(tl.reshape(logits, R, 4, 4), hc_eps, ITERS), R, 16)
+    tl.store(comb + row[:, None] * 16 + sixteen[None, :], mixing, mask=live[:, None])
+
+
+@triton.jit
+def _add(a, b):
+    return scaled_sum(a, 1.0, b)
+
+
+@triton.jit
+def _finish_row(
+    row, x, parts, scale, base, norm_weight, y, rms_eps, hc_eps, norm_eps, H: tl.constexpr, HP: tl.constexpr,
+    N: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """y of one row."""
+    stream = tl.arange(0, 4)
+    h = tl.arange(0, HP)
+    v = tl.load(x + row * (4 * H) + stream[:, None] * H + h[None, :], mask=(h < H)[None, :], other=0.0)
+    at = parts + row * (PARTS * WIDTH) + tl.arange(0, PARTS) * WIDTH
+    r = tl.rsqrt(tl.sum(tl.load(at + N), 0) / (4 * H) + rms_eps)
+    mix0 = tl.sum(tl.load(at[:, None] + stream[None, :]), 0)
+    pre = tl.sigmoid(mix0 * r * tl.load(scale) + tl.load(base + stream)) + hc_eps
+    out = to_bf16(tl.reduce(scaled_sum(v.to(tl.float32), pre[:, None], 0.0), 0, _add))
+    if NORM:
+        value = out.to(tl.float32)
+        squares = tl.reduce(scaled_sum(value, value, 0.0), 0, _add)
+        rms = tl.rsqrt(squares / H + norm_eps)
+        weight = tl.load(norm_weight + h, mask=h < H, other=0.0).to(tl.float32)
+        out = to_bf16(scaled_sum(scaled_sum(value, rms, 0.0), weight, 0.0))
+    tl.store(y + row * H + h, out, mask=h < H)
+
+
+@triton.jit(do_not_specialize=["rows", "tiles", "rms_eps", "hc_eps", "norm_eps"])
+def _finish(
+    x, parts, scale, base, norm_weight, y, post, comb, rows, tiles, rms_eps, hc_eps, norm_eps, H: tl.constexpr,
+    HP: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr, R: tl.constexpr, ITERS: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Programs 0 … tiles - 1 make post and comb of R rows each, the others y of one row each."""
+    program = tl.program_id(0)
+    if program < tiles:
+        _finish_weights(program, parts, scale, base, post, comb, rows, rms_eps, hc_eps, H, N, PARTS, R, ITERS)
+    else:
+        row = (rows - 1 - (program - tiles)).to(tl.int64)
+        _finish_row(row, x, parts, scale, base, norm_weight, y, rms_eps, hc_eps, norm_eps, H, HP, N, PARTS, NORM)
+
+
+@triton.jit
+def _exit(f, x, post, comb, out, H: tl.constexpr, B: tl.constexpr):
+    """Program (t, i): columns i B … of the four streams of row t."""
+    row = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * B + tl.arange(0, B)
+    inside = h < H
+    at = row * (4 * H) + h
+    g = tl.load(f + row * H + h, mask=inside, other=0.0).to(tl.float32)
+    x0 = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    x1 = tl.load(x + at + H, mask=inside, other=0.0).to(tl.float32)
+    x2 = tl.load(x + at + 2 * H, mask=inside, other=0.0).to(tl.float32)
+    x3 = tl.load(x + at + 3 * H, mask=inside, other=0.0).to(tl.float32)
+    for k in tl.static_range(4):
+        c = comb + row * 16 + k
+        value = _stream(
+            tl.load(post + row * 4 + k), g, tl.load(c), x0, tl.load(c + 4), x1, tl.load(c + 8), x2, tl.load(c + 12), x3
+        )
+        tl.store(out + at + k * H, value, mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "eps"])
+def _weights(mixes, scale, base, pre, post, comb, rows, eps, R: tl.constexpr, ITERS: tl.constexpr):
+    """Program i: the three outputs of rows i R …"""
+    m = tl.program_id(0) * R + tl.arange(0, R)
+    live = m < rows
+    row = tl.where(live, m, 0).to(tl.int64)
+    four = tl.arange(0, 4)
+    sixteen = tl.arange(0, 16)
+    at = mixes + row[:, None] * 24
+    mask = live[:, None]
+    m0 = tl.load(at + four[None, :])
+    m1 = tl.load(at + 4 + four[None, :])
+    m2 = tl.load(at + 8 + sixteen[None, :])
+    gate0 = tl.sigmoid(m0 * tl.load(scale) + tl.load(base + four)[None, :])
+    gate1 = tl.sigmoid(m1 * tl.load(scale + 1) + tl.load(base + 4 + four)[None, :])
+    logits = m2 * tl.load(scale + 2) + tl.load(base + 8 + sixteen)[None, :]
+    tl.store(pre + row[:, None] * 4 + four[None, :], gate0 + eps, mask=mask)
+    tl.store(post + row[:, None] * 4 + four[None, :], 2.0 * gate1, mask=mask)
+    mixing = tl.reshape(_sinkhorn(tl.reshape(logits, R, 4, 4), eps, ITERS), R, 16)
+    tl.store(comb + row[:, None] * 16 + sixteen[None, :], mixing, mask=mask)

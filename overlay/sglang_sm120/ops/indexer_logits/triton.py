@@ -1,0 +1,190 @@
+"""Indexer scores: one row's heads against blocks of 128 keys on tensor cores, keys as the rows of the dot.
+
+E4M3 is exact in fp16, so the dot is exact but for its fp32 sums. With keys as rows, relu, head weights and the sum over
+heads stay within a warp's registers and a few shuffles, and the key's scale is applied once per key, after that sum.
+A row's 64 heads alone give 124 operations per byte of key, so rows do not share keys except through the L2 cache.
+Programs of a row walk its blocks in strides, so that the grid depends on the table's width and the work on lengths.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ... import kernels
+from ...formats import indexer_page
+from .._pages_triton import pool_refusal
+from . import indexer_logits
+
+BLOCK = 128
+PROGRAMS_PER_SM = 4
+DIM: tl.constexpr = tl.constexpr(indexer_page.DIM)
+SCALE: tl.constexpr = tl.constexpr(indexer_page.SCALE)
+
+
+@triton.jit
+def _page_ids(table, block, length, PAGE: tl.constexpr, BLOCK: tl.constexpr):
+    """Page id of each entry of a block, int32 [BLOCK], 0 beyond length."""
+    entry = block * BLOCK + tl.arange(0, BLOCK)
+    return tl.load(table + entry // PAGE, mask=entry < length, other=0)
+
+
+@triton.jit
+def _keys(pages, page_stride, page, block, length, PAGE: tl.constexpr, BLOCK: tl.constexpr):
+    """E4M3 bytes [BLOCK, 128] and fp32 scales [BLOCK] of a block's entries, zeros beyond length."""
+    entry = block * BLOCK + tl.arange(0, BLOCK)
+    live = entry < length
+    start = pages + tl.multiple_of(page.to(tl.int64) * page_stride, 16)
+    channel = tl.arange(0, DIM)
+    at = start + entry % PAGE * DIM
+    values = tl.load(at[:, None] + channel[None, :], mask=live[:, None], other=0)
+    at = start + PAGE * DIM + entry % PAGE * SCALE
+    return values, tl.load(at.to(tl.pointer_type(tl.float32)), mask=live, other=0.0)
+
+
+@triton.jit(
+    do_not_specialize=["table_row", "logits_row", "width", "least", "programs"],
+    do_not_specialize_on_alignment=["table", "lengths", "logits"],
+)
+def _score(
+    q,
+    q_row,
+    q_head,
+    weights,
+    weights_row,
+    pages,
+    page_stride,
+    table,
+    table_row,
+    lengths,
+    logits,
+    logits_row,
+    width,
+    least,
+    programs,
+    HEADS: tl.constexpr,
+    PADDED: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FILL: tl.constexpr,
+):
+    """q E4M3 bytes [T, HEADS, 128], weights fp32 [T, HEADS] -> logits fp32 [T, width] below lengths.
+
+    Programs: T x programs, those of a row adjacent. Rows of up to `least` entries are left out. With FILL, what lies at
+    and beyond lengths becomes -inf.
+    """
+    row = (tl.program_id(0) // programs).to(tl.int64)
+    first = tl.program_id(0) % programs
+    length = tl.minimum(tl.load(lengths + row).to(tl.int32), width)
+    length = tl.where(length > least, length, 0)
+    blocks = tl.cdiv(length, BLOCK)
+    table += row * table_row
+    logits += row * logits_row
+    if first < blocks:
+        head = tl.arange(0, PADDED)
+        at = q + row * q_row + head[:, None] * q_head + tl.arange(0, DIM)[None, :]
+        query = tl.load(at, mask=head[:, None] < HEADS, other=0).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+        weight = tl.load(weights + row * weights_row + head, mask=head < HEADS, other=0.0)
+        page = _page_ids(table, first, length, PAGE, BLOCK)
+        values, scale = _keys(pages, page_stride, page, first, length, PAGE, BLOCK)
+        page = _page_ids(table, first + programs, length, PAGE, BLOCK)
+        for block in tl.range(first, blocks, programs, num_stages=1):
+            keys = values.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+            factor = scale
+            # In flight while this block is worked on: the next block's keys and the page ids of the one after.
+            values, scale = _keys(pages, page_stride, page, block + programs, length, PAGE, BLOCK)
+            page = _page_ids(table, block + 2 * programs, length, PAGE, BLOCK)
+            scores = tl.dot(keys, tl.trans(query))
+            scores = tl.sum(tl.maximum(scores, 0.0) * weight[None, :], 1) * factor
+            entry = block * BLOCK + tl.arange(0, BLOCK)
+            if FILL:
+                tl.store(logits + entry, tl.where(entry < length, scores, float("-inf")), mask=entry < width)
+            else:
+                tl.store(logits + entry, scores, mask=entry < length)
+    if FILL:
+        for block in tl.range(blocks + first, tl.cdiv(width, BLOCK), programs):
+            entry = block * BLOCK + tl.arange(0, BLOCK)
+            tl.store(logits + entry, tl.full([BLOCK], float("-inf"), tl.float32), mask=entry < width)
+
+
+def score(
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    pages: torch.Tensor,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+    page_size: int,
+    logits: torch.Tensor,
+    least: int | None = None,
+) -> None:
+    """Write the scores of `indexer_logits` to logits; with `least` only below lengths, and none of shorter rows."""
+    rows, heads, _ = q.shape
+    width = logits.shape[1]
+    blocks = -(-width // BLOCK)
+    spread = kernels.multiprocessors(q.device) * PROGRAMS_PER_SM // max(rows, 1)
+    programs = max(1, min(blocks, spread))
+    kernels.launch(
+        _score,
+        (rows * programs if width else 0,),
+        q.view(torch.uint8),
+        q.stride(0),
+        q.stride(1),
+        weights,
+        weights.stride(0),
+        pages,
+        pages.stride(0),
+        page_table,
+        page_table.stride(0),
+        lengths,
+        logits,
+        logits.stride(0),
+        width,
+        0 if least is None else least,
+        programs,
+        HEADS=heads,
+        PADDED=max(16, triton.next_power_of_2(heads)),
+        PAGE=page_size,
+        BLOCK=BLOCK,
+        FILL=least is None,
+        num_warps=4,
+    )
+
+
+def refusal(
+    q: torch.Tensor, weights: torch.Tensor, pages: torch.Tensor, page_table: torch.Tensor, page_size: int
+) -> str | None:
+    """Why these arguments cannot be scored here, or None."""
+    if q.dtype != torch.float8_e4m3fn or q.dim() != 3 or q.shape[2] != indexer_page.DIM or q.stride(2) != 1:
+        return f"q is {q.dtype} {list(q.shape)} and needs float8_e4m3fn [rows, heads, {indexer_page.DIM}]."
+    if weights.dtype != torch.float32 or (weights.shape[1] > 1 and weights.stride(1) != 1):
+        return f"weights are {weights.dtype} and need float32 with adjacent heads."
+    if page_table.dtype != torch.int32 or (page_table.shape[1] > 1 and page_table.stride(1) != 1):
+        return f"page_table is {page_table.dtype} and needs int32 with adjacent columns."
+    return pool_refusal("pages", pages, indexer_page.page_bytes(page_size))
+
+
+def _accepts(
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    pages: torch.Tensor,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+    page_size: int = 64,
+) -> str | None:
+    return refusal(q, weights, pages, page_table, page_size)
+
+
+@indexer_logits.provider("triton", runs_on="cpu sm80+", default_on="sm120 sm121", accepts=_accepts)
+def indexer_logits_triton(
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    pages: torch.Tensor,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+    page_size: int = 64,
+) -> torch.Tensor:
+    """Contract in `indexer_logits`."""
+    logits = torch.empty((q.shape[0], page_table.shape[1] * page_size), dtype=torch.float32, device=q.device)
+    score(q, weights, pages, page_table, lengths, page_size, logits)
+    return logits

@@ -1,0 +1,253 @@
+"""What the MXFP4 MoE kernels share: dequantising, the product of weight rows and tokens, and who shares an expert.
+
+A 16-bit word holds the weights of four neighbouring channels. Instead of interleaving them, four dots are made, one per
+nibble, with every fourth channel of the tokens, so that packed weights go to the tensor core's operand layout as they
+are and are expanded there, in registers. A nibble's bits, moved to where bf16 keeps its sign, its two lowest exponent
+bits and its highest mantissa bit, are the weight times 2^-126, 0.5 included (it is subnormal), so that one
+multiplication by the block's scale makes the weight. Two weights take 4.5 instructions.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from . import LARGEST_SCALE_BYTE as _LARGEST_SCALE_BYTE
+
+LARGEST_SCALE_BYTE = tl.constexpr(_LARGEST_SCALE_BYTE)
+UNSCALE = tl.constexpr(2.0**63)
+"""Weights are made times 2^-63, which lets bf16 hold 2^126 times any scale up to 2^64; sums are multiplied by this."""
+
+
+@triton.jit
+def to_bf16(value, ASM: tl.constexpr):
+    """fp32 to the nearest bf16; Triton's interpreter would truncate."""
+    if ASM:
+        return value.to(tl.bfloat16)
+    else:
+        bits = value.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def words(packed_ptr):
+    """Packed bytes as int16, four weights each."""
+    return packed_ptr.to(tl.pointer_type(tl.int16))
+
+
+@triton.jit
+def dequantise(packed, scale, ASM: tl.constexpr):
+    """packed int16 and scale int32 (bf16 2^(e - 64) in both halves) [R, D] to four [R, D]: weights * 2^-63 by nibble.
+
+    bf16, or fp32 in the interpreter.
+    """
+    if ASM:
+        # A register holds two words. A multiplication makes two copies of their nibbles, of which the mask keeps the
+        # sign of one and the other three bits of the other.
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 h, a, b, c, d, zero;
+            mov.b32 zero, 0x80008000;
+            shr.u32 h, $4, 8;
+            and.b32 a, $4, 0x000F000F;
+            and.b32 b, $4, 0x00F000F0;
+            and.b32 c, h, 0x000F000F;
+            and.b32 d, h, 0x00F000F0;
+            mul.lo.u32 a, a, 0x1040;
+            mul.lo.u32 b, b, 0x104;
+            mul.lo.u32 c, c, 0x1040;
+            mul.lo.u32 d, d, 0x104;
+            and.b32 a, a, 0x81C081C0;
+            and.b32 b, b, 0x81C081C0;
+            and.b32 c, c, 0x81C081C0;
+            and.b32 d, d, 0x81C081C0;
+            fma.rn.bf16x2 $0, a, $5, zero;
+            fma.rn.bf16x2 $1, b, $5, zero;
+            fma.rn.bf16x2 $2, c, $5, zero;
+            fma.rn.bf16x2 $3, d, $5, zero;
+            }
+            """,
+            "=r,=r,=r,=r,r,r,r",
+            [packed, scale],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        bits = packed.to(tl.int32)
+        factor = (scale << 16).to(tl.float32, bitcast=True)
+        w0 = (((bits & 0x8) << 28) | ((bits & 0x7) << 22)).to(tl.float32, bitcast=True)
+        w1 = (((bits & 0x80) << 24) | ((bits & 0x70) << 18)).to(tl.float32, bitcast=True)
+        w2 = (((bits & 0x800) << 20) | ((bits & 0x700) << 14)).to(tl.float32, bitcast=True)
+        w3 = (((bits & 0x8000) << 16) | ((bits & 0x7000) << 10)).to(tl.float32, bitcast=True)
+        return w0 * factor, w1 * factor, w2 * factor, w3 * factor
+
+
+@triton.jit
+def _bf16(word):
+    return word.to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _dot(w, x, acc, ASM: tl.constexpr):
+    if ASM:
+        return tl.dot(w, x, acc)
+    else:  # the interpreter has no bf16 dot
+        return tl.dot(w, x.to(tl.float32), acc, input_precision="ieee")
+
+
+@triton.jit
+def product(
+    w, s, x, row_live, column_live, R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, DEPTH: tl.constexpr,
+    PLANE: tl.constexpr, ROW_MASK: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """fp32 [R, C] of weight rows at w int16, s uint8 [R] times tokens at x [C], times 2^-63, over K channels.
+
+    x points to four bf16 planes, channels 0, 4, 8, … and 1, 5, 9, … and so on, PLANE elements apart; or with PLANE = 0
+    to int64 that hold four neighbouring channels. Rows and tokens that are not live are not read and give 0.
+    """
+    acc = tl.zeros((R, C), tl.float32)
+    WORDS: tl.constexpr = K // 4
+    for start in tl.range(0, WORDS, DEPTH, num_stages=STAGES):
+        word = start + tl.arange(0, DEPTH)
+        block = start // 8 + tl.arange(0, DEPTH // 8)
+        x_mask = column_live[None, :]
+        if WORDS % DEPTH:
+            x_mask = x_mask & (word < WORDS)[:, None]
+        if ROW_MASK or WORDS % DEPTH:
+            packed = tl.load(w[:, None] + word[None, :], mask=row_live[:, None] & (word < WORDS)[None, :], other=0)
+            s_mask = row_live[:, None] & (block < K // 32)[None, :]
+            exponent = tl.load(s[:, None] + block[None, :], mask=s_mask, other=0)
+        else:
+            packed = tl.load(w[:, None] + word[None, :])
+            exponent = tl.load(s[:, None] + block[None, :])
+        exponent = exponent.to(tl.int32)
+        scale = tl.where(exponent > LARGEST_SCALE_BYTE, 0, (exponent + 63) << 7) * 0x10001
+        scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (R, DEPTH // 8, 8)), (R, DEPTH))
+        w0, w1, w2, w3 = dequantise(packed, scale, ASM)
+        place = x[None, :] + word[:, None]
+        if PLANE:
+            x0 = tl.load(place, mask=x_mask, other=0.0)
+            x1 = tl.load(place + PLANE, mask=x_mask, other=0.0)
+            x2 = tl.load(place + 2 * PLANE, mask=x_mask, other=0.0)
+            x3 = tl.load(place + 3 * PLANE, mask=x_mask, other=0.0)
+        else:
+            four = tl.load(place, mask=x_mask, other=0)
+            x0 = _bf16(four)
+            x1 = _bf16(four >> 16)
+            x2 = _bf16(four >> 32)
+            x3 = _bf16(four >> 48)
+        acc = _dot(w0, x0, acc, ASM)
+        acc = _dot(w1, x1, acc, ASM)
+        acc = _dot(w2, x2, acc, ASM)
+        acc = _dot(w3, x3, acc, ASM)
+    return acc
+
+
+@triton.jit
+def diagonal(acc, R: tl.constexpr, T: tl.constexpr, SPLIT: tl.constexpr):
+    """[R, SPLIT * T], stretches of K outermost in both dimensions, to [R / SPLIT, T]: equal stretches summed."""
+    if SPLIT == 1:
+        return acc
+    else:
+        parts = tl.reshape(acc, (SPLIT, R // SPLIT, SPLIT, T))
+        equal = tl.arange(0, SPLIT)[:, None] == tl.arange(0, SPLIT)[None, :]
+        parts = tl.where(equal[:, None, :, None], parts, 0.0)
+        return tl.sum(tl.sum(parts, 2), 0)
+
+
+@triton.jit
+def members(
+    ids_ptr, ids_stride, offsets_ptr, order_ptr, pairs, t, E: tl.constexpr, BOUND: tl.constexpr, SLOTS: tl.constexpr,
+    PAIRS: tl.constexpr, SORTED: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """(expert, pair int64 [T], live [T]): up to T pairs with one expert, group program_id(1); expert -1: nothing to do.
+
+    Sorted: groups follow the order of `sort_pairs`. Not sorted: one group per pair; every T-th pair of an expert works
+    for itself and the T - 1 after it, the others rest. PAIRS = 0, one row: every pair works for itself.
+    """
+    here = tl.program_id(1)
+    if SORTED:
+        e = tl.arange(0, BOUND)
+        size = tl.load(offsets_ptr + e + 1, mask=e < E, other=0) - tl.load(offsets_ptr + e, mask=e < E, other=0)
+        ends = tl.cumsum((size + T - 1) // T)
+        expert = tl.sum((ends <= here).to(tl.int32))
+        first = tl.max(tl.where(ends <= here, ends, 0))
+        bounded = tl.minimum(expert, E - 1)
+        place = tl.load(offsets_ptr + bounded) + (here - first) * T + t
+        live = (place < tl.load(offsets_ptr + bounded + 1)) & (expert < E)
+        pair = tl.load(order_ptr + place, mask=live, other=0)
+        expert = tl.where(expert < E, expert, -1)
+    else:
+        expert = tl.load(ids_ptr + (here // SLOTS).to(tl.int64) * ids_stride + here % SLOTS).to(tl.int32)
+        if PAIRS == 0:
+            pair = here + t
+            live = (t == 0) & (expert >= 0)
+            pair = tl.where(live, pair, 0)
+        else:
+            index = tl.arange(0, PAIRS)
+            place = ids_ptr + (index // SLOTS).to(tl.int64) * ids_stride + index % SLOTS
+            same = (tl.load(place, mask=index < pairs, other=-1).to(tl.int32) == expert).to(tl.int32)
+            before = tl.sum(tl.where(index < here, same, 0))
+            rank = tl.cumsum(same) - 1 - before
+            found = (same[None, :] != 0) & (rank[None, :] == t[:, None])
+            pair = tl.sum(tl.where(found, index[None, :], 0), 1)
+            live = tl.sum(found.to(tl.int32), 1) != 0
+            expert = tl.where(before % T == 0, expert, -1)
+    return expert, pair.to(tl.int64), live
+
+
+@triton.jit
+def repeat(values, T: tl.constexpr, TIMES: tl.constexpr):
+    """[T] to [TIMES * T]."""
+    if TIMES == 1:
+        return values
+    else:
+        return tl.reshape(tl.broadcast_to(values[None, :], (TIMES, T)), (TIMES * T,))
+
+
+@triton.jit
+def to_planes(x_ptr, planes_ptr, K: tl.constexpr, X_STRIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """planes bf16 [rows, 4, K/4]: channels 0, 4, 8, … of x [rows, K], then 1, 5, 9, … and so on."""
+    row = tl.program_id(0).to(tl.int64)
+    word = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = word < K // 4
+    four = tl.load(x_ptr.to(tl.pointer_type(tl.int64)) + row * (X_STRIDE // 4) + word, mask=inside, other=0)
+    to = planes_ptr + row * K + word
+    for plane in tl.static_range(4):
+        tl.store(to + plane * (K // 4), _bf16(four >> (16 * plane)), mask=inside)
+
+
+@triton.jit(do_not_specialize=["pairs", "ids_stride"])
+def sort_pairs(
+    ids_ptr, offsets_ptr, order_ptr, pairs, ids_stride, E: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """order int32 [pairs]: pairs of expert 0, of expert 1, …; offsets int32 [E + 1]: where each expert's begin.
+
+    One program per expert counts the pairs of the experts before it, then writes its own behind them, in order.
+    """
+    expert = tl.program_id(0)
+    less = tl.zeros((BLOCK,), tl.int32)
+    equal = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, pairs, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        place = ids_ptr + (index // SLOTS).to(tl.int64) * ids_stride + index % SLOTS
+        ids = tl.load(place, mask=index < pairs, other=-1).to(tl.int32)
+        less += ((ids >= 0) & (ids < expert)).to(tl.int32)
+        equal += (ids == expert).to(tl.int32)
+    begin = tl.sum(less)
+    count = tl.sum(equal)
+    tl.store(offsets_ptr + expert, begin)
+    if expert == E - 1:
+        tl.store(offsets_ptr + E, begin + count)
+    if count > 0:
+        for start in range(0, pairs, BLOCK):
+            index = start + tl.arange(0, BLOCK)
+            place = ids_ptr + (index // SLOTS).to(tl.int64) * ids_stride + index % SLOTS
+            ids = tl.load(place, mask=index < pairs, other=-1).to(tl.int32)
+            same = (ids == expert).to(tl.int32)
+            tl.store(order_ptr + begin + tl.cumsum(same) - 1, index, mask=same != 0)
+            begin += tl.sum(same)

@@ -1,0 +1,290 @@
+"""Routed experts with MXFP4 weights: a fused gate/up + SwiGLU kernel, a down kernel, and a sum over the slots.
+
+Every kernel is the same loop (`grouped.product`): the packed bytes of a tile of weight rows are dequantised in
+registers and multiplied by a tile of tokens with tensor cores, because at one token too that costs fewer
+instructions per weight than unpacking to fp32 for an FMA. Few rows: each (row, slot) pair finds by itself who shares
+its expert, and one of them does the work for all, so nothing is sorted and a weight byte is read once. Many rows:
+one small kernel sorts the pairs by expert. Where rows are too few to fill the GPU, several stretches of K are laid
+side by side in the tile (rows x stretches times tokens x stretches), whose diagonal is summed at the end.
+Sums over slots run in slot order, through fp32 scratch except at one row.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ... import kernels
+from ...formats import e8m0
+from ...formats.mxfp4 import BLOCK
+from . import mxfp4_moe
+from .grouped import UNSCALE, diagonal, members, product, repeat, sort_pairs, to_bf16, to_planes, words
+
+SORT_ABOVE = 64
+"""Rows above which sorting the pairs by expert pays for a launch."""
+PARTIAL_BYTES = 96 << 20
+"""Scratch for the experts' outputs before they are summed; what needs more is computed in stretches of channels."""
+
+
+class Config(NamedTuple):
+    """Tile of a kernel: rows of weights, tokens, stretches of K side by side, words of K, and its launch."""
+
+    rows: int
+    tokens: int
+    split: int
+    depth: int
+    warps: int
+    stages: int
+
+
+def _config(rows: int, pairs_per_expert: float, width: int) -> tuple[Config, Config]:
+    """Tiles of the gate/up and the down kernel."""
+    if rows <= SORT_ABOVE:
+        split = 2 if rows <= 4 else 1
+        while width % (BLOCK * split):  # a stretch begins with a scale
+            split //= 2
+        if rows == 1:
+            return Config(64, 8 // split, split, 64, 4, 3), Config(64, 8, 1, 64, 4, 3)
+        return Config(128, 8 // split, split, 64, 4, 3), Config(128, 8, 1, 64, 4, 3)
+    if pairs_per_expert <= 12:
+        return Config(128, 16, 1, 64, 4, 3), Config(128, 16, 1, 64, 4, 3)
+    if pairs_per_expert <= 40:
+        return Config(128, 32, 1, 32, 4, 3), Config(128, 32, 1, 32, 4, 3)
+    return Config(128, 64, 1, 32, 4, 3), Config(128, 64, 1, 32, 4, 3)
+
+
+@triton.jit(do_not_specialize=["pairs", "ids_stride"])
+def _gate_up(
+    x_ptr, ids_ptr, w_ptr, s_ptr, offsets_ptr, order_ptr, hidden_ptr, pairs, ids_stride, limit,
+    H: tl.constexpr, INTER: tl.constexpr, E: tl.constexpr, BOUND: tl.constexpr, SLOTS: tl.constexpr,
+    X_STRIDE: tl.constexpr, W_EXPERT: tl.constexpr, W_ROW: tl.constexpr, S_EXPERT: tl.constexpr,
+    S_ROW: tl.constexpr, PAIRS: tl.constexpr,
+    SORTED: tl.constexpr, LIMITED: tl.constexpr, R: tl.constexpr, T: tl.constexpr, SPLIT: tl.constexpr,
+    DEPTH: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """hidden bf16 [pairs, 4, I/4] (planes of every fourth channel) = silu(w1 x) * w3 x; w rows: gates, then ups."""
+    C: tl.constexpr = T * SPLIT
+    N: tl.constexpr = R // SPLIT // 2
+    K: tl.constexpr = H // SPLIT
+    expert, pair, live = members(
+        ids_ptr, ids_stride, offsets_ptr, order_ptr, pairs, tl.arange(0, T), E, BOUND, SLOTS, PAIRS, SORTED, T
+    )
+    if expert < 0:
+        return
+    # Gate and up rows alternate in eights, so that the thread that holds a gate in its accumulator holds its up.
+    row = tl.arange(0, R) % (2 * N)
+    stretch = tl.arange(0, R) // (2 * N)
+    channel = tl.program_id(0) * N + row // 16 * 8 + row % 8
+    inside = channel < INTER
+    weight_row = tl.minimum(channel, INTER - 1) + (row // 8 % 2) * INTER
+    w = words(w_ptr) + expert.to(tl.int64) * W_EXPERT + weight_row * W_ROW + stretch * (K // 4)
+    s = s_ptr + expert.to(tl.int64) * S_EXPERT + weight_row * S_ROW + stretch * (K // 32)
+    token = repeat(pair // SLOTS, T, SPLIT)
+    if SORTED:
+        x = x_ptr + token * H
+    else:
+        x = x_ptr.to(tl.pointer_type(tl.int64)) + token * (X_STRIDE // 4) + tl.arange(0, C) // T * (K // 4)
+    PLANE: tl.constexpr = H // 4 if SORTED else 0
+    live_columns = repeat(live, T, SPLIT)
+    acc = product(w, s, x, inside, live_columns, R, C, K, DEPTH, PLANE, INTER % N != 0, STAGES, ASM)
+    acc = diagonal(acc, R, T, SPLIT)
+
+    gate, up = tl.split(tl.permute(tl.reshape(acc, (N // 8, 2, 8, T)), (0, 2, 3, 1)))
+    gate = tl.reshape(gate, (N, T)) * UNSCALE
+    up = tl.reshape(up, (N, T)) * UNSCALE
+    if LIMITED:
+        gate = tl.minimum(gate, limit)
+        up = tl.minimum(tl.maximum(up, -limit), limit)
+    hidden = gate / (1 + tl.exp(-gate)) * up
+
+    channel = tl.program_id(0) * N + tl.arange(0, N)
+    to = hidden_ptr + pair[None, :] * INTER + ((channel % 4) * (INTER // 4) + channel // 4)[:, None]
+    tl.store(to, to_bf16(hidden, ASM), mask=(channel < INTER)[:, None] & live[None, :])
+
+
+@triton.jit(do_not_specialize=["pairs", "ids_stride", "weights_stride", "first"])
+def _down(
+    hidden_ptr, ids_ptr, weights_ptr, w_ptr, s_ptr, offsets_ptr, order_ptr, partial_ptr,
+    pairs, ids_stride, weights_stride, first, partial_stride,
+    H: tl.constexpr, INTER: tl.constexpr, E: tl.constexpr, BOUND: tl.constexpr, SLOTS: tl.constexpr,
+    W_EXPERT: tl.constexpr, W_ROW: tl.constexpr, S_EXPERT: tl.constexpr, S_ROW: tl.constexpr, PAIRS: tl.constexpr,
+    SORTED: tl.constexpr, R: tl.constexpr, T: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """partial fp32 [pairs, partial_stride] = weight * (w hidden), output channels from `first` on; w [E, H, I/2]."""
+    expert, pair, live = members(
+        ids_ptr, ids_stride, offsets_ptr, order_ptr, pairs, tl.arange(0, T), E, BOUND, SLOTS, PAIRS, SORTED, T
+    )
+    if expert < 0:
+        return
+    local = tl.program_id(0) * R + tl.arange(0, R)
+    inside = first + local < H
+    weight_row = tl.minimum(first + local, H - 1)
+    w = words(w_ptr) + expert.to(tl.int64) * W_EXPERT + weight_row * W_ROW
+    s = s_ptr + expert.to(tl.int64) * S_EXPERT + weight_row * S_ROW
+    x = hidden_ptr + pair * INTER
+    acc = product(w, s, x, inside, live, R, T, INTER, DEPTH, INTER // 4, H % R != 0, STAGES, ASM)
+    weight = tl.load(weights_ptr + pair // SLOTS * weights_stride + pair % SLOTS, mask=live, other=0.0).to(tl.float32)
+    to = partial_ptr + pair[None, :] * partial_stride + local[:, None]
+    tl.store(to, acc * (weight * UNSCALE)[None, :], mask=(inside & (local < partial_stride))[:, None] & live[None, :])
+
+
+@triton.jit
+def _down_row(
+    hidden_ptr, ids_ptr, weights_ptr, w_ptr, s_ptr, y_ptr,
+    H: tl.constexpr, INTER: tl.constexpr, SLOTS: tl.constexpr, W_EXPERT: tl.constexpr, W_ROW: tl.constexpr,
+    S_EXPERT: tl.constexpr, S_ROW: tl.constexpr, R: tl.constexpr, T: tl.constexpr, DEPTH: tl.constexpr,
+    STAGES: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """y bf16 [1, H] = sum over slots of weight * (w hidden): the slots' experts are stretches of one tile."""
+    N: tl.constexpr = R // T
+    slot = tl.arange(0, R) // N
+    channel = tl.program_id(0) * N + tl.arange(0, R) % N
+    expert = tl.load(ids_ptr + slot, mask=slot < SLOTS, other=-1)
+    chosen = (expert >= 0) & (channel < H)
+    expert = tl.maximum(expert, 0).to(tl.int64)
+    weight_row = tl.minimum(channel, H - 1)
+    w = words(w_ptr) + expert * W_EXPERT + weight_row * W_ROW
+    s = s_ptr + expert * S_EXPERT + weight_row * S_ROW
+    column = tl.arange(0, T)
+    live = tl.load(ids_ptr + column, mask=column < SLOTS, other=-1) >= 0
+    x = hidden_ptr + tl.minimum(column, SLOTS - 1) * INTER
+    acc = product(w, s, x, chosen, live, R, T, INTER, DEPTH, INTER // 4, True, STAGES, ASM)
+    weight = tl.load(weights_ptr + column, mask=live, other=0.0).to(tl.float32)
+    y = tl.reshape(diagonal(acc * (weight * UNSCALE)[None, :], R, 1, T), (N,))
+    channel = tl.program_id(0) * N + tl.arange(0, N)
+    tl.store(y_ptr + channel, to_bf16(y, ASM), mask=channel < H)
+
+
+@triton.jit(do_not_specialize=["ids_stride", "first"])
+def _sum_slots(
+    partial_ptr, ids_ptr, y_ptr, ids_stride, first, partial_stride,
+    H: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """y bf16 [rows, H], channels from `first` on = sum over slots of partial fp32 [rows * SLOTS, partial_stride]."""
+    row = tl.program_id(0).to(tl.int64)
+    local = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    inside = (local < partial_stride) & (first + local < H)
+    total = tl.zeros((WIDTH,), tl.float32)
+    for slot in tl.static_range(SLOTS):
+        chosen = tl.load(ids_ptr + row * ids_stride + slot) >= 0
+        total += tl.load(partial_ptr + (row * SLOTS + slot) * partial_stride + local, mask=inside & chosen, other=0.0)
+    tl.store(y_ptr + row * H + first + local, to_bf16(total, ASM), mask=inside)
+
+
+def _accepts(
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    w13: torch.Tensor,
+    s13: torch.Tensor,
+    w2: torch.Tensor,
+    s2: torch.Tensor,
+    limit: float | None,
+) -> str | None:
+    for name, tensor in (("x", x), ("topk_ids", topk_ids), ("topk_weights", topk_weights)):
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            return f"{name} has stride {tensor.stride(-1)} in its last dimension and needs 1."
+    for name, tensor in (("w13", w13), ("s13", s13), ("w2", w2), ("s2", s2)):
+        if not tensor.is_contiguous():
+            return f"{name} has strides {tensor.stride()} and needs to be contiguous."
+    if x.stride(0) % 4 or x.storage_offset() % 4:
+        return f"x has row stride {x.stride(0)} and offset {x.storage_offset()} and needs multiples of 4."
+    return None
+
+
+@mxfp4_moe.provider("triton", runs_on="cpu sm80+", default_on="sm120 sm121", accepts=_accepts)
+def mxfp4_moe_triton(
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    w13: torch.Tensor,
+    s13: torch.Tensor,
+    w2: torch.Tensor,
+    s2: torch.Tensor,
+    limit: float | None,
+) -> torch.Tensor:
+    rows, width = x.shape
+    slots, experts, inter = topk_ids.shape[1], w13.shape[0], w2.shape[2] * 2
+    pairs = rows * slots
+    y = torch.empty((rows, width), dtype=torch.bfloat16, device=x.device)
+    s13, s2 = e8m0.scale_bytes(s13), e8m0.scale_bytes(s2)
+    w13, w2 = w13.view(torch.uint8), w2.view(torch.uint8)
+    sort = rows > SORT_ABOVE
+    gate_up, down = _config(rows, pairs / experts, width)
+    alone = rows == 1 and slots <= 8
+    stretch = width
+    while sort and 4 * pairs * stretch > PARTIAL_BYTES and stretch % (2 * down.rows) == 0:
+        stretch //= 2
+    # Never less for more rows, so that the largest case plans for all. The planes are read before the first expert's
+    # output is written.
+    partial_bytes = 0 if alone else max(4 * pairs * stretch, min(PARTIAL_BYTES, 4 * pairs * width))
+    planes_bytes = 2 * rows * width if sort else 0
+    hidden, work, offsets, order = kernels.scratch(
+        "mxfp4_moe",
+        x.device,
+        ((pairs, inter), torch.bfloat16),
+        ((max(partial_bytes, planes_bytes),), torch.uint8),
+        ((experts + 1 if sort else 0,), torch.int32),
+        ((pairs if sort else 0,), torch.int32),
+    )
+    partial, planes = work.view(torch.float32), work.view(torch.bfloat16)
+    if sort:
+        kernels.launch(
+            sort_pairs, (experts,), topk_ids, offsets, order, pairs, topk_ids.stride(0),
+            E=experts, SLOTS=slots, BLOCK=1024, num_warps=4,
+        )  # fmt: skip
+        kernels.launch(
+            to_planes, (rows, triton.cdiv(width, 4096)), x, planes,
+            K=width, X_STRIDE=x.stride(0), BLOCK=1024, num_warps=4,
+        )  # fmt: skip
+
+    def groups(config: Config) -> int:
+        return min(pairs, pairs // config.tokens + experts) if sort else pairs
+
+    common = {"H": width, "INTER": inter, "SLOTS": slots, "ASM": x.device.type != "cpu"}
+    grouping = {"E": experts, "BOUND": triton.next_power_of_2(experts)}
+    grouping |= {"SORTED": sort, "PAIRS": _searched_pairs(rows, slots)}
+    per_program = gate_up.rows // gate_up.split // 2
+    kernels.launch(
+        _gate_up, (triton.cdiv(inter, per_program), groups(gate_up)),
+        planes if sort else x, topk_ids, w13, s13, offsets, order, hidden, pairs, topk_ids.stride(0),
+        0.0 if limit is None else float(limit),
+        X_STRIDE=x.stride(0), W_EXPERT=w13.stride(0) // 2, W_ROW=w13.stride(1) // 2, S_EXPERT=s13.stride(0),
+        S_ROW=s13.stride(1), LIMITED=limit is not None, R=gate_up.rows, T=gate_up.tokens, SPLIT=gate_up.split,
+        DEPTH=gate_up.depth, STAGES=gate_up.stages, num_warps=gate_up.warps, **common, **grouping,
+    )  # fmt: skip
+    second = {
+        "W_EXPERT": w2.stride(0) // 2, "W_ROW": w2.stride(1) // 2, "S_EXPERT": s2.stride(0), "S_ROW": s2.stride(1),
+        "R": down.rows, "T": down.tokens, "DEPTH": down.depth, "STAGES": down.stages, "num_warps": down.warps,
+    }  # fmt: skip
+    if alone:
+        kernels.launch(
+            _down_row, (triton.cdiv(width, down.rows // down.tokens),),
+            hidden, topk_ids, topk_weights, w2, s2, y, **common, **second,
+        )  # fmt: skip
+        return y
+    for first in range(0, width, stretch):
+        kernels.launch(
+            _down, (triton.cdiv(min(stretch, width - first), down.rows), groups(down)),
+            hidden, topk_ids, topk_weights, w2, s2, offsets, order, partial,
+            pairs, topk_ids.stride(0), topk_weights.stride(0), first, stretch,
+            **common, **grouping, **second,
+        )  # fmt: skip
+        kernels.launch(
+            _sum_slots, (rows, triton.cdiv(min(stretch, width - first), 1024)),
+            partial, topk_ids, y, topk_ids.stride(0), first, stretch,
+            H=width, SLOTS=slots, WIDTH=1024, ASM=common["ASM"], num_warps=4,
+        )  # fmt: skip
+    return y
+
+
+def _searched_pairs(rows: int, slots: int) -> int:
+    """Pairs that a pair looks through for its expert's others; a few sizes, since each is compiled."""
+    if rows == 1 or rows > SORT_ABOVE:
+        return 0
+    return triton.next_power_of_2(next(most for most in (4, 16, SORT_ABOVE) if rows <= most) * slots)

@@ -1,0 +1,363 @@
+"""Sparse MLA in one pass over the listed slots: gather, dequantise once for 16 heads, two tensor-core dots.
+
+One program takes one row x 16 heads x a range of blocks of 32 candidates. The bytes of the next block and the slots of
+the one after are in flight while a block is worked on; its keys are expanded to fp16 (exact, see `kv_f16`) into one
+shared-memory copy that both dots read. The query stays in shared memory too (49 KiB in all: two programs on an SM120
+multiprocessor), and each of 4 warps owns a quarter of the value channels, so that the 16 x 512 fp32 sums fit registers.
+(32 heads in 8 warps share the gather but read more shared memory, for every warp reads the whole query.)
+Weights enter the second dot as fp16: that moves the bf16 result by 7e-4 of its RMS, bf16 weights would by 2e-3.
+With few rows the blocks are split over programs, whose partial sums a second launch merges in a fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ... import kernels
+from ...formats import kv_page
+from .._pages_triton import kv_bytes, kv_f16, kv_rope, kv_scales, kv_slots, pool_refusal, to_bf16
+from . import sparse_mla
+
+BLOCK = 32
+TILE = 16
+WARPS = 4
+PROGRAMS_PER_SM = 2
+MAX_SPLITS = 64
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+DIM: tl.constexpr = tl.constexpr(kv_page.DIM)
+# Channels are worked on in five tiles: three of 128 and one of 64 FP8 channels, then the 64 bf16 ones.
+TILES: tl.constexpr = tl.constexpr(5)
+
+
+@triton.jit
+def _load(vectors, real, START: tl.constexpr, WIDTH: tl.constexpr):
+    """Channels START ... START + WIDTH of bf16 vectors [N], as fp16 [N, WIDTH]; zeros where not real."""
+    channel = START + tl.arange(0, WIDTH)
+    return tl.load(vectors[:, None] + channel[None, :], mask=real[:, None], other=0.0).to(tl.float16)
+
+
+@triton.jit
+def _store(vectors, real, values, START: tl.constexpr, WIDTH: tl.constexpr):
+    channel = START + tl.arange(0, WIDTH)
+    if vectors.dtype.element_ty == tl.bfloat16:
+        values = to_bf16(values)
+    tl.store(vectors[:, None] + channel[None, :], values, mask=real[:, None])
+
+
+@triton.jit
+def _slots(block, last, window, extra, BLOCK: tl.constexpr):
+    """Slots int32 [BLOCK] of a block, -1 where there is none. window and extra are (slots of the row, count)."""
+    offset = block * BLOCK + tl.arange(0, BLOCK)
+    slots, count = window
+    if extra is not None:
+        skipped = tl.cdiv(count, BLOCK)
+        beyond = block >= skipped
+        slots = tl.where(beyond, extra[0], slots)
+        count = tl.where(beyond, extra[1], count)
+        offset = tl.where(beyond, offset - skipped * BLOCK, offset)
+    return tl.load(slots + offset, mask=(offset < count) & (block < last), other=-1)
+
+
+@triton.jit
+def _gather(slot, is_extra, window, extra):
+    """The bytes of slots [N] as loaded: four tiles of E4M3, one of bf16, the scales.
+
+    window and extra are (pages, page stride, page size).
+    """
+    pages, stride, size = window
+    if extra is not None:
+        pages = tl.where(is_extra, extra[0], pages)
+        stride = tl.where(is_extra, extra[1], stride)
+        size = tl.where(is_extra, extra[2], size)
+    live = slot >= 0
+    vector, footer = kv_slots(slot, live, pages, stride, size)
+    tiles = ()
+    for i in tl.static_range(TILES - 1):
+        tiles += (kv_bytes(vector, live, 2 * i, 2 if i < 3 else 1),)
+    return tiles, kv_rope(vector, live), kv_scales(footer, live)
+
+
+@triton.jit(
+    do_not_specialize=["window_row", "window_width", "extra_row", "extra_width", "splits"],
+    do_not_specialize_on_alignment=["window_slots", "window_lengths", "extra_slots", "extra_lengths"],
+)
+def _attend(
+    q,
+    q_row,
+    q_head,
+    window_pages,
+    window_page_stride,
+    window_slots,
+    window_row,
+    window_width,
+    window_lengths,
+    extra_pages,
+    extra_page_stride,
+    extra_slots,
+    extra_row,
+    extra_width,
+    extra_lengths,
+    sink,
+    out,
+    parts,
+    stats,
+    scale,
+    splits,
+    HEADS: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WINDOW_PAGE: tl.constexpr,
+    EXTRA_PAGE: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """q bf16 [T, HEADS, 512] -> out bf16 [T, HEADS, 512], or with SPLIT parts fp32 [T, splits, HEADS, 512] and stats
+    fp32 [T, splits, HEADS, 2]: a part's weighted sum, its largest score (base 2) and its sum of weights.
+
+    Programs: rows x splits x ceil(HEADS / TILE), the last fastest, so that neighbours read the same keys.
+    """
+    tiles: tl.constexpr = (HEADS + TILE - 1) // TILE
+    program = tl.program_id(0)
+    head = (program % tiles) * TILE + tl.arange(0, TILE)
+    split = (program // tiles) % splits
+    row = (program // tiles // splits).to(tl.int64)
+    real = head < HEADS
+
+    count = tl.minimum(tl.load(window_lengths + row).to(tl.int32), window_width)
+    window = (window_pages, window_page_stride, WINDOW_PAGE)
+    window_list = (window_slots + row * window_row, count)
+    own_blocks = tl.cdiv(count, BLOCK)
+    last = own_blocks
+    extra = None
+    extra_list = None
+    if EXTRA_PAGE > 0:
+        count = tl.minimum(tl.load(extra_lengths + row).to(tl.int32), extra_width)
+        extra = (extra_pages, extra_page_stride, EXTRA_PAGE)
+        extra_list = (extra_slots + row * extra_row, count)
+        last += tl.cdiv(count, BLOCK)
+    first = 0
+    if SPLIT:
+        each = tl.cdiv(last, splits)
+        first = split * each
+        last = tl.minimum(first + each, last)
+
+    slot = _slots(first, last, window_list, extra_list, BLOCK)
+    raw, rope, scales = _gather(slot, first >= own_blocks, window, extra)
+    ahead = _slots(first + 1, last, window_list, extra_list, BLOCK)
+    query = q + row * q_row + head * q_head
+    queries = ()
+    sums = ()
+    for i in tl.static_range(TILES):
+        queries += (_load(query, real, 128 * i if i < 4 else 448, 128 if i < 3 else 64),)
+        sums += (tl.zeros([TILE, 128 if i < 3 else 64], tl.float32),)
+    top = tl.full([TILE], float("-inf"), tl.float32)
+    totals = tl.zeros([TILE, BLOCK], tl.float32)
+
+    for block in tl.range(first, last, num_stages=1):
+        keys = ()
+        for i in tl.static_range(TILES - 1):
+            keys += (kv_f16(raw[i], scales, 2 * i, 2 if i < 3 else 1),)
+        keys += (rope.to(tl.float16),)
+        live = slot >= 0
+        # Carried over the iteration: the loads overlap the dots, and Triton sees 16-bit operands (ldmatrix, one copy
+        # for both dots) where it would otherwise lay the dots out for 8-bit loads.
+        raw, rope, scales = _gather(ahead, block + 1 >= own_blocks, window, extra)
+        slot = ahead
+        ahead = _slots(block + 2, last, window_list, extra_list, BLOCK)
+
+        scores = tl.zeros([TILE, BLOCK], tl.float32)
+        for i in tl.static_range(TILES):
+            scores = tl.dot(queries[i], tl.trans(keys[i]), scores)
+        scores = tl.where(live[None, :], scores * (scale * LOG2E), float("-inf"))
+        above = tl.maximum(top, tl.max(scores, 1))
+        # A head that has met only absent slots has no largest score yet: keep exp2(-inf - -inf) out.
+        pivot = tl.where(above == float("-inf"), 0.0, above)
+        # Summed as rounded, so that what rounding takes from a weight does not go missing from their mean; and summed
+        # per thread, so that only the largest score crosses warps in here.
+        weights = tl.exp2(scores - pivot[:, None]).to(tl.float16)
+        shrink = tl.exp2(top - pivot)
+        totals = totals * shrink[:, None] + weights.to(tl.float32)
+        grown = ()
+        for i in tl.static_range(TILES):
+            grown += (tl.dot(weights, keys[i], sums[i] * shrink[:, None]),)
+        sums = grown
+        top = above
+
+    total = tl.sum(totals, 1)
+    if SPLIT:
+        at = (row * splits + split) * HEADS + head
+        tl.store(stats + at * 2, top, mask=real)
+        tl.store(stats + at * 2 + 1, total, mask=real)
+        # An empty part is known by its -inf; nobody reads its sums.
+        real = real & (first < last)
+        to = parts + at * DIM
+        factor = tl.full([TILE], 1.0, tl.float32)
+    else:
+        factor = _normaliser(top, total, tl.load(sink + head, mask=real, other=0.0).to(tl.float32))
+        to = out + (row * HEADS + head) * DIM
+    for i in tl.static_range(TILES):
+        _store(to, real, sums[i] * factor[:, None], 128 * i if i < 4 else 448, 128 if i < 3 else 64)
+
+
+@triton.jit
+def _normaliser(top, total, sink):
+    """What a sum of weights 2^(score - top) x values is multiplied by: 1 / (total + 2^(sink - top)), or 0."""
+    bias = sink * LOG2E
+    peak = tl.maximum(top, bias)
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    shrink = tl.exp2(top - peak)
+    whole = total * shrink + tl.exp2(bias - peak)
+    return tl.where(whole > 0, shrink / whole, 0.0)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _merge(parts, stats, sink, out, splits, HEADS: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr):
+    """parts fp32 [T, splits, HEADS, 512], stats fp32 [T, splits, HEADS, 2] -> out bf16 [T, HEADS, 512].
+
+    Programs: (T * HEADS, 512 / WIDTH). SPLITS is a power of two, at least splits.
+    """
+    row = (tl.program_id(0) // HEADS).to(tl.int64)
+    head = tl.program_id(0) % HEADS
+    channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    part = tl.arange(0, SPLITS)
+    at = (row * splits + part) * HEADS + head
+    top = tl.load(stats + at * 2, mask=part < splits, other=float("-inf"))
+    total = tl.load(stats + at * 2 + 1, mask=part < splits, other=0.0)
+    live = top > float("-inf")
+    values = tl.load(parts + at[:, None] * DIM + channel[None, :], mask=live[:, None], other=0.0)
+    peak = tl.max(top, 0)
+    pivot = tl.where(peak == float("-inf"), 0.0, peak)
+    shrink = tl.exp2(top - pivot)
+    total = tl.sum(total * shrink, 0)
+    merged = tl.sum(values * shrink[:, None], 0)
+    merged *= _normaliser(peak, total, tl.load(sink + head).to(tl.float32))
+    tl.store(out + (row * HEADS + head) * DIM + channel, to_bf16(merged))
+
+
+def _splits(programs: int, blocks: int, sms: int) -> int:
+    """Into how many programs to split `programs` rows x head tiles with up to `blocks` blocks of candidates each."""
+    # At least 8 multiprocessors, for the interpreter, whose one would never split.
+    slots = max(sms, 8) * PROGRAMS_PER_SM
+
+    def cost(splits: int) -> float:
+        """In units of one block's time: waves of programs, each with a start; then the merge and its traffic."""
+        waves = -(-programs * splits // slots)
+        merge = 2 + 2 * programs * splits / slots if splits > 1 else 0.0
+        return waves * (-(-blocks // splits) + 1) + merge
+
+    # Scratch grows with the programs, 32 KiB each: one wave of them is 12 MiB on 188 multiprocessors.
+    most = min(blocks, MAX_SPLITS, slots // max(programs, 1))
+    return min(range(1, max(1, most) + 1), key=cost)
+
+
+def _accepts(
+    q: torch.Tensor,
+    window_pages: torch.Tensor,
+    window_slots: torch.Tensor,
+    window_lengths: torch.Tensor,
+    window_page_size: int,
+    extra_pages: torch.Tensor | None,
+    extra_slots: torch.Tensor | None,
+    extra_lengths: torch.Tensor | None,
+    extra_page_size: int | None,
+    sink: torch.Tensor,
+    scale: float,
+) -> str | None:
+    if q.dtype != torch.bfloat16 or q.dim() != 3 or q.shape[2] != kv_page.DIM or q.stride(2) != 1:
+        return f"q is {q.dtype} {list(q.shape)} and needs bfloat16 [rows, heads, {kv_page.DIM}], channels adjacent."
+    pools = [("window", window_pages, window_slots, window_page_size)]
+    if extra_pages is not None and extra_slots is not None and extra_page_size is not None:
+        pools.append(("extra", extra_pages, extra_slots, extra_page_size))
+    for name, pages, slots, size in pools:
+        if slots.dtype != torch.int32 or (slots.shape[1] > 1 and slots.stride(1) != 1):
+            return f"{name}_slots is {slots.dtype} and needs int32 with adjacent columns."
+        refusal = pool_refusal(f"{name}_pages", pages, size * (kv_page.ROW + kv_page.FOOTER))
+        if refusal is not None:
+            return refusal
+    return None
+
+
+@sparse_mla.provider("triton", runs_on="cpu sm80+", default_on="sm120 sm121", accepts=_accepts)
+def sparse_mla_triton(
+    q: torch.Tensor,
+    window_pages: torch.Tensor,
+    window_slots: torch.Tensor,
+    window_lengths: torch.Tensor,
+    window_page_size: int,
+    extra_pages: torch.Tensor | None,
+    extra_slots: torch.Tensor | None,
+    extra_lengths: torch.Tensor | None,
+    extra_page_size: int | None,
+    sink: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Contract in `sparse_mla`."""
+    rows, heads, _ = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    blocks = -(-window_slots.shape[1] // BLOCK)
+    if extra_pages is None:
+        # Read by nobody: the kernel without extra slots takes any tensor there.
+        extra_pages, extra_slots, extra_lengths, extra_page_size = window_pages, window_slots, window_lengths, 0
+    else:
+        if extra_slots is None or extra_lengths is None or not extra_page_size:
+            raise ValueError("extra_pages came without its slots, lengths or page size; pass all or none.")
+        blocks += -(-extra_slots.shape[1] // BLOCK)
+    tiles = -(-heads // TILE)
+    splits = _splits(rows * tiles, blocks, kernels.multiprocessors(q.device))
+    parts, stats = out, sink
+    if splits > 1:
+        parts, stats = kernels.scratch(
+            "sparse_mla",
+            q.device,
+            ((rows, splits, heads, kv_page.DIM), torch.float32),
+            ((rows, splits, heads, 2), torch.float32),
+        )
+    kernels.launch(
+        _attend,
+        (rows * splits * tiles,),
+        q,
+        q.stride(0),
+        q.stride(1),
+        window_pages,
+        window_pages.stride(0),
+        window_slots,
+        window_slots.stride(0),
+        window_slots.shape[1],
+        window_lengths,
+        extra_pages,
+        extra_pages.stride(0),
+        extra_slots,
+        extra_slots.stride(0),
+        extra_slots.shape[1],
+        extra_lengths,
+        sink,
+        out,
+        parts,
+        stats,
+        scale,
+        splits,
+        HEADS=heads,
+        TILE=TILE,
+        BLOCK=BLOCK,
+        WINDOW_PAGE=window_page_size,
+        EXTRA_PAGE=extra_page_size,
+        SPLIT=splits > 1,
+        num_warps=WARPS,
+    )
+    if splits > 1:
+        width = 128 if rows < 16 else kv_page.DIM
+        kernels.launch(
+            _merge,
+            (rows * heads, kv_page.DIM // width),
+            parts,
+            stats,
+            sink,
+            out,
+            splits,
+            HEADS=heads,
+            SPLITS=triton.next_power_of_2(splits),
+            WIDTH=width,
+            num_warps=4,
+        )
+    return out

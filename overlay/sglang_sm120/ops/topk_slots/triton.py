@@ -1,0 +1,327 @@
+"""Exact top-k by searching for the threshold among order-preserving integer keys in registers, in one or two launches.
+
+A program loads a tile of a row once. The k-th largest key is found by halving a range and counting the keys at or above
+its middle: two instructions per key and step where a histogram costs some fifty. Middles between values rather than bit
+patterns, and an end as soon as a count equals k, leave about 13 steps for ordinary scores. One prefix sum over
+(greater, equal) packed in an int32 then gives every chosen entry its place in ascending order.
+Rows longer than a tile are a tournament: tiles hand their k best on in order, and a second launch chooses among those.
+Rows of at most k entries are listed without reading a score; rows of one tile end in the first launch.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ... import kernels
+from . import topk_slots
+
+LARGEST_TILE = 16384
+"""Keys of one program: 16 registers of each of 1,024 threads."""
+WARPS = {1024: 4, 2048: 4, 4096: 8, 8192: 16, 16384: 32}
+SCRATCH_BYTES = 32 << 20
+"""For what the tiles of long rows hand on; more rows than fit go one block of rows after the other."""
+LOWEST: tl.constexpr = tl.constexpr(-(2**31))
+FLIP: tl.constexpr = tl.constexpr(0x7FFFFFFF)
+
+
+@triton.jit
+def _key(score):
+    """fp32 to an int32 of the same order; NaN counts as -inf, -0.0 as 0.0."""
+    score = tl.where(score != score, float("-inf"), tl.where(score == 0.0, 0.0, score))
+    return _flipped(score.to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def _flipped(bits):
+    """Bits of an fp32 to an int32 of the same order, and back."""
+    return bits ^ ((bits >> 31) & FLIP)
+
+
+@triton.jit
+def _value(key):
+    return _flipped(key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _kth_largest(keys, live, K: tl.constexpr):
+    """A key t, int32, such that the K largest of more than K live keys are all those above t and some equal to t."""
+    low = tl.min(tl.where(live, keys, FLIP), 0)
+    high = tl.max(keys, 0)
+    step = 0
+    while low < high:
+        # The mean of the two values, or, should that prove slow or be none, of the two keys, rounded up.
+        value = _value(low) * 0.5 + _value(high) * 0.5
+        key = (low | high) - ((low ^ high) >> 1)
+        key = tl.where((step < 16) & (tl.abs(value) < float("inf")), _flipped(value.to(tl.int32, bitcast=True)), key)
+        key = tl.minimum(tl.maximum(key, low + 1), high)
+        count = tl.sum((keys >= key).to(tl.int32), 0)
+        low = tl.where(count >= K, key, low)
+        high = tl.where(count > K, high, tl.where(count == K, key, key - 1))
+        step += 1
+    return low
+
+
+@triton.jit
+def _places(keys, live, K: tl.constexpr):
+    """Which of more than K live keys are the K largest, ties to the first, and their places in order."""
+    threshold = _kth_largest(keys, live, K)
+    above = keys > threshold
+    equal = keys == threshold
+    packed = above.to(tl.int32) + (equal.to(tl.int32) << 16)
+    before = tl.cumsum(packed, 0) - packed
+    allowed = K - tl.sum(above.to(tl.int32), 0)
+    equals = before >> 16
+    chosen = above | (equal & (equals < allowed))
+    return chosen, (before & 0xFFFF) + tl.minimum(equals, allowed)
+
+
+@triton.jit
+def _finish(table, out, out_width, raw, raw_width, count, LISTED: tl.constexpr, PAGE: tl.constexpr, K: tl.constexpr):
+    """Write a row's slots and entries and -1 beyond count. The entries are those that out holds, or 0 ... if LISTED."""
+    STEP: tl.constexpr = 512
+    if not LISTED:
+        tl.debug_barrier()
+    for start in tl.range(0, tl.maximum(out_width, raw_width), STEP):
+        column = start + tl.arange(0, STEP)
+        live = column < count
+        entry = column
+        if not LISTED:
+            entry = tl.load(out + column, mask=live, other=0)
+        slot = tl.load(table + entry // PAGE, mask=live, other=0) * PAGE + entry % PAGE
+        tl.store(out + column, tl.where(live, slot, -1), mask=column < out_width)
+        tl.store(raw + column, tl.where(live, entry, -1), mask=column < raw_width)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "logits_row",
+        "width",
+        "table_row",
+        "out_row",
+        "out_width",
+        "raw_row",
+        "raw_width",
+        "tiles",
+        "best_row",
+    ],
+    do_not_specialize_on_alignment=["lengths", "table", "out", "raw"],
+)
+def _choose(
+    logits,
+    logits_row,
+    width,
+    lengths,
+    table,
+    table_row,
+    out,
+    out_row,
+    out_width,
+    raw,
+    raw_row,
+    raw_width,
+    best_keys,
+    best_entries,
+    best_row,
+    tiles,
+    K: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """logits fp32 [T, width] -> out and raw int32 [T, >= K] for rows of up to TILE entries; for longer ones
+    best_keys and best_entries int32 [T, tiles, K], the K best of each tile in order.
+
+    Programs: T x tiles, the tiles of a row adjacent. raw_width is 0 if raw is not wanted. No row starts where Triton
+    knows it to be aligned, so that loads take the one layout that the scattered stores can have: converting pointers
+    between two layouts costs more than wider loads save.
+    """
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    length = tl.minimum(tl.load(lengths + row).to(tl.int32), width)
+    start = tile * TILE
+    table += row * table_row
+    out += row * out_row
+    raw += row * raw_row
+    if length <= K:
+        if tile == 0:
+            _finish(table, out, out_width, raw, raw_width, length, True, PAGE, K)
+    elif start < length:
+        place = tl.arange(0, TILE)
+        entry = start + place
+        live = entry < length
+        score = tl.load(logits + row * logits_row + entry, mask=live, other=0.0)
+        keys = tl.where(live, _key(score), LOWEST)
+        chosen = live
+        if length - start > K:
+            chosen, place = _places(keys, live, K)
+        if length <= TILE:
+            tl.store(out + place, entry, mask=chosen)
+            _finish(table, out, out_width, raw, raw_width, K, False, PAGE, K)
+        else:
+            best = row * best_row + tile * K
+            tl.store(best_keys + best + place, keys, mask=chosen)
+            tl.store(best_entries + best + place, entry, mask=chosen)
+
+
+@triton.jit(
+    do_not_specialize=["width", "table_row", "out_row", "out_width", "raw_row", "raw_width", "tiles", "best_row"],
+    do_not_specialize_on_alignment=["lengths", "table", "out", "raw"],
+)
+def _choose_again(
+    width,
+    lengths,
+    table,
+    table_row,
+    out,
+    out_row,
+    out_width,
+    raw,
+    raw_row,
+    raw_width,
+    best_keys,
+    best_entries,
+    best_row,
+    tiles,
+    K: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    AGAIN: tl.constexpr,
+):
+    """What `_choose` left in best_keys and best_entries -> out and raw. Programs: T. AGAIN is at least tiles * K."""
+    row = tl.program_id(0).to(tl.int64)
+    length = tl.minimum(tl.load(lengths + row).to(tl.int32), width)
+    if (length > K) & (length > TILE):
+        handed_on = tl.arange(0, AGAIN)
+        # Each full tile handed on K, the last one at most as many as it had.
+        live = (handed_on // K * TILE + handed_on % K) < length
+        best = row * best_row
+        keys = tl.load(best_keys + best + handed_on, mask=live, other=LOWEST)
+        chosen, place = _places(keys, live, K)
+        out += row * out_row
+        entry = tl.load(best_entries + best + handed_on, mask=chosen, other=0)
+        tl.store(out + place, entry, mask=chosen)
+        _finish(table + row * table_row, out, out_width, raw + row * raw_row, raw_width, K, False, PAGE, K)
+
+
+def tile_size(rows: int, width: int, k: int, sms: int) -> int:
+    """Entries per program.
+
+    Few rows are spread over many small tiles, as long as the second launch can take all that those hand on; with many
+    rows a row's tile is as long as the row, so that most need no second launch.
+    """
+    whole = min(max(triton.next_power_of_2(width), 1024), LARGEST_TILE)
+    if 4 * rows > sms or whole <= 4096:
+        return whole
+    handed_on = triton.next_power_of_2(-(-width * k // LARGEST_TILE))
+    small = max(2048, handed_on, triton.next_power_of_2(2 * k))
+    return LARGEST_TILE if small > 4096 or -(-width // small) * k > LARGEST_TILE else small
+
+
+def choose(
+    logits: torch.Tensor,
+    lengths: torch.Tensor,
+    page_table: torch.Tensor,
+    k: int,
+    page_size: int,
+    out: torch.Tensor,
+    raw_out: torch.Tensor | None,
+) -> None:
+    """Launch the selection: `topk_slots` with its output given."""
+    rows, width = logits.shape
+    tile = tile_size(rows, width, k, kernels.multiprocessors(logits.device))
+    tiles = max(1, -(-width // tile))
+    step = max(1, SCRATCH_BYTES // (8 * tiles * k)) if tiles > 1 else max(1, rows)
+    best_keys = best_entries = out
+    if tiles > 1:
+        shape = (min(rows, step), tiles, k)
+        best_keys, best_entries = kernels.scratch(
+            "topk_slots", logits.device, (shape, torch.int32), (shape, torch.int32)
+        )
+    for first in range(0, max(1, rows), step):
+        part = slice(first, first + step)
+        slots, raw = out[part], out[part] if raw_out is None else raw_out[part]
+        given = (lengths[part], page_table[part], page_table.stride(0), slots, slots.stride(0), slots.shape[1])
+        given += (raw, raw.stride(0), 0 if raw_out is None else raw.shape[1], best_keys, best_entries, tiles * k, tiles)
+        kernels.launch(
+            _choose,
+            (slots.shape[0] * tiles,),
+            logits[part],
+            logits.stride(0),
+            width,
+            *given,
+            K=k,
+            PAGE=page_size,
+            TILE=tile,
+            num_warps=WARPS[tile],
+        )
+        if tiles > 1:
+            again = max(1024, triton.next_power_of_2(tiles * k))
+            kernels.launch(
+                _choose_again,
+                (slots.shape[0],),
+                width,
+                *given,
+                K=k,
+                PAGE=page_size,
+                TILE=tile,
+                AGAIN=again,
+                num_warps=WARPS[again],
+            )
+
+
+def refusal(width: int, k: int) -> str | None:
+    """Why k of width entries cannot be chosen here, or None."""
+    if k < 1 or -(-width // LARGEST_TILE) * k > LARGEST_TILE:
+        most = LARGEST_TILE * (LARGEST_TILE // max(k, 1))
+        return f"there are {width} entries per row and k is {k}; at most {most} are supported with it."
+    return None
+
+
+def _accepts(
+    logits: torch.Tensor,
+    lengths: torch.Tensor,
+    page_table: torch.Tensor,
+    k: int,
+    page_size: int = 64,
+    out: torch.Tensor | None = None,
+    raw_out: torch.Tensor | None = None,
+    scratch: torch.Tensor | None = None,
+) -> str | None:
+    if logits.dtype != torch.float32 or (logits.shape[1] > 1 and logits.stride(1) != 1):
+        return f"logits are {logits.dtype} and need float32 with adjacent columns."
+    if page_table.dtype != torch.int32 or (page_table.shape[1] > 1 and page_table.stride(1) != 1):
+        return f"page_table is {page_table.dtype} and needs int32 with adjacent columns."
+    return refusal(logits.shape[1], k)
+
+
+@topk_slots.provider("triton", runs_on="cpu sm80+", default_on="sm120 sm121", accepts=_accepts)
+def topk_slots_triton(
+    logits: torch.Tensor,
+    lengths: torch.Tensor,
+    page_table: torch.Tensor,
+    k: int,
+    page_size: int = 64,
+    out: torch.Tensor | None = None,
+    raw_out: torch.Tensor | None = None,
+    scratch: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Contract in `topk_slots`; scratch comes from the op's own, the caller's is not used."""
+    out = output(out, raw_out, logits.shape[0], k, logits.device)
+    choose(logits, lengths, page_table, k, page_size, out, raw_out)
+    return out
+
+
+def output(
+    out: torch.Tensor | None, raw_out: torch.Tensor | None, rows: int, k: int, device: torch.device
+) -> torch.Tensor:
+    """The tensor for the slots, the caller's buffers checked."""
+    for given in (out, raw_out):
+        if given is not None and (
+            given.dtype != torch.int32 or given.shape[0] != rows or given.shape[1] < k or given.stride(1) != 1
+        ):
+            raise ValueError(
+                f"out is {given.dtype} {list(given.shape)} and needs torch.int32 [{rows}, {k}] or wider, "
+                "with adjacent columns."
+            )
+    return torch.empty((rows, k), dtype=torch.int32, device=device) if out is None else out

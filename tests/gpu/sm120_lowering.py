@@ -1,0 +1,51 @@
+"""SM120 lowering on a Hopper card: Triton's sm_120 pipeline, assembled for the card that is there. Tests only.
+
+`install()` before Triton compiles anything. Kernels that need what Hopper lacks, or more shared memory than SM120 has,
+are refused instead of run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+SHARED_LIMIT = 101_376
+HOPPER_LACKS = re.compile(
+    r"kind::\w+|tcgen05|\.e2m1x2|\.ue8m0x2|ldmatrix\S*\.b8|\.tile::gather4|ld\.global\S*\.v8|\.f32x2"
+)
+SM120_LACKS = re.compile(r"\bwgmma")
+
+
+class LoweringError(RuntimeError):
+    """A kernel that real SM120 hardware could not run, or that only it could."""
+
+
+def retarget(ptx: str, shared: int) -> str:
+    """PTX of the sm_120a pipeline as PTX for sm_90a.
+
+    Raises:
+        LoweringError: it has an instruction one of the two lacks, or more than SM120's shared memory.
+    """
+    if found := SM120_LACKS.search(ptx):
+        raise LoweringError(f"{found[0]} is not an SM120 instruction: TRITON_OVERRIDE_ARCH=sm120 did not take effect.")
+    if found := HOPPER_LACKS.search(ptx):
+        raise LoweringError(f"{found[0]} runs on SM120 only and cannot be emulated on this card.")
+    if shared > SHARED_LIMIT:
+        raise LoweringError(f"The kernel uses {shared} B of shared memory and SM120 has {SHARED_LIMIT} B a block.")
+    return re.sub(r"\.target sm_120[af]?", ".target sm_90a", ptx)
+
+
+def install(cache: str = ".triton-sm120-on-hopper") -> None:
+    """Compile every later kernel of this process, and of the ones it starts with this call, through `retarget`."""
+    os.environ["TRITON_OVERRIDE_ARCH"] = "sm120"
+    # The normal cache holds other code under the same keys.
+    os.environ["TRITON_CACHE_DIR"] = os.path.abspath(cache)
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    make_cubin = CUDABackend.make_cubin
+
+    def through_retarget(self: Any, src: str, metadata: dict[str, Any], options: Any, capability: int) -> bytes:
+        return make_cubin(self, retarget(src, metadata["shared"]), metadata, options, 90)
+
+    CUDABackend.make_cubin = through_retarget
