@@ -78,10 +78,9 @@ test: setup
 	$(MAKE) --no-print-directory PYTHON= lint
 	exec $(VENV) -m pytest tests
 
-# UPDATE=1 rewrites the table of registers, spills and shared memory.
 test-sm120: setup
 	@$(VENV) patches/patchset.py apply
-	UPDATE_KERNEL_TABLE=$(UPDATE) exec $(VENV) -m pytest tests/sm120 --all-shapes
+	exec $(VENV) -m pytest tests/sm120 --all-shapes
 
 test-gpu: setup
 	@$(VENV) patches/patchset.py apply

@@ -1,15 +1,11 @@
 """Every Triton kernel, at the shapes of the real model, compiles for sm_120a within what the card has.
 
-`make test` compiles a sample; `make test-sm120` all of it, and holds it against the committed table.
+`make test` compiles a sample; `make test-sm120` all of it.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
-import os
-from pathlib import Path
-from typing import Any
 
 import pytest
 from resources import FORBIDDEN, SHARED_LIMIT, Resources, read_resources
@@ -19,11 +15,10 @@ from sglang_sm120.compilation import Job, Kernel, compile_jobs
 from sglang_sm120.model_calls import _CALLS
 from sglang_sm120.ops._cases import model_config
 
-TABLE = Path(__file__).with_name("kernels.json")
 TPS = (1, 2, 4)
 ROWS = (1, 2, 4, 8, 16, 33, 64, 65, 256, 4096)
 CONTEXTS = (2600, 65_536, 1_048_576)
-SAMPLE = [(1, 65_536), (64, 65_536), (4096, 65_536)]
+SAMPLE = [(1, 65_536), (64, 65_536)]
 ALL = [(rows, CONTEXTS[1]) for rows in ROWS] + [(1, context) for context in CONTEXTS]
 
 
@@ -67,25 +62,6 @@ def test_no_instruction_sm120_lacks(compiled: dict[str, tuple[Kernel, Resources]
     for name, (kernel, _) in compiled.items():
         assert ".target sm_120a" in kernel.ptx, name
         assert not FORBIDDEN.search(kernel.ptx), name
-
-
-def test_resources_are_no_worse_than_the_table(
-    request: pytest.FixtureRequest, compiled: dict[str, tuple[Kernel, Resources]]
-) -> None:
-    if os.environ.get("UPDATE_KERNEL_TABLE") == "1" and request.config.getoption("all_shapes"):
-        rows = {name: use._asdict() for name, (_, use) in sorted(compiled.items())}
-        TABLE.write_text(json.dumps(rows, indent=1) + "\n")
-    table: dict[str, Any] = json.loads(TABLE.read_text())
-    assert compiled.keys() <= table.keys(), "new kernels: make test-sm120 UPDATE=1 writes them into the table"
-    worse = {
-        name: (table[name], use._asdict())
-        for name, (_, use) in compiled.items()
-        # ptxas may move a register or two between builds of the same code.
-        if use.registers > table[name]["registers"] + 8
-        or use.spilled > table[name]["spilled"]
-        or use.shared > table[name]["shared"]
-    }
-    assert not worse
 
 
 def test_the_gate_sees_what_it_forbids() -> None:
