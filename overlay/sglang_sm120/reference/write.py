@@ -41,7 +41,7 @@ class _Shards:
         """Write what is left and give the files their final names; tensor name -> file name."""
         if self._pending:
             self._flush()
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for i, names in enumerate(self._files):
             final = f"model-{i + 1:05d}-of-{len(self._files):05d}.safetensors"
             self._part(i).rename(self._out / final)
