@@ -90,7 +90,10 @@ def _selection_problem(call: Call, slots: torch.Tensor) -> str | None:
     ascending = entry.masked_fill(~live, torch.iinfo(torch.int64).max)
     if not (ascending[:, 1:] >= ascending[:, :-1]).all() or not live.long().diff(dim=1).le(0).all():
         return "slots are not in ascending order of their entries"
-    chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, entry, live)
+    # Absent slots are marked in a column of their own.
+    width = logits.shape[1]
+    marks = torch.zeros(logits.shape[0], width + 1, dtype=torch.bool, device=DEVICE)
+    chosen = marks.scatter_(1, entry.masked_fill(~live, width), True)[:, :width]
     if not torch.equal(chosen.sum(1), length.to(torch.int64)):
         return "a slot is listed twice"
     worst = logits.masked_fill(~chosen, torch.inf).amin(1)

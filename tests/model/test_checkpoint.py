@@ -42,11 +42,14 @@ TINY = ReferenceConfig(
 TINY_OPTIONS = ("--ratios", "0", "--hidden-size", "128", "--vocab-size", "300", "--n-routed-experts", "6")
 
 
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
 def _digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
-def _shapes(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def _shapes(folder: Path) -> Shapes:
     """Every tensor that lies in the files."""
     found = {}
     for path in folder.glob("*.safetensors"):
@@ -86,7 +89,8 @@ def test_index_names_every_tensor(tmp_path: Path, seed: int, shard_bytes: int) -
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     assert files == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
     assert (len(files) > 1) == (shard_bytes < 1 << 30)
-    held, size = {}, 0
+    held: dict[str, str] = {}
+    size = 0
     for name in files:
         with safe_open(folder / name, "pt") as file:
             held |= dict.fromkeys(file.keys(), name)
@@ -95,10 +99,10 @@ def test_index_names_every_tensor(tmp_path: Path, seed: int, shard_bytes: int) -
     assert index["metadata"]["total_size"] == size
 
 
-def _published_layer(p: str, ratio: int, hashed: bool) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def _published_layer(p: str, ratio: int, hashed: bool) -> Shapes:
     """Tensors of one layer of the default checkpoint, written out from the published layout."""
     bf16, fp32, fp8, e8m0 = torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.float8_e8m0fnu
-    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    tensors: Shapes = {}
 
     def quantised(name: str, n: int, k: int) -> None:
         tensors[name + ".weight"], tensors[name + ".scale"] = ((n, k), fp8), ((n // 128, k // 128), e8m0)
@@ -142,7 +146,7 @@ def _published_layer(p: str, ratio: int, hashed: bool) -> dict[str, tuple[tuple[
 
 def test_default_is_the_published_layout(checkpoint: Path) -> None:
     bf16, fp32 = torch.bfloat16, torch.float32
-    expected = {"embed.weight": ((1024, 256), bf16), "head.weight": ((1024, 256), bf16)}
+    expected: Shapes = {"embed.weight": ((1024, 256), bf16), "head.weight": ((1024, 256), bf16)}
     # All kinds of layer: window only, c4, c128; the first two by hash table, the others scored.
     for layer, ratio in enumerate((0, 4, 128, 4, 128)):
         expected |= _published_layer(f"layers.{layer}.", ratio, layer < 2)

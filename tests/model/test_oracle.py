@@ -194,7 +194,8 @@ class Naive:
         outputs = []
         for t, x in enumerate(xs):
             complete = (t + 1) // ratio if ratio else 0
-            chosen, close = list(range(complete)), []
+            chosen = list(range(complete))
+            close: list[int] = []
             if ratio == 4 and complete > self.index_topk:
                 chosen, close = self.indexed(p + "indexer.", t, x, qr[t], index_keys[:complete])
             seen = torch.stack(keys[max(0, t - 127) : t + 1] + [entries[e] for e in chosen])

@@ -8,7 +8,9 @@ something read them; everything else is random.
   correct implementations agree on the choice although their roundings differ.
 * Compressed entries: a few tokens are marked. Attention on c4 layers wants entries with a marked token, and
   the indexer ranks them first: by a key whose FP8 scale is large, so that forgetting the scale inverts the
-  ranking. The entries around rank 512 are unmarked ones, to which attention gives next to nothing.
+  ranking. The entries around rank 512 and behind are unmarked ones, to which attention gives next to nothing.
+* Attention spreads over several keys: one that took all would hand its own rounding to every later token, and
+  two correct implementations would differ by as much as a defect.
 * Residual streams: the biases of the mHC mixes spread widely, so that streams differ from each other.
 
 Values depend on (seed, tensor name, shape) only, and are the same on every machine: CPU generator, no
@@ -214,8 +216,7 @@ def _compressor_kv(d: _Draw) -> Tensor:
 def _compressor_gate(d: _Draw) -> Tensor:
     values = d.matrix(1.5)
     if d.shape[0] == 2 * HEAD_DIM:
-        # A marked token alone makes its entry: all marked entries are wanted alike, and attention averages
-        # over them. One that stood out would hand its own rounding to every later token.
+        # A marked token alone makes its entry, so that all marked entries are wanted about alike.
         values[SELECT, d.channels.mark] = 2.5
     return values
 
