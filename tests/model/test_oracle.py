@@ -99,9 +99,9 @@ class Naive:
     Log-probabilities after each token; the margins that come with them. Only what a cache holds is rounded.
     """
 
-    def __init__(self, checkpoint: Path, index_topk: int) -> None:
+    def __init__(self, checkpoint: Path, index_topk: int, shared_limit: float = 10) -> None:
         self.config = json.loads((checkpoint / "config.json").read_text())
-        self.index_topk = index_topk
+        self.index_topk, self.shared_limit = index_topk, shared_limit
         self.stored: dict[str, Tensor] = {}
         for path in checkpoint.glob("*.safetensors"):
             with safe_open(path, "pt") as file:
@@ -257,14 +257,14 @@ class Naive:
             if p.startswith("layers."):
                 self.router_gap[t] = min(self.router_gap[t], gap)
         total = sum(float(score[e]) for e in chosen)
-        y = self.expert(p + "shared_experts.", x)
+        y = self.expert(p + "shared_experts.", x, self.shared_limit)
         for e in chosen:
             y = y + 1.5 * float(score[e]) / total * self.expert(f"{p}experts.{e}.", x)
         return y
 
-    def expert(self, p: str, x: Tensor) -> Tensor:
-        gate = (self.w(p + "w1.weight") @ x).clamp(max=10)
-        up = (self.w(p + "w3.weight") @ x).clamp(-10, 10)
+    def expert(self, p: str, x: Tensor, limit: float = 10) -> Tensor:
+        gate = (self.w(p + "w1.weight") @ x).clamp(max=limit)
+        up = (self.w(p + "w3.weight") @ x).clamp(-limit, limit)
         return self.w(p + "w2.weight") @ (gate / (1 + torch.exp(-gate)) * up)
 
 
@@ -360,6 +360,16 @@ def test_mtp_of_the_second_reading(
     logits = exact.mtp_logits(result.hidden[:-1], following)
     assert logits.shape == (TOKENS - 1, exact.config.vocab_size)
     assert (logits - naive.mtp(streams[:-1], following)).abs().max() < SECOND_READING
+
+
+def test_shared_expert_without_clamp(checkpoint: Path, exact: Oracle, prompt_of: PromptOf) -> None:
+    # As in the published reference; the default follows SGLang.
+    free = Oracle(checkpoint, clamp_shared=False, real=torch.float64, rounding=lambda x: x)
+    tokens = prompt_of(16, 6)
+    hidden = free.forward(tokens).hidden
+    _, streams = Naive(checkpoint, NARROW, shared_limit=math.inf).forward(tokens)
+    assert (hidden - torch.stack(streams)).abs().max() < SECOND_READING
+    assert (hidden - exact.forward(tokens).hidden).abs().max() > 10 * SECOND_READING
 
 
 @pytest.mark.parametrize("ratio", [0, 4, 128])
