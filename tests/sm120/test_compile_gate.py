@@ -18,7 +18,7 @@ from sglang_sm120.ops._cases import model_config
 TPS = (1, 2, 4)
 ROWS = (1, 2, 4, 8, 16, 33, 64, 65, 256, 4096)
 CONTEXTS = (2600, 65_536, 1_048_576)
-SAMPLE = [(1, 65_536), (64, 65_536)]
+SAMPLE = [(1, 65_536)]
 ALL = [(rows, CONTEXTS[1]) for rows in ROWS] + [(1, context) for context in CONTEXTS]
 
 
