@@ -120,6 +120,14 @@ def activate(device: str) -> bool:
     return _active
 
 
+def ready() -> None:
+    """Called once per worker when it begins to serve: a compilation from here on is logged and counted."""
+    if _active:
+        from . import kernels
+
+        kernels.freeze()
+
+
 def active() -> bool:
     """Whether redirected call sites use the overlay in this process; False until `activate`."""
     return _active

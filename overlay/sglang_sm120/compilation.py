@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,13 +22,17 @@ from .model_calls import model_calls
 
 @dataclass(frozen=True)
 class Job:
-    """The calls of one op on one of `tp` ranks, for every (rows, context) of `steps`."""
+    """The calls of one op on one of `tp` ranks, for every (rows, context) of `steps`.
+
+    only: the `variant_key` of the one kernel to compile; by default every kernel they launch.
+    """
 
     config: dict[str, Any]
     op: str
     tp: int
     steps: tuple[tuple[int, int], ...]
     sms: int = kernels.SM120_SMS
+    only: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,37 +91,58 @@ def _variant(compiled: Any) -> str:
     return ", ".join([*words, f"warps={compiled.metadata.num_warps}", f"stages={compiled.metadata.num_stages}"])
 
 
-def compile_job(job: Job) -> tuple[list[Kernel], int]:
-    """Compile what `job` launches for the active target; return the kernels and the op's scratch in bytes."""
+def variant_key(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> str:
+    """What decides which machine code a launch of `kernel` runs: its source, types, alignments, constants, options."""
+    from triton.runtime import driver
+
+    binder = kernel.device_caches[driver.active.get_current_device()][-1]
+    _, specialization, parsed = binder(*args, debug=False, instrumentation_mode="", **options)
+    return f"{kernel.cache_key} {specialization} {parsed}"
+
+
+def _with_label(compile: Callable[..., None], label: str, *launch: Any) -> None:
+    compile(*launch, label)
+
+
+def rehearse_job(job: Job, compile: Callable[[Any, tuple[Any, ...], dict[str, Any], str], None]) -> dict[str, int]:
+    """`compile(kernel, args, options, label)` for each launch of `job`'s calls; return scratch bytes by owner."""
     from . import ops
 
     assert ops.__all__, "the ops and their providers are registered on import"
-    found: dict[str, Kernel] = {}
     provider = registry.ops()[job.op].providers["triton"]
     rehearsal = kernels.Rehearsal(lambda *_: None, sms=job.sms)
     for rows, context in job.steps:
         for call in model_calls(job.config, job.tp, rows, context, op=job.op):
             label = f"{call.label} tp{job.tp} rows{rows} context{context}"
-
-            def compile_one(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], label: str = label) -> None:
-                compiled = kernel.run(*args, grid=(1,), warmup=True, **options)
-                if compiled is None or compiled.hash in found:
-                    return
-                found[compiled.hash] = Kernel(
-                    op=job.op,
-                    call=label,
-                    name=kernel.fn.__name__,
-                    variant=_variant(compiled),
-                    shared=compiled.metadata.shared,
-                    ptx=compiled.asm["ptx"],
-                    cubin=compiled.asm["cubin"],
-                )
-
-            rehearsal.compile = compile_one
+            rehearsal.compile = partial(_with_label, compile, label)
             with kernels.rehearse(rehearsal):
                 if provider.accepts is None or provider.accepts(**call.arguments) is None:
                     provider.function(**call.arguments)
-    return list(found.values()), rehearsal.scratch.get(job.op, 0)
+    return rehearsal.scratch
+
+
+def compile_job(job: Job) -> tuple[list[Kernel], int]:
+    """Compile what `job` launches for the active target; return the kernels and the op's scratch in bytes."""
+    found: dict[str, Kernel] = {}
+
+    def compile_one(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], label: str) -> None:
+        if job.only not in (None, variant_key(kernel, args, options)):
+            return
+        compiled = kernel.run(*args, grid=(1,), warmup=True, **options)
+        if compiled is None or compiled.hash in found:
+            return
+        found[compiled.hash] = Kernel(
+            op=job.op,
+            call=label,
+            name=kernel.fn.__name__,
+            variant=_variant(compiled),
+            shared=compiled.metadata.shared,
+            ptx=compiled.asm["ptx"],
+            cubin=compiled.asm["cubin"],
+        )
+
+    scratch = rehearse_job(job, compile_one)
+    return list(found.values()), sum(scratch.values())
 
 
 def compile_jobs(

@@ -23,12 +23,10 @@ logger = logging.getLogger(__name__)
 SM120_SMS = 188
 """Streaming multiprocessors of an RTX PRO 6000: what a rehearsal without a GPU plans for."""
 ALIGNMENT = 256
-STREAMS = 4
-"""Streams that may hold an op's scratch at once: SGLang's main stream and the three it captures beside it."""
 
 
 class ScratchError(RuntimeError):
-    """Scratch was asked for that no rehearsal had counted, after it was frozen or inside a CUDA-graph capture."""
+    """Scratch that a CUDA graph would hold was not reserved before."""
 
 
 @dataclass
@@ -75,89 +73,86 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-class _Pool:
-    """Scratch of one op on one device: `STREAMS` equal parts, each for one stream, at addresses that stay."""
-
-    def __init__(self) -> None:
-        self.part = 0
-        self.streams: dict[int, int] = {}
-        self.memory: torch.Tensor | None = None
-
-    def allocate(self, part: int, device: torch.device) -> None:
-        self.part = -(-part // ALIGNMENT) * ALIGNMENT
-        self.memory = torch.empty(self.part * STREAMS, dtype=torch.uint8, device=device)
+_reserved: dict[tuple[str, torch.device], int] = {}
+_parts: dict[tuple[str, torch.device, int], torch.Tensor] = {}
 
 
-_pools: dict[tuple[str, torch.device], _Pool] = {}
-_frozen = False
+def reserve(op: str, size: int, device: torch.device) -> None:
+    """Let calls of `op` on `device` that need up to `size` bytes of scratch use memory that keeps its address.
 
+    Called before the first CUDA-graph capture with the most that a captured call needs.
 
-def reserve(op: str, part: int, device: torch.device) -> None:
-    """Give `op` at least `part` bytes of scratch per stream on `device`, before it is frozen."""
-    pool = _pools.setdefault((op, device), _Pool())
-    if pool.part < part:
-        if _frozen:
-            raise ScratchError(f"op {op} wants {part} bytes of scratch, has {pool.part}, and scratch is frozen.")
-        pool.allocate(part, device)
+    Raises:
+        ScratchError: it would grow after a stream was given memory, whose address a graph may hold.
+    """
+    size = -(-size // ALIGNMENT) * ALIGNMENT
+    reserved = _reserved.get((op, device), 0)
+    if size <= reserved:
+        return
+    if any(part[:2] == (op, device) for part in _parts):
+        raise ScratchError(
+            f"op {op} asks for {size} bytes of scratch, and its {reserved} bytes are in use: reserve the larger first."
+        )
+    _reserved[op, device] = size
 
 
 def scratch(op: str, device: torch.device, *wanted: tuple[tuple[int, ...], torch.dtype]) -> list[torch.Tensor]:
     """Uninitialised tensors of the wanted (shape, dtype), which `op` owns until its next call on this stream.
 
-    On a CUDA device they lie in memory reserved for (op, stream), at the same address every time; elsewhere they
-    are new.
+    Up to the reserved size they lie in memory of (op, stream), at the same address every time. A larger call, such
+    as a prefill, which no graph holds, gets new ones.
 
     Raises:
-        ScratchError: more was asked for than is reserved, and it is frozen or a graph is being captured.
+        ScratchError: inside a CUDA-graph capture, more was asked for than is reserved, or the stream is new.
     """
+    rehearsal = _rehearsal.get()
     sizes = [-(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT for shape, dtype in wanted]
     total = sum(sizes)
-    rehearsal = _rehearsal.get()
     if rehearsal is not None:
         rehearsal.scratch[op] = max(total, rehearsal.scratch.get(op, 0))
-    if rehearsal is not None or device.type != "cuda":
-        return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in wanted]
-    pool = _pools.setdefault((op, device), _Pool())
-    stream = torch.cuda.current_stream(device).cuda_stream
-    number = pool.streams.setdefault(stream, len(pool.streams))
-    if number >= STREAMS:
-        raise ScratchError(f"op {op} runs on {number + 1} streams, and its scratch is for {STREAMS}: raise STREAMS.")
-    if total > pool.part:
-        if _frozen or torch.cuda.is_current_stream_capturing():
-            raise ScratchError(
-                f"op {op} needs {total} bytes of scratch and was given {pool.part} before the first CUDA graph: "
-                f"plan for its largest case."
-            )
-        pool.allocate(total, device)
-    assert pool.memory is not None or total == 0
-    tensors, start = [], number * pool.part
-    for (shape, dtype), size in zip(wanted, sizes, strict=True):
-        flat = pool.memory[start : start + math.prod(shape) * dtype.itemsize] if pool.memory is not None else None
-        tensors.append(
-            flat.view(dtype).view(shape) if flat is not None else torch.empty(shape, dtype=dtype, device=device)
+    reserved = _reserved.get((op, device), 0)
+    if device.type == "cuda" and total > reserved and torch.cuda.is_current_stream_capturing():
+        raise ScratchError(
+            f"op {op} needs {total} bytes of scratch in a CUDA graph and {reserved} are reserved: "
+            "reserve its largest case before the first capture."
         )
+    if device.type != "cuda" or total > reserved:
+        return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in wanted]
+    memory = _part(op, device, reserved)
+    tensors, start = [], 0
+    for (shape, dtype), size in zip(wanted, sizes, strict=True):
+        flat = memory[start : start + math.prod(shape) * dtype.itemsize]
+        tensors.append(flat.view(dtype).view(shape))
         start += size
     return tensors
+
+
+def _part(op: str, device: torch.device, size: int) -> torch.Tensor:
+    """The memory of (op, current stream), taken from the allocator at the stream's first call, before its capture."""
+    key = (op, device, torch.cuda.current_stream(device).cuda_stream)
+    if key not in _parts:
+        if torch.cuda.is_current_stream_capturing():
+            raise ScratchError(f"op {op} first runs on this stream inside a capture: run it there once before.")
+        _parts[key] = torch.empty(size, dtype=torch.uint8, device=device)
+    return _parts[key]
 
 
 _late: list[str] = []
 
 
 def freeze() -> None:
-    """End of warm-up: from here on a compilation of an overlay kernel is a defect, and scratch does not grow."""
-    global _frozen
+    """End of warm-up: from here on a compilation of an overlay kernel is a defect, logged and counted."""
     from triton import knobs
 
-    _frozen = True
     knobs.runtime.jit_post_compile_hook = _count_late_compile
 
 
-def thaw() -> None:
-    """Undo `freeze` (tests)."""
-    global _frozen
+def reset() -> None:
+    """Undo `freeze` and every `reserve` (tests)."""
     from triton import knobs
 
-    _frozen = False
+    _reserved.clear()
+    _parts.clear()
     _late.clear()
     knobs.runtime.jit_post_compile_hook = None
 
@@ -172,4 +167,4 @@ def _count_late_compile(*, fn: Any, repr: str, **_: Any) -> None:
     if fn.module.startswith("sglang_sm120."):
         logger.error("An overlay kernel was compiled while serving: %s.%s. Please report this line.", fn.module, repr)
     else:
-        logger.warning("SGLang compiled one of its own kernels while serving: %s.%s", fn.module, repr)
+        logger.info("SGLang compiled one of its own kernels while serving: %s.%s", fn.module, repr)

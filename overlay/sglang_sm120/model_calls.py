@@ -16,6 +16,8 @@ from .formats import indexer_page, kv_page
 
 C4_PAGE, C128_PAGE, WINDOW_PAGE = 64, 2, 256
 """Entries per page of the three caches at SGLang's page size of 256 tokens."""
+PAGED_OPS = ("sparse_mla", "gather_dequant_kv", "indexer_logits", "indexer_topk", "topk_slots")
+"""The ops whose calls depend on the context."""
 FP8_LINEARS = ("wqkv_a", "wq_b", "wo_b", "indexer.wq_b", "shared.w13", "shared.w2")
 
 
@@ -148,6 +150,12 @@ def _bf16_linear_fp32(make: Inputs, c: dict[str, Any], tp: int, rows: int, conte
     }
     for label, n in shapes.items():
         yield label, {"x": make.bf16(rows, hidden), "w": make.bf16(n, hidden, scale=hidden**-0.5)}
+
+
+def _router_topk(make: Inputs, c: dict[str, Any], tp: int, rows: int, context: int) -> _Calls:
+    experts = c["n_routed_experts"]
+    logits = {"router_logits": make.normal(rows, experts), "correction_bias": make.normal(experts)}
+    yield "gate", {**logits, "k": c["num_experts_per_tok"], "renormalize": c["norm_topk_prob"]}
 
 
 def _mxfp4_moe(make: Inputs, c: dict[str, Any], tp: int, rows: int, context: int) -> _Calls:
@@ -296,6 +304,7 @@ _CALLS = {
     "fp8_linear": _fp8_linear,
     "fp8_grouped_linear": _fp8_grouped_linear,
     "bf16_linear_fp32": _bf16_linear_fp32,
+    "router_topk": _router_topk,
     "mxfp4_moe": _mxfp4_moe,
     "sparse_mla": _sparse_mla,
     "gather_dequant_kv": _gather_dequant_kv,

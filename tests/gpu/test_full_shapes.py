@@ -6,7 +6,7 @@ import pytest
 import torch
 from calls import DEVICE, calls_of, compare, tensors, triton_ops, triton_result
 
-from sglang_sm120 import registry
+from sglang_sm120 import kernels, registry
 
 ROWS = (1, 2, 4, 8, 16, 33, 64, 65, 256, 4096)
 STEPS = [(rows, 65_536 if rows < 4096 else 4096) for rows in ROWS]
@@ -26,10 +26,17 @@ def test_parity(op: str, rows: int, context: int, tp: int, seed: int) -> None:
 @pytest.mark.parametrize("op", triton_ops())
 def test_graph_replay_is_bit_equal(op: str, rows: int, seed: int) -> None:
     for call in calls_of(op, 2, rows, 8192, seed):
-        triton_result(call)  # compiles, and reserves scratch before the capture
+        kernels.reset()
+        with kernels.rehearse(kernels.Rehearsal(lambda *_: None, kernels.multiprocessors(DEVICE))) as rehearsal:
+            triton_result(call)
+        for owner, size in rehearsal.scratch.items():
+            kernels.reserve(owner, size, torch.device("cuda", 0))
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            triton_result(call)  # compiles
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             captured = triton_result(call)
         rng = torch.Generator(DEVICE).manual_seed(seed)
         changing = [name for name in call.arguments if name.endswith("lengths")] + ["topk_ids"]
@@ -39,6 +46,10 @@ def test_graph_replay_is_bit_equal(op: str, rows: int, seed: int) -> None:
                 if value is not None:
                     high = int(value.max()) + 1
                     value.copy_(torch.randint(0, max(high, 1), value.shape, generator=rng, device=DEVICE))
+            for name in ("page_table", "slots", "window_slots", "extra_slots"):
+                value = call.arguments.get(name)
+                if value is not None:
+                    value.copy_(value.roll(1 + seed % 5, dims=1))
             disturbance = [torch.full((size,), torch.nan, device=DEVICE) for size in (1 << 20, 1000, 1 << 24)]
             del disturbance
             for tensor in captured:

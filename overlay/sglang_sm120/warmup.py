@@ -1,0 +1,138 @@
+"""Before a server says ready: compile every kernel it can need, and reserve the scratch its CUDA graphs will hold."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from . import kernels, registry
+from .compilation import Job, compile_jobs, rehearse_job, variant_key
+from .model_calls import PAGED_OPS
+
+logger = logging.getLogger(__name__)
+
+CONTEXTS = (256, 2048, 16_384, 65_536, 262_144)
+"""Besides the server's own limit: kernels choose their tiles by powers of the context."""
+
+
+def steps(op: str, prefill_rows: int, graph_rows: int, context: int) -> tuple[tuple[int, int], ...]:
+    """(rows, context) of calls of `op` that between them launch every variant of its kernels.
+
+    Args:
+        prefill_rows: tokens of the largest prefill step.
+        graph_rows: tokens of the largest step in a CUDA graph.
+        context: tokens of the longest request.
+
+    Kernels choose their configuration by powers of two of the rows and do not specialise on the number itself, so
+    each power of two and its successor stand for the rows up to the next; up to 16 every number stands for itself.
+    """
+    largest = max(prefill_rows, graph_rows)
+    rows = {*range(1, 17), graph_rows, largest}
+    for exponent in range(4, largest.bit_length()):
+        rows |= {1 << exponent, (1 << exponent) + 1}
+    contexts = sorted({c for c in CONTEXTS if c < context} | {context}) if op in PAGED_OPS else [context]
+    return tuple((r, c) for r in sorted(rows) if 0 < r <= largest for c in contexts)
+
+
+def warm_up(
+    config: dict[str, Any],
+    tp: int,
+    prefill_rows: int,
+    graph_rows: int,
+    context: int,
+    device: torch.device,
+    barrier: Callable[[], None] = lambda: None,
+    compiles: bool = True,
+) -> None:
+    """Compile in parallel into Triton's cache on disk, load every kernel from there, reserve scratch.
+
+    Args:
+        config: the model's `config.json`.
+        tp, prefill_rows, graph_rows, context: ranks, and the sizes as in `steps`.
+        device: the CUDA device of this rank.
+        barrier: waits for the other ranks.
+        compiles: whether this rank is the one that compiles for its host.
+    """
+    key = (tp, prefill_rows, graph_rows, context, device)
+    if key in _warm:
+        return
+    began = time.monotonic()
+    names = [row.op for row in registry.table(registry.device_kind(device)) if row.chosen and row.provider == "triton"]
+    found = variants(config, tp, prefill_rows, graph_rows, context, names, kernels.multiprocessors(device))
+    for op, size in found.scratch.items():
+        kernels.reserve(op, size, device)
+    mark = _Mark(found.launches)
+    if compiles and not mark.exists() and not multiprocessing.current_process().daemon:
+        major, minor = torch.cuda.get_device_capability(device)
+        with tqdm(total=len(found.jobs), desc="Compiling sglang_sm120 kernels", unit="kernel") as bar:
+            for _ in compile_jobs(found.jobs, major * 10 + minor, done=lambda _: bar.update()):
+                pass
+    barrier()
+    for kernel, args, options in found.launches.values():
+        kernel.run(*args, grid=(1,), warmup=True, **options)
+    mark.write()
+    _warm.add(key)
+    logger.info("sglang_sm120: %d kernels ready after %.1f s.", len(found.launches), time.monotonic() - began)
+
+
+_warm: set[tuple[int, int, int, int, torch.device]] = set()
+_Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass
+class Variants:
+    """What a server can launch: by key, a launch on meta tensors; a job that compiles each; graphs' scratch bytes."""
+
+    launches: dict[str, _Launch] = field(default_factory=dict)
+    jobs: list[Job] = field(default_factory=list)
+    scratch: dict[str, int] = field(default_factory=dict)
+
+
+def variants(
+    config: dict[str, Any], tp: int, prefill_rows: int, graph_rows: int, context: int, names: list[str], sms: int
+) -> Variants:
+    """Rehearse the ops `names` at all their `steps`, for the active Triton target with `sms` multiprocessors."""
+    found = Variants()
+    for name in names:
+        for step in steps(name, prefill_rows, graph_rows, context):
+            job = Job(config, name, tp, (step,), sms)
+
+            def collect(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], _: str, job: Job = job) -> None:
+                key = variant_key(kernel, args, options)
+                if key not in found.launches:
+                    found.launches[key] = (kernel, args, options)
+                    found.jobs.append(replace(job, only=key))
+
+            for op, size in rehearse_job(job, collect).items():
+                if step[0] <= graph_rows:
+                    found.scratch[op] = max(size, found.scratch.get(op, 0))
+    return found
+
+
+class _Mark:
+    """A file beside Triton's cache that says: these variants were compiled into it."""
+
+    def __init__(self, keys: dict[str, Any]) -> None:
+        from triton import knobs
+        from triton.runtime import driver
+
+        names = "\n".join([str(driver.active.get_current_target()), *sorted(keys)])
+        folder = os.environ.get("TRITON_CACHE_DIR") or knobs.cache.dir
+        self._path = Path(folder) / f"sglang_sm120-{hashlib.sha256(names.encode()).hexdigest()[:16]}"
+
+    def exists(self) -> bool:
+        return self._path.exists()
+
+    def write(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.touch()
