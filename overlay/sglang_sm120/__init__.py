@@ -32,6 +32,8 @@ _SWITCHES = {
     "SGLANG_FP8_PAGED_MQA_LOGITS_TORCH": "1",
     "SGLANG_OPT_USE_TOPK_V2": "0",
     "SGLANG_OPT_FP8_WO_A_GEMM": "1",
+    # The compressor plan made on the host keeps no draft tokens.
+    "SGLANG_PREP_IN_CUDA_GRAPH": "1",
 }
 
 

@@ -6,12 +6,15 @@ ready; the compile gate uses it for sm_120a on machines without a GPU.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,7 +27,8 @@ from .model_calls import model_calls
 class Job:
     """The calls of one op on one of `tp` ranks, for every (rows, context) of `steps`.
 
-    only: the `variant_key` of the one kernel to compile; by default every kernel they launch.
+    only: the `variant_key` of the one kernel to compile, together with the C function that launches it; by default
+    every kernel they launch, without.
     """
 
     config: dict[str, Any]
@@ -123,6 +127,8 @@ def rehearse_job(job: Job, compile: Callable[[Any, tuple[Any, ...], dict[str, An
 
 def compile_job(job: Job) -> tuple[list[Kernel], int]:
     """Compile what `job` launches for the active target; return the kernels and the op's scratch in bytes."""
+    from triton.backends.nvidia.driver import CudaLauncher
+
     found: dict[str, Kernel] = {}
 
     def compile_one(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], label: str) -> None:
@@ -131,6 +137,9 @@ def compile_job(job: Job) -> tuple[list[Kernel], int]:
         compiled = kernel.run(*args, grid=(1,), warmup=True, **options)
         if compiled is None or compiled.hash in found:
             return
+        if job.only is not None:
+            # Triton's own takes seconds for the C compiler at the first launch otherwise.
+            CudaLauncher(compiled.src, compiled.metadata)
         found[compiled.hash] = Kernel(
             op=job.op,
             call=label,
@@ -142,7 +151,22 @@ def compile_job(job: Job) -> tuple[list[Kernel], int]:
         )
 
     scratch = rehearse_job(job, compile_one)
+    if job.only is not None and not found:
+        raise RuntimeError(
+            f"no call of {job.op} at {job.steps} launches {job.only}: its key differs between processes."
+        )
     return list(found.values()), sum(scratch.values())
+
+
+@contextlib.contextmanager
+def _blank_main() -> Iterator[None]:
+    """Keep processes that start inside from importing this one's main module, in a server all of SGLang."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def compile_jobs(
@@ -163,7 +187,8 @@ def compile_jobs(
     workers = workers or len(os.sched_getaffinity(0))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _use_target, (capability,)) as pool:
-        futures = {pool.submit(compile_job, job): job for job in jobs}
+        with _blank_main():
+            futures = {pool.submit(compile_job, job): job for job in jobs}
         for future in as_completed(futures):
             job = futures[future]
             compiled, scratch = future.result()

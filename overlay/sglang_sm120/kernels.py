@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -58,6 +59,19 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         rehearsal.compile(kernel, args, options)
     elif 0 not in grid:
         kernel[grid](*args, **options)
+
+
+def fix_cache_keys(module: ModuleType) -> None:
+    """Have Triton hash the kernels of `module` now, helpers before the kernels that call them.
+
+    It leaves the globals of a helper out of a kernel's hash unless that helper was hashed before (3.6.0), so that a
+    process would miss what another one, which met the kernels in another order, has put into the cache on disk.
+    """
+    from triton.runtime.jit import JITFunction
+
+    for value in vars(module).values():
+        if isinstance(value, JITFunction):
+            assert value.cache_key
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -162,9 +176,13 @@ def late_compiles() -> list[str]:
     return list(_late)
 
 
-def _count_late_compile(*, fn: Any, repr: str, **_: Any) -> None:
-    _late.append(f"{fn.module}.{repr}")
+def _count_late_compile(*, fn: Any, compile: dict[str, Any], **_: Any) -> None:
+    constants = {path[0]: value for path, value in compile["constants"].items()}
+    kinds = [constants.get(i, kind) for i, kind in enumerate(compile["signature"].values())]
+    described = ", ".join(f"{name}={kind}" for name, kind in zip(compile["signature"], kinds, strict=True))
+    name = f"{fn.module}.{fn.name}({described}, warps={compile['num_warps']}, stages={compile['num_stages']})"
+    _late.append(name)
     if fn.module.startswith("sglang_sm120."):
-        logger.error("An overlay kernel was compiled while serving: %s.%s. Please report this line.", fn.module, repr)
+        logger.error("An overlay kernel was compiled while serving: %s. Please report this line.", name)
     else:
-        logger.info("SGLang compiled one of its own kernels while serving: %s.%s", fn.module, repr)
+        logger.info("SGLang compiled one of its own kernels while serving: %s", name)

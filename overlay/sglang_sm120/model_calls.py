@@ -18,7 +18,7 @@ C4_PAGE, C128_PAGE, WINDOW_PAGE = 64, 2, 256
 """Entries per page of the three caches at SGLang's page size of 256 tokens."""
 PAGED_OPS = ("sparse_mla", "gather_dequant_kv", "indexer_logits", "indexer_topk", "topk_slots")
 """The ops whose calls depend on the context."""
-FP8_LINEARS = ("wqkv_a", "wq_b", "wo_b", "indexer.wq_b", "shared.w13", "shared.w2")
+FP8_LINEARS = ("wqkv_a", "wq_b", "wo_b", "indexer.wq_b", "shared.w13", "shared.w2", "mtp.proj")
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,13 @@ class Inputs:
         self.device = device
         self._rng = torch.Generator(device).manual_seed(seed) if device.type != "meta" else None
 
+    def _empty(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
     def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Normal values times scale."""
+        if self._rng is None:
+            return self._empty(*shape, dtype=dtype)
         return (torch.randn(shape, generator=self._rng, device=self.device) * scale).to(dtype)
 
     def bf16(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -47,10 +52,14 @@ class Inputs:
 
     def integers(self, low: int, high: int, *shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         """Uniform integers low … high - 1."""
+        if self._rng is None:
+            return self._empty(*shape, dtype=dtype)
         return torch.randint(low, high, shape, generator=self._rng, device=self.device, dtype=dtype)
 
     def fp8(self, *shape: int) -> torch.Tensor:
         """E4M3 values of every magnitude up to 30, both signs, no NaN."""
+        if self._rng is None:
+            return self._empty(*shape, dtype=torch.float8_e4m3fn)
         magnitude = self.integers(0, 0x5F, *shape, dtype=torch.uint8)
         return (magnitude | self.integers(0, 2, *shape, dtype=torch.uint8) << 7).view(torch.float8_e4m3fn)
 
@@ -60,6 +69,8 @@ class Inputs:
 
     def distinct(self, rows: int, width: int, total: int) -> torch.Tensor:
         """Different slots int32 [rows, width] of 0 … total - 1 in each row, scattered."""
+        if self._rng is None:
+            return self._empty(rows, width, dtype=torch.int32)
         start = self.integers(0, total, rows, 1, dtype=torch.int64)
         return ((start + torch.arange(width, device=self.device) * 7919) % total).int()
 
@@ -122,13 +133,15 @@ def fp8_linear_shapes(c: dict[str, Any], tp: int) -> dict[str, tuple[int, int]]:
         (c["index_n_heads"] * c["index_head_dim"], q_lora),
         (2 * inter // tp, hidden),
         (hidden, inter // tp),
+        (hidden, hidden),
     )
     return dict(zip(FP8_LINEARS, shapes, strict=True))
 
 
 def _fp8_linear(make: Inputs, c: dict[str, Any], tp: int, rows: int, context: int) -> _Calls:
     for label, (n, k) in fp8_linear_shapes(c, tp).items():
-        scale = make.e8m0(-(-n // 128), -(-k // 128))
+        # SGLang keeps the scales of linear layers in fp32.
+        scale = make.e8m0(-(-n // 128), -(-k // 128)).float()
         yield label, {"x": make.bf16(rows, k), "w": make.fp8(n, k), "scale": scale}
 
 
@@ -136,7 +149,7 @@ def _fp8_grouped_linear(make: Inputs, c: dict[str, Any], tp: int, rows: int, con
     groups, n = c["o_groups"] // tp, c["o_lora_rank"]
     k = c["num_attention_heads"] * c["head_dim"] // c["o_groups"]
     arguments = {"o": make.bf16(rows, groups, k), "w": make.fp8(groups, n, k)}
-    yield "wo_a", {**arguments, "scale": make.e8m0(groups, n // 128, k // 128)}
+    yield "wo_a", {**arguments, "scale": make.e8m0(groups, n // 128, k // 128).float()}
 
 
 def _bf16_linear_fp32(make: Inputs, c: dict[str, Any], tp: int, rows: int, context: int) -> _Calls:

@@ -17,12 +17,16 @@ from tqdm import tqdm
 
 from . import kernels, registry
 from .compilation import Job, compile_jobs, rehearse_job, variant_key
-from .model_calls import PAGED_OPS
 
 logger = logging.getLogger(__name__)
 
-CONTEXTS = (256, 2048, 16_384, 65_536, 262_144)
-"""Besides the server's own limit: kernels choose their tiles by powers of the context."""
+SERVED = (
+    "bf16_linear_fp32", "fp8_grouped_linear", "fp8_linear", "indexer_topk", "mhc_head", "mhc_post", "mhc_post_pre",
+    "mhc_pre", "mxfp4_moe", "router_topk", "sparse_mla",
+)  # fmt: skip
+"""The ops that the patches call on a GPU."""
+CONTEXTS = {"sparse_mla": 2, "indexer_topk": 1}
+"""Ops that depend on the context, with the distance of the powers of two of it that launch different kernels."""
 
 
 def steps(op: str, prefill_rows: int, graph_rows: int, context: int) -> tuple[tuple[int, int], ...]:
@@ -34,14 +38,16 @@ def steps(op: str, prefill_rows: int, graph_rows: int, context: int) -> tuple[tu
         context: tokens of the longest request.
 
     Kernels choose their configuration by powers of two of the rows and do not specialise on the number itself, so
-    each power of two and its successor stand for the rows up to the next; up to 16 every number stands for itself.
+    each power of two and its successor stand for the rows up to the next.
     """
     largest = max(prefill_rows, graph_rows)
-    rows = {*range(1, 17), graph_rows, largest}
-    for exponent in range(4, largest.bit_length()):
+    rows = {graph_rows, largest}
+    for exponent in range(largest.bit_length()):
         rows |= {1 << exponent, (1 << exponent) + 1}
-    contexts = sorted({c for c in CONTEXTS if c < context} | {context}) if op in PAGED_OPS else [context]
-    return tuple((r, c) for r in sorted(rows) if 0 < r <= largest for c in contexts)
+    contexts = {context}
+    for exponent in range(8, context.bit_length(), CONTEXTS[op]) if op in CONTEXTS else ():
+        contexts |= {1 << exponent, min(context, (1 << exponent) + 256)}
+    return tuple((r, c) for r in sorted(rows) if 0 < r <= largest for c in sorted(contexts))
 
 
 def warm_up(
@@ -67,22 +73,29 @@ def warm_up(
     if key in _warm:
         return
     began = time.monotonic()
-    names = [row.op for row in registry.table(registry.device_kind(device)) if row.chosen and row.provider == "triton"]
+    table = registry.table(registry.device_kind(device))
+    names = [row.op for row in table if row.chosen and row.provider == "triton" and row.op in SERVED]
     found = variants(config, tp, prefill_rows, graph_rows, context, names, kernels.multiprocessors(device))
     for op, size in found.scratch.items():
         kernels.reserve(op, size, device)
     mark = _Mark(found.launches)
+    listed = time.monotonic()
     if compiles and not mark.exists() and not multiprocessing.current_process().daemon:
         major, minor = torch.cuda.get_device_capability(device)
         with tqdm(total=len(found.jobs), desc="Compiling sglang_sm120 kernels", unit="kernel") as bar:
             for _ in compile_jobs(found.jobs, major * 10 + minor, done=lambda _: bar.update()):
                 pass
     barrier()
+    compiled = time.monotonic()
     for kernel, args, options in found.launches.values():
-        kernel.run(*args, grid=(1,), warmup=True, **options)
+        # Loads the module and the launcher, which a first launch would otherwise do inside a capture or a request.
+        assert kernel.run(*args, grid=(1,), warmup=True, **options).run
     mark.write()
     _warm.add(key)
-    logger.info("sglang_sm120: %d kernels ready after %.1f s.", len(found.launches), time.monotonic() - began)
+    logger.info(
+        "sglang_sm120: %d kernels ready (%.1f s to list, %.1f s to compile, %.1f s to load).",
+        len(found.launches), listed - began, compiled - listed, time.monotonic() - compiled,
+    )  # fmt: skip
 
 
 _warm: set[tuple[int, int, int, int, torch.device]] = set()

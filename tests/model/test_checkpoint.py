@@ -226,6 +226,41 @@ def test_command_line_takes_another_config(tmp_path: Path) -> None:
     assert ReferenceConfig.load(tmp_path / "out") == ReferenceConfig(**{**vars(TINY), "vocab_size": 400})
 
 
+@pytest.mark.parametrize("has", [False, True])
+@pytest.mark.parametrize("option", [None, "--mtp", "--no-mtp"])
+def test_command_line_mtp(tmp_path: Path, has: bool, option: str | None) -> None:
+    """An MTP layer by option, otherwise as the config that is taken has it."""
+    like, out = tmp_path / "config.json", tmp_path / "out"
+    ratios = TINY.compress_ratios + (0,) * has
+    like.write_text(json.dumps(TINY.to_json() | {"num_nextn_predict_layers": int(has), "compress_ratios": ratios}))
+    assert main([str(out), "--like", str(like), *([option] if option else [])]) == 0
+    wanted = option == "--mtp" or (option is None and has)
+    config = ReferenceConfig.load(out)
+    assert (config.num_hidden_layers, config.num_nextn_predict_layers) == (1, int(wanted))
+    assert config.compress_ratios == TINY.compress_ratios + (0,) * wanted
+    assert _shapes(out) == stored(config)
+    assert any(name.startswith("mtp.0.") for name in _shapes(out)) is wanted
+
+
+def test_few_layers_of_the_real_model_with_mtp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The command that the GPU tests write their checkpoint with, up to the writing."""
+    written: list[ReferenceConfig] = []
+    monkeypatch.setattr(write, "write_checkpoint", lambda out, config, seed: written.append(config))
+    options = ["--ratios", "0,0,4,128,4,128", "--n-routed-experts", "16", "--vocab-size", "4096", "--mtp"]
+    assert main([str(tmp_path), "--like", str(REAL_CONFIG), *options]) == 0
+    (config,) = written
+    assert (config.num_hidden_layers, config.num_nextn_predict_layers) == (6, 1)
+    tensors = stored(config)
+    assert tensors["mtp.0.e_proj.weight"] == tensors["mtp.0.h_proj.weight"] == ((4096, 4096), torch.float8_e4m3fn)
+    assert tensors["mtp.0.e_proj.scale"] == ((32, 32), torch.float8_e8m0fnu)
+    assert tensors["mtp.0.ffn.experts.15.w1.weight"] == ((2048, 2048), torch.int8)
+    assert tensors["mtp.0.hc_head_fn"] == ((4, 16384), torch.float32)
+    # Its layer is window only and routed by score: no compressor, no table.
+    assert not [name for name in tensors if name.startswith("mtp.") and ("compressor" in name or "tid2eid" in name)]
+    # SGLang shares the embedding and the head with the target, and loads them from there.
+    assert "mtp.0.emb.tok_emb.weight" not in tensors and "mtp.0.head.weight" not in tensors
+
+
 MISUSE = {
     "no directory": ([], "required: out"),
     "a ratio that does not exist": (["OUT", "--ratios", "0,5"], "only 0, 4 and 128"),

@@ -337,7 +337,8 @@ def compress_prefill_plan(
             block = position // ratio
             last = seq_len // ratio - (1 if ratio == 4 else 0)
             page_end = ratio == 4 and (position + 4) // swa_page_size > position // swa_page_size
-            if block >= last or page_end:
+            draft = position >= seq_len - min(10, ring_size - ratio)
+            if block >= last or page_end or draft:
                 write_rows.append(struct.pack("<Ii", ragged, row(position)))
             ragged += 1
     return rows_of(compress_rows, 16), rows_of(write_rows, 8)

@@ -12,6 +12,7 @@ from sglang_sm120.formats import indexer_page, kv_page
 from sglang_sm120.formats.compress_plan import CompressPlan
 from sglang_sm120.ops._cases import Maker
 from sglang_sm120.ops.compress_prefill_plan.cases import mapping
+from sglang_sm120.speculation import MAX_DRAFT_TOKENS
 
 DIM = 128
 CPU = torch.device("cpu")
@@ -106,6 +107,34 @@ def test_any_chunks_give_the_block_formula(data: st.DataObject, sizes: tuple[int
                 {r: data.draw(st.integers(1, min(n, 9) if small else n), label="tokens") for r, n in left.items()},
                 decode=False,
             )
+    server.check()
+
+
+def _verify(server: Server, taking: dict[int, int], accepted: dict[int, int]) -> None:
+    """Feed taking[request] drafts of each request, of which all but the first accepted[request] are wrong."""
+    right = [rows.clone() for rows in server.rows]
+    for r, n in taking.items():
+        server.rows[r][server.done[r] + accepted[r] : server.done[r] + n].fill_(torch.nan)
+    server.step(taking, decode=False)
+    server.rows = right
+    for r, n in taking.items():
+        server.done[r] -= n - accepted[r]
+        del server.found[r][server.done[r] // server.ratio :]
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.data(), st.sampled_from([(4, 16), (128, 256)]), st.integers(0, 2**32 - 1))
+def test_rejected_drafts_leave_no_trace(data: st.DataObject, sizes: tuple[int, int], seed: int) -> None:
+    ratio, ring_size = sizes
+    # Around a block's end, and a window page's at 256.
+    lengths = data.draw(st.lists(st.integers(100, 260), min_size=1, max_size=2), label="lengths")
+    width = data.draw(st.integers(2, MAX_DRAFT_TOKENS), label="drafts")
+    rounds = data.draw(st.integers(1, 12), label="rounds")
+    server = Server(Maker(seed, CPU), ratio, [n + (rounds + 1) * width for n in lengths], ring_size)
+    server.step(dict(enumerate(lengths)), decode=False)
+    for _ in range(rounds):
+        taking = dict.fromkeys(range(len(lengths)), width)
+        _verify(server, taking, {r: data.draw(st.integers(1, width), label="accepted") for r in taking})
     server.check()
 
 

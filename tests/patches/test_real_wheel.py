@@ -59,9 +59,10 @@ def test_apply_then_unapply_gives_the_released_bytes(real: Box, pristine: Path):
     assert "nothing to do" in real.done("unapply")
 
 
-def test_every_patched_file_compiles(real: Box):
+def test_every_patched_python_file_compiles(real: Box):
     real.done("apply")
-    for name in patch_series.Series.load(CHECKOUT / "patches", CHECKOUT / "sglang.lock").files():
+    names = patch_series.Series.load(CHECKOUT / "patches", CHECKOUT / "sglang.lock").files()
+    for name in (name for name in names if name.endswith(".py")):
         compile((real.site / name).read_bytes(), name, "exec")
 
 

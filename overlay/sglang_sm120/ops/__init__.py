@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 
+from .. import kernels
 from .bf16_linear_fp32 import bf16_linear_fp32
 from .compress import compress
 from .compress_decode_plan import compress_decode_plan
@@ -63,3 +65,6 @@ __all__ = [
 for _name in __all__:
     if find_spec(f"{__name__}.{_name}.triton"):
         import_module(f"{__name__}.{_name}.triton")
+
+for _module in [module for name, module in sys.modules.items() if name.startswith(f"{__name__}.")]:
+    kernels.fix_cache_keys(_module)

@@ -18,7 +18,6 @@ ROPE: tl.constexpr = tl.constexpr(kv_page.ROPE)
 GROUP: tl.constexpr = tl.constexpr(kv_page.GROUP)
 ROW: tl.constexpr = tl.constexpr(kv_page.ROW)
 FOOTER: tl.constexpr = tl.constexpr(kv_page.FOOTER)
-INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 ALIGNMENT = 16
 """Bytes that one thread loads at once: page strides and pool addresses must be multiples."""
 
@@ -32,16 +31,6 @@ def pool_refusal(name: str, pages: torch.Tensor, least: int) -> str | None:
     if pages.stride(0) % ALIGNMENT or pages.data_ptr() % ALIGNMENT:
         return f"{name} has page stride {pages.stride(0)} and needs pages aligned to {ALIGNMENT} bytes."
     return None
-
-
-@triton.jit
-def to_bf16(values):
-    """fp32 to the nearest bf16; Triton's interpreter would truncate, so there the bits are rounded first."""
-    if INTERPRETED:
-        bits = values.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        values = bits.to(tl.float32, bitcast=True)
-    return values.to(tl.bfloat16)
 
 
 @triton.jit

@@ -121,6 +121,11 @@ def main(argv: list[str] | None = None) -> int:
         metavar="R,R,...",
         help="compress ratio of each layer (0, 4 or 128), the MTP layer's 0 left out; sets the number of layers",
     )
+    parser.add_argument(
+        "--mtp",
+        action=argparse.BooleanOptionalAction,
+        help="with or without an MTP layer; otherwise as the config says (the small one has it)",
+    )
     names = ("hidden_size", "vocab_size", "num_attention_heads", "n_routed_experts", "max_position_embeddings")
     for name in names:
         parser.add_argument("--" + name.replace("_", "-"), type=int, metavar="N")
@@ -128,9 +133,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = ReferenceConfig.from_json(json.loads(args.like.read_text())) if args.like else ReferenceConfig()
         changed: dict[str, Any] = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
-        if args.ratios:
-            mtp = (0,) * config.num_nextn_predict_layers
-            changed |= {"compress_ratios": args.ratios + mtp, "num_hidden_layers": len(args.ratios)}
+        ratios = args.ratios or config.compress_ratios[: config.num_hidden_layers]
+        mtp = config.num_nextn_predict_layers if args.mtp is None else int(args.mtp)
+        changed |= {
+            "compress_ratios": ratios + (0,) * mtp,
+            "num_hidden_layers": len(ratios),
+            "num_nextn_predict_layers": mtp,
+        }
         config = dataclasses.replace(config, **changed)
     except (OSError, KeyError, ValueError) as error:
         parser.error(str(error))

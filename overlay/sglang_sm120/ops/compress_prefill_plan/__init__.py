@@ -6,6 +6,7 @@ import torch
 
 from ...formats.compress_plan import MAX_TOKENS, CompressPlan, Ring, WritePlan
 from ...registry import Op
+from ...speculation import MAX_DRAFT_TOKENS
 
 __all__ = ["compress_prefill_plan"]
 
@@ -28,11 +29,13 @@ def compress_prefill_plan(
 
     Every new token that ends a block gets a compress row. Tokens a later step may need get a write row: those
     of the last incomplete block, and with ratio 4 also those of the last complete block and of the last block
-    of each window page, where a prefix hit resumes. Rows are in token order, no invalid ones: (plan_c uint8
-    [C, 16], plan_w uint8 [W, 8]) as in `formats.compress_plan`, on req_to_token's device.
+    of each window page, where a prefix hit resumes; with a ring longer than that needs, also the last
+    `speculation.MAX_DRAFT_TOKENS`, since they may be drafts of which only the first are accepted. Rows are in
+    token order, no invalid ones: (plan_c uint8 [C, 16], plan_w uint8 [W, 8]) as in `formats.compress_plan`, on
+    req_to_token's device.
 
     Raises ValueError for more than 65,535 new tokens or an extend_len outside 1 … seq_len. Source: the
-    host-length path of SGLang's `c_plan.cuh`; its device-length path keeps up to 4 more tokens for drafts.
+    device-length path of SGLang's `c_plan.cuh`; its host-length path keeps nothing for drafts.
     """
     ring = Ring(ratio, req_to_token, full_to_swa, swa_page_size, ring_size)
     ring.check()
@@ -65,7 +68,8 @@ def compress_prefill_plan(
     plan_c = CompressPlan(
         at + 1, ends, buffer_len, torch.where(reads, page_0, -1), torch.where(reads, page_1, batch[ends])
     )
-    keep = position >= (seq_lens // ratio * ratio - overlap)[batch]
+    drafts = min(ring_size - ratio, MAX_DRAFT_TOKENS)
+    keep = position >= torch.minimum(seq_lens // ratio * ratio - overlap, seq_lens - drafts)[batch]
     keep |= position % swa_page_size >= swa_page_size - overlap
     kept = keep.nonzero().squeeze(1)
     return plan_c.pack(), WritePlan(kept, ring.row(request[kept], position[kept])).pack()

@@ -21,17 +21,6 @@ UNSCALE = tl.constexpr(2.0**63)
 
 
 @triton.jit
-def to_bf16(value, ASM: tl.constexpr):
-    """fp32 to the nearest bf16; Triton's interpreter would truncate."""
-    if ASM:
-        return value.to(tl.bfloat16)
-    else:
-        bits = value.to(tl.int32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
-        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-
-
-@triton.jit
 def words(packed_ptr):
     """Packed bytes as int16, four weights each."""
     return packed_ptr.to(tl.pointer_type(tl.int16))

@@ -21,8 +21,9 @@ import triton.language as tl
 from ... import kernels
 from ...formats import e8m0
 from ...formats.mxfp4 import BLOCK
+from .._linear_triton import to_bf16
 from . import mxfp4_moe
-from .grouped import UNSCALE, diagonal, members, product, repeat, sort_pairs, to_bf16, to_planes, words
+from .grouped import UNSCALE, diagonal, members, product, repeat, sort_pairs, to_planes, words
 
 SORT_ABOVE = 64
 """Rows above which sorting the pairs by expert pays for a launch."""
@@ -103,7 +104,7 @@ def _gate_up(
 
     channel = tl.program_id(0) * N + tl.arange(0, N)
     to = hidden_ptr + pair[None, :] * INTER + ((channel % 4) * (INTER // 4) + channel // 4)[:, None]
-    tl.store(to, to_bf16(hidden, ASM), mask=(channel < INTER)[:, None] & live[None, :])
+    tl.store(to, to_bf16(hidden), mask=(channel < INTER)[:, None] & live[None, :])
 
 
 @triton.jit(do_not_specialize=["pairs", "ids_stride", "weights_stride", "first"])
@@ -157,13 +158,13 @@ def _down_row(
     weight = tl.load(weights_ptr + column, mask=live, other=0.0).to(tl.float32)
     y = tl.reshape(diagonal(acc * (weight * UNSCALE)[None, :], R, 1, T), (N,))
     channel = tl.program_id(0) * N + tl.arange(0, N)
-    tl.store(y_ptr + channel, to_bf16(y, ASM), mask=channel < H)
+    tl.store(y_ptr + channel, to_bf16(y), mask=channel < H)
 
 
 @triton.jit(do_not_specialize=["ids_stride", "first"])
 def _sum_slots(
     partial_ptr, ids_ptr, y_ptr, ids_stride, first, partial_stride,
-    H: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr, ASM: tl.constexpr,
+    H: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """y bf16 [rows, H], channels from `first` on = sum over slots of partial fp32 [rows * SLOTS, partial_stride]."""
     row = tl.program_id(0).to(tl.int64)
@@ -173,7 +174,7 @@ def _sum_slots(
     for slot in tl.static_range(SLOTS):
         chosen = tl.load(ids_ptr + row * ids_stride + slot) >= 0
         total += tl.load(partial_ptr + (row * SLOTS + slot) * partial_stride + local, mask=inside & chosen, other=0.0)
-    tl.store(y_ptr + row * H + first + local, to_bf16(total, ASM), mask=inside)
+    tl.store(y_ptr + row * H + first + local, to_bf16(total), mask=inside)
 
 
 def _accepts(
@@ -278,7 +279,7 @@ def mxfp4_moe_triton(
         kernels.launch(
             _sum_slots, (rows, triton.cdiv(min(stretch, width - first), 1024)),
             partial, topk_ids, y, topk_ids.stride(0), first, stretch,
-            H=width, SLOTS=slots, WIDTH=1024, ASM=common["ASM"], num_warps=4,
+            H=width, SLOTS=slots, WIDTH=1024, num_warps=4,
         )  # fmt: skip
     return y
 

@@ -17,7 +17,8 @@ import triton.language as tl
 
 from ... import kernels
 from ...formats import kv_page
-from .._pages_triton import kv_bytes, kv_f16, kv_rope, kv_scales, kv_slots, pool_refusal, to_bf16
+from .._linear_triton import to_bf16
+from .._pages_triton import kv_bytes, kv_f16, kv_rope, kv_scales, kv_slots, pool_refusal
 from . import sparse_mla
 
 BLOCK = 32

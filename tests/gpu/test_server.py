@@ -1,0 +1,208 @@
+"""The patched server on this machine's GPUs: the Triton kernels in CUDA graphs against the torch references.
+
+One checkpoint of full width and six layers is written here. Each configuration is one server, shared by its tests;
+two GPUs run tensor-parallel too. On a Hopper card the servers' Triton kernels are lowered as for SM120.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+import traces
+
+from sglang_sm120.local_server import LocalServer
+from sglang_sm120.ops._cases import model_config
+from sglang_sm120.reference.write import main as write_checkpoint
+
+LENGTHS = (1, 2, 5, 63, 127, 128, 129, 300, 700, 2047, 2048, 2600, 4000, 6000, 11_000, 20_000)
+NEW_TOKENS = 24
+VOCABULARY = 4096
+LAYERS = "0,0,4,128,4,128"
+TOLERANCE = 0.05
+"""Of a log-probability, as between server and oracle (`oracle.LOGPROB_TOLERANCE`): bf16 rounding through six layers."""
+TIE = 2 * TOLERANCE
+MAX_EXCLUDED = 0.02
+"""Share of positions where rounding may have decided between two experts or index entries."""
+SCORED = 2600
+"""Prompts up to this length are compared at every position."""
+FLAGS = ("--mem-fraction-static", "0.5", "--grammar-backend", "none", "--log-level", "info")
+GRAPHS = ("--cuda-graph-bs", "1", "2", "4", "8", "16", "32")
+MTP = (
+    "--speculative-algorithm", "EAGLE", "--speculative-num-steps", "3", "--speculative-eagle-topk", "1",
+    "--speculative-num-draft-tokens", "4",
+)  # fmt: skip
+TPS = (1, 2)
+
+
+@dataclass
+class Greedy:
+    """One greedy answer: tokens, for each the gap between the best two log-probabilities, and those of the prompt."""
+
+    tokens: list[int]
+    gaps: list[float]
+    prompt: torch.Tensor
+
+
+def environment() -> dict[str, str]:
+    here = Path(__file__).parent
+    found = {"SGLANG_SM120_FORCE": "1", "HF_HUB_OFFLINE": "1", "FLASHINFER_DISABLE_VERSION_CHECK": "1"}
+    if torch.cuda.get_device_capability()[0] == 9:
+        found["PYTHONPATH"] = f"{here / 'lowered_children'}:{os.environ.get('PYTHONPATH', '')}"
+    return found
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("sglang.launch_server")
+    folder = tmp_path_factory.mktemp("wide")
+    config = Path(__file__).parents[2] / "overlay/sglang_sm120/model-config.json"
+    assert model_config()["hidden_size"] == 4096
+    arguments = ("--like", config, "--ratios", LAYERS, "--n-routed-experts", 16, "--vocab-size", VOCABULARY, "--mtp")
+    write_checkpoint([str(folder), *map(str, arguments)])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(os.environ.get("OUT") or tmp_path_factory.mktemp("logs"))
+
+
+def prompts() -> list[list[int]]:
+    rng = random.Random(5)
+    return [[rng.randrange(300, VOCABULARY) for _ in range(length)] for length in LENGTHS]
+
+
+def generate(server: LocalServer, body: dict[str, Any]) -> Any:
+    response = httpx.post(f"{server.url}/generate", json=body, timeout=300)
+    response.raise_for_status()
+    return response.json()
+
+
+def greedy(server: LocalServer, batch: list[list[int]]) -> list[Greedy]:
+    """Answers to prompts that are prefilled and decoded together."""
+    sampling = {"max_new_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
+    starts = [0 if len(prompt) <= SCORED else -1 for prompt in batch]
+    options = {"return_logprob": True, "top_logprobs_num": [2] * len(batch), "logprob_start_len": starts}
+    replies = generate(server, {"input_ids": batch, "sampling_params": sampling, **options})
+    answers = []
+    for reply in replies:
+        meta = reply["meta_info"]
+        gaps = [first[0] - second[0] for first, second in meta["output_top_logprobs"]]
+        scored = [entry[0] for entry in meta["input_token_logprobs"][1:]]
+        answers.append(Greedy(reply["output_ids"], gaps, torch.tensor(scored)))
+    return answers
+
+
+def sampled(server: LocalServer, count: int) -> None:
+    """`count` sampled requests, 16 at a time, each answered in full."""
+    rng = random.Random(11)
+    lengths = [rng.randrange(1, 800) for _ in range(count)]
+    sampling = {"max_new_tokens": 32, "temperature": 0.7, "top_p": 0.9, "ignore_eos": True}
+
+    def one(length: int) -> list[int]:
+        ids = [random.Random(length).randrange(300, VOCABULARY) for _ in range(length)]
+        return generate(server, {"input_ids": ids, "sampling_params": sampling})["output_ids"]
+
+    with ThreadPoolExecutor(16) as pool:
+        for tokens in pool.map(one, lengths):
+            assert len(tokens) == 32
+            assert all(0 <= token < VOCABULARY for token in tokens)
+
+
+def assert_agree(found: list[Greedy], expected: list[Greedy]) -> None:
+    """Log-probabilities of the prompts within tolerance, and the same tokens up to the first tie of `expected`."""
+    errors = torch.cat([(a.prompt - b.prompt).abs() for a, b in zip(found, expected, strict=True)])
+    excluded = (errors > TOLERANCE).float().mean().item()
+    within = errors[errors <= TOLERANCE]
+    print(f"{len(errors)} prompt positions: median error {errors.median():.4f}, {excluded:.2%} above {TOLERANCE}, "
+          f"largest {errors.max():.3f}, largest within {within.max():.3f}")  # fmt: skip
+    compared = 0
+    for length, a, b in zip(LENGTHS, found, expected, strict=True):
+        decided = next((i for i, gap in enumerate(b.gaps) if gap < TIE), NEW_TOKENS)
+        compared += decided
+        assert a.tokens[:decided] == b.tokens[:decided], f"prompt of {length} tokens, gaps {b.gaps[:decided]}"
+    print(f"{compared} of {len(LENGTHS) * NEW_TOKENS} tokens lie before a tie")
+    assert len(errors) > 7000
+    assert excluded <= MAX_EXCLUDED
+
+
+def assert_nothing_compiled_late(server: LocalServer) -> None:
+    text = server.log.read_text(errors="replace")
+    assert "kernels ready" in text
+    assert "An overlay kernel was compiled while serving" not in text
+
+
+@pytest.fixture(scope="module", params=TPS, ids=lambda tp: f"tp{tp}")
+def tp(request: pytest.FixtureRequest) -> int:
+    if torch.cuda.device_count() < request.param:
+        pytest.skip(f"{torch.cuda.device_count()} GPU, needed {request.param}")
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: Path, logs: Path, tp: int) -> list[Greedy]:
+    """The torch provider's answers: prefill in chunks, no CUDA graph."""
+    flags = (*FLAGS, "--disable-cuda-graph", "--chunked-prefill-size", "2048", "--tp", str(tp))
+    env = {**environment(), "SGLANG_SM120_PROVIDER": "torch"}
+    with LocalServer(checkpoint, *flags, log=logs / f"torch-tp{tp}.log", env=env, ready_seconds=300) as server:
+        return greedy(server, prompts())
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint: Path, logs: Path, tp: int, expected: list[Greedy]) -> Iterator[LocalServer]:
+    """The Triton provider with CUDA graphs; `expected` first, as two servers may not fit one card."""
+    log = logs / f"triton-tp{tp}.log"
+    flags = (*FLAGS, *GRAPHS, "--tp", str(tp))
+    with LocalServer(checkpoint, *flags, log=log, env=environment(), ready_seconds=400) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def answers(server: LocalServer) -> list[Greedy]:
+    return greedy(server, prompts())
+
+
+def test_greedy_tokens_equal_the_torch_providers(answers: list[Greedy], expected: list[Greedy]) -> None:
+    assert_agree(answers, expected)
+
+
+def test_batch_size_does_not_change_an_answer(server: LocalServer, expected: list[Greedy]) -> None:
+    assert_agree([greedy(server, [prompt])[0] for prompt in prompts()], expected)
+
+
+def test_200_sampled_requests(server: LocalServer) -> None:
+    sampled(server, 200)
+
+
+def test_no_kernel_that_sm120_lacks(server: LocalServer, logs: Path) -> None:
+    folder = logs / "trace"
+    folder.mkdir(exist_ok=True)
+    httpx.post(f"{server.url}/start_profile", json={"output_dir": str(folder), "activities": ["GPU"]}, timeout=60)
+    greedy(server, [prompts()[LENGTHS.index(length)] for length in (1, 300, 2600)])
+    httpx.post(f"{server.url}/stop_profile", timeout=120)
+    found = [kernel for trace in folder.rglob("*.json.gz") for kernel in traces.read(trace)]
+    names = {kernel.name for kernel in found}
+    assert any(kernel.graph for kernel in found) and "_attend" in names, names
+    assert not traces.foreign(found)
+
+
+def test_nothing_was_compiled_while_serving(server: LocalServer) -> None:
+    assert_nothing_compiled_late(server)
+
+
+def test_mtp_answers_as_without(checkpoint: Path, logs: Path, tp: int, expected: list[Greedy]) -> None:
+    flags = (*FLAGS, *GRAPHS, *MTP, "--tp", str(tp))
+    with LocalServer(checkpoint, *flags, log=logs / f"mtp-tp{tp}.log", env=environment(), ready_seconds=400) as server:
+        assert_agree(greedy(server, prompts()), expected)
+        sampled(server, 50)
+        assert server.alive()
+        assert_nothing_compiled_late(server)

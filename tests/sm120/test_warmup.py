@@ -1,0 +1,84 @@
+"""The warm-up's sample of sizes stands for all: no step of a server launches a kernel that it did not compile."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import re
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_sm120 import compilation, kernels, registry, warmup
+from sglang_sm120.ops._cases import model_config
+
+PREFILL_ROWS, CONTEXT = 8192, 1_048_576
+
+
+def _missing(tp: int, graph_rows: int, sms: int, steps: list[tuple[int, int]]) -> tuple[int, list[str]]:
+    """(variants, what `steps` launch or need beyond them); runs in a process whose Triton compiles for sm_120."""
+    config = model_config()
+    found = warmup.variants(config, tp, PREFILL_ROWS, graph_rows, CONTEXT, list(warmup.SERVED), sms)
+    missing = []
+    for op in warmup.SERVED:
+        for step in steps:
+            launched: list[Any] = []
+            job = compilation.Job(config, op, tp, (step,), sms)
+            scratch = compilation.rehearse_job(job, lambda *launch, to=launched: to.append(launch))
+            for kernel, args, options, label in launched:
+                if compilation.variant_key(kernel, args, options) not in found.launches:
+                    missing.append(f"{op} {kernel.fn.__name__} {label} {options}")
+            if step[0] <= graph_rows:
+                missing += [f"{owner} {step} {n} B" for owner, n in scratch.items() if n > found.scratch.get(owner, 0)]
+    return len(found.launches), missing
+
+
+def _keys(ops: list[str]) -> set[str]:
+    return set(warmup.variants(model_config(), 2, 64, 8, 2048, ops, 188).launches)
+
+
+def test_keys_of_kernels_do_not_depend_on_the_order_they_are_met_in() -> None:
+    """Triton's on-disk cache is shared by processes that meet the kernels in different orders."""
+    context = multiprocessing.get_context("spawn")
+    orders = (list(warmup.SERVED), list(reversed(warmup.SERVED)))
+    found = []
+    for order in orders:
+        with ProcessPoolExecutor(1, context, compilation._use_target, (120,)) as pool:
+            found.append(pool.submit(_keys, order).result())
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("tp", "sms"), [(1, 132), (2, 188), (4, 48)])
+def test_no_step_launches_a_kernel_that_was_not_compiled(tp: int, sms: int, seed: int) -> None:
+    rng = random.Random(seed)
+    rows = [rng.choice([rng.randrange(1, 70), int(2 ** rng.uniform(0, 13))]) for _ in range(40)]
+    steps = [(r, int(2 ** rng.uniform(0, 20))) for r in rows]
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), compilation._use_target, (120,)) as pool:
+        count, missing = pool.submit(_missing, tp, rng.choice([32, 100, 160]), sms, steps).result()
+    assert count > 100
+    assert not missing
+
+
+def test_the_warm_up_covers_the_ops_that_patches_call() -> None:
+    root = Path(__file__).parents[2]
+    patches = [*root.glob("patches/0.5.12.post1/*.patch"), root / "overlay/sglang_sm120/residual_streams.py"]
+    called = {op for path in patches for op in re.findall(r"\bops\.(\w+)\(", path.read_text(encoding="utf-8"))}
+    with_triton = {name for name, op in registry.ops().items() if "triton" in op.providers}
+    assert called & with_triton == set(warmup.SERVED)
+
+
+def test_scratch_of_a_graph_must_be_reserved_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(kernels, "_reserved", {})
+    monkeypatch.setattr(kernels, "_parts", {})
+    kernels.reserve("op", 1000, device)
+    kernels.reserve("op", 3000, device)
+    kernels.reserve("op", 2000, device)
+    assert kernels._reserved["op", device] == 3072
+    kernels._parts["op", device, 0] = torch.empty(3072, dtype=torch.uint8)
+    kernels.reserve("op", 3072, device)
+    with pytest.raises(kernels.ScratchError, match="asks for 4096 bytes"):
+        kernels.reserve("op", 4000, device)
