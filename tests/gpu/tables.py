@@ -1,4 +1,4 @@
-"""Tables of docs/kernel-times.md from recorded runs: `python tests/gpu/tables.py bench.jsonl [decode_step.json]`."""
+"""Tables for docs/ from recorded runs: `python tests/gpu/tables.py FILE…`, each bench.jsonl or decode_step.json."""
 
 from __future__ import annotations
 
@@ -75,18 +75,20 @@ def decode_step(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    if len(sys.argv) not in (2, 3):
-        print(f"tables: {len(sys.argv) - 1} files given, needed one or two: {__doc__}", file=sys.stderr)
-        return 2
-    about, *rows = map(json.loads, Path(sys.argv[1]).read_text().splitlines())
+def bench(path: Path) -> str:
+    """What the rates of a bench run were, and its rows."""
+    about, *rows = map(json.loads, path.read_text().splitlines())
     copy, mma = about["copy_bytes_per_s"] / 1e12, about["bf16_flops_per_s"] / 1e12
-    print(
-        f"{about['gpu']}, {about['date']}, lowering {about['lowering']}: copy {copy:.2f} TB/s, mma {mma:.0f} TFLOPS\n"
-    )
-    print(kernels(rows))
-    if len(sys.argv) == 3:
-        print("\n" + decode_step(json.loads(Path(sys.argv[2]).read_text())))
+    rates = f"{about['gpu']}, {about['date']}, lowering {about['lowering']}: copy {copy:.2f} TB/s, mma {mma:.0f} TFLOPS"
+    return f"{rates}\n\n{kernels(rows)}"
+
+
+def main() -> int:
+    if len(sys.argv) < 2:
+        print(f"tables: no files given, needed at least one: {__doc__}", file=sys.stderr)
+        return 2
+    for path in map(Path, sys.argv[1:]):
+        print(bench(path) if path.suffix == ".jsonl" else decode_step(json.loads(path.read_text())), end="\n\n")
     return 0
 
 

@@ -93,7 +93,7 @@ def op_of(kernel: Kernel, known: dict[str, dict[Any, str]]) -> str:
     for level in ("exact", "compiled", "name"):
         if op := known[level].get(getattr(kernel, level)):
             return op
-    name = re.sub(r"<.*|\(.*", "", kernel.name.removeprefix("void "))
+    name = re.sub(r"<.*|\(.*", "", kernel.name.removeprefix("void ").replace("(anonymous namespace)::", ""))
     return f"[{'cuBLAS ' if re.search('nvjet|cublas|gemm|gemv', name) else ''}{name}]"
 
 

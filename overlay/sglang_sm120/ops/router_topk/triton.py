@@ -23,7 +23,7 @@ def _sqrt_softplus(x):
 
 
 @triton.jit(do_not_specialize=["rows", "stride"])
-def _choose(
+def _route(
     logits_ptr,
     bias_ptr,
     weights_ptr,
@@ -84,7 +84,7 @@ def router_topk_triton(
     ids = torch.empty(rows, k, dtype=torch.int32, device=router_logits.device)
     block = 1 if rows <= 64 else 4
     kernels.launch(
-        _choose,
+        _route,
         (triton.cdiv(rows, block),),
         router_logits,
         correction_bias,
