@@ -12,10 +12,11 @@ import triton
 
 SHARED_LIMIT = 101_376
 """Bytes of shared memory a block may use on SM120."""
-FORBIDDEN = re.compile(r"wgmma|tcgen05|\.target sm_100|cta_group|multimem")
-"""Instructions of Hopper's and of datacenter Blackwell's tensor cores."""
+TARGET = "sm_120a"
+FORBIDDEN = re.compile(r"\b(?:wgmma|tcgen05|multimem|redux\.sync\.\w+(?:\.\w+)*\.f32|cvt\.rs\b)[\w.:]*|\.cta_group::\d")
+"""Instructions of Hopper's and of datacenter Blackwell's tensor cores, others of sm_100a alone, NVLink multicast."""
 
-_CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 class Resources(NamedTuple):
@@ -31,7 +32,34 @@ def read_resources(cubin: bytes, shared: int) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        out = subprocess.run([_CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        out = _run("cuobjdump", "-res-usage", file.name).stdout
     registers, stack, local = (re.search(rf"{name}:(\d+)", out) for name in ("REG", "STACK", "LOCAL"))
     assert registers and stack and local, f"cuobjdump printed no resources: {out}"
     return Resources(int(registers[1]), int(stack[1]) + int(local[1]), shared)
+
+
+def refusals(ptx: str, shared: int) -> list[str]:
+    """Why an SM120 cannot run this kernel: one sentence each."""
+    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+    found = []
+    if target is None or target[1] != TARGET:
+        found.append(f"compiled for {target[1] if target else 'no target'} and needs {TARGET}.")
+    instructions = sorted(set(FORBIDDEN.findall(ptx)))
+    if instructions:
+        found.append(f"uses {', '.join(instructions)}, which SM120 lacks.")
+    if shared > SHARED_LIMIT:
+        found.append(f"needs {shared} bytes of shared memory, SM120 has {SHARED_LIMIT}.")
+    return found
+
+
+def assemble(ptx: str, target: str) -> tuple[bytes | None, str]:
+    """The cubin ptxas makes of `ptx` for `target`, None where it refuses, and what it printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(ptx, encoding="utf-8")
+        done = _run("ptxas-blackwell", f"--gpu-name={target}", str(source), "-o", str(cubin), check=False)
+        return (cubin.read_bytes() if done.returncode == 0 else None), done.stdout + done.stderr
+
+
+def _run(tool: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([_TOOLS / tool, *arguments], capture_output=True, text=True, check=check)
