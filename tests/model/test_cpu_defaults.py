@@ -58,7 +58,10 @@ def test_prepare_respects_what_the_user_set_and_warns_where_it_cannot(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(os, "environ", {"OMP_NUM_THREADS": "1", "SGLANG_OPT_USE_TOPK_V2": "1"})
+    monkeypatch.setattr(sglang_sm120, "_prepared", False)
+    assert sglang_sm120.warmup_sampling() == {}, "another model's first request was changed"
     assert sglang_sm120.prepare("cpu", 2)
+    assert sglang_sm120.warmup_sampling()["temperature"] > 0
     assert os.environ["OMP_NUM_THREADS"] == "1"
     assert os.environ["TRITON_INTERPRET"] == "1"
     assert len(os.environ["SGLANG_CPU_OMP_THREADS_BIND"].split("|")) == 2
