@@ -13,16 +13,19 @@ VENV := .venv/bin/python
 # Any Python from 3.9 runs it; the site it works on may belong to another.
 PATCHSET := python3 patches/patchset.py
 
-.PHONY: help setup apply unapply status verify lint test test-sm120 test-gpu bench demo lock clean
+.PHONY: help setup apply unapply status verify lint test test-sm120 test-gpu bench accuracy demo image lock clean
 
 help:
 	@cat <<-'END'
 	make setup    .venv with everything in requirements.lock (Python 3.11 or 3.12; PYTHON=exe names one)
 	make demo     a small DeepSeek-V4 served on this machine, no GPU needed
+	make image    the container image, with docker, podman or buildah (docs/container.md)
 	make test     everything that needs no GPU
-	make test-sm120   every kernel at every shape of the real model compiles for sm_120a; no GPU needed
+	make test-sm120   every kernel compiles for sm_120a, no GPU needed; RENEW=1 writes docs/kernel-resources.md
+	make test-image   the image's build steps in a new minimal Debian; as root, no container engine needed
 	make test-gpu     kernel parity and CUDA-graph replay on this machine's GPU
 	make bench        kernel times on this machine's GPU, one JSON object a line
+	make accuracy URL=http://…   scores of a running server against their floors; QUICK=1 (docs/accuracy.md)
 	make apply    patch the SGLang of .venv, of PYTHON=exe, or of SITE=dir; so do unapply, status, verify
 	make lint     the rules of the series, ruff and mypy
 	make lock     resolve requirements.in again (needs uv)
@@ -70,8 +73,8 @@ apply unapply status verify:
 
 lint: setup
 	@$(VENV) patches/patchset.py lint
-	$(VENV) -m ruff check overlay patches tests
-	$(VENV) -m mypy overlay/sglang_sm120 patches
+	$(VENV) -m ruff check overlay patches launch tests
+	$(VENV) -m mypy overlay/sglang_sm120 patches launch/sglang_sm120_launch
 
 test: setup
 	@$(VENV) patches/patchset.py apply
@@ -80,19 +83,42 @@ test: setup
 
 test-sm120: setup
 	@$(VENV) patches/patchset.py apply
-	exec $(VENV) -m pytest tests/sm120 --all-shapes
+	exec $(VENV) -m pytest tests/sm120 --all-shapes $${RENEW:+--renew-table}
 
 test-gpu: setup
 	@$(VENV) patches/patchset.py apply
 	exec $(VENV) -m pytest tests/gpu
 
+test-image: setup
+	@$(VENV) patches/patchset.py apply
+	exec $(VENV) -m pytest tests/launch/test_image.py --clean-root
+
 bench: setup
 	@$(VENV) patches/patchset.py apply
 	exec $(VENV) tests/gpu/bench.py
 
+accuracy: setup
+	@if [[ -z $${URL:-} ]]; then
+	    echo "make accuracy: no server was named, needed its base URL: give URL=http://HOST:PORT" >&2
+	    exit 2
+	fi
+	$(VENV) patches/patchset.py apply
+	exec $(VENV) tests/accuracy/accuracy.py "$$URL" $${QUICK:+--quick} $${DATA:+--data "$$DATA"} \
+	    $${SYNTHETIC:+--synthetic "$$SYNTHETIC"} $${ARGS:-}
+
 demo: setup
 	@$(VENV) patches/patchset.py apply
 	exec $(VENV) -m sglang_sm120.demo
+
+image:
+	@version=$$(sed -n 's/^__version__ = "\(.*\)"$$/\1/p' overlay/sglang_sm120/__init__.py)
+	for builder in docker podman buildah; do
+	    if command -v $$builder > /dev/null; then
+	        exec $$builder build --file launch/Dockerfile --tag sglang-sm120:$$version .
+	    fi
+	done
+	echo "make image: none of docker, podman and buildah is on PATH: install one of them" >&2
+	exit 2
 
 # uv repeats tool.uv.environments behind every requirement; setup refuses other interpreters, so drop it again.
 AARCH64 := python_full_version < '3.13' and platform_machine == 'aarch64' and sys_platform == 'linux'
@@ -115,4 +141,4 @@ lock:
 
 clean:
 	@rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build
-	find overlay patches tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find overlay patches launch tests -name __pycache__ -type d -prune -exec rm -rf {} +

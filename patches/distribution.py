@@ -25,16 +25,28 @@ Summary: DeepSeek-V4 in SGLang on consumer Blackwell (SM120)
 License: Apache-2.0
 Requires-Python: >=3.11
 """
+# The shell starts the interpreter, so that its path may hold blanks and be long; Python reads a string there.
+SCRIPT = """#!/bin/sh
+'''exec' "{python}" "$0" "$@"
+' '''
+# Placed by sglang-sm120-patchset.
+import sys
+
+from {module} import {function}
+
+sys.exit({function}())
+"""
 
 
 class Foreign(Exception):
     """The site holds a package of our name that patchset did not place."""
 
 
-def wanted(root: Path) -> Dict[str, bytes]:
-    """Every file of the distribution as the checkout `root` would place it: path relative to the site -> bytes.
+def wanted(root: Path, site: Path) -> Dict[str, bytes]:
+    """Every file of the distribution as the checkout `root` would place it: path relative to `site` -> bytes.
 
-    The packages hold a copy of the lock and of the series, which the start-up check and a later unapply read.
+    The packages hold a copy of the lock and of the series, which the start-up check and a later unapply read. The
+    console command is among them where the site belongs to an interpreter with a bin directory.
     """
     source = root / PACKAGES[NAME] / NAME / "__init__.py"
     version = re.search(r'^__version__ = "(.+)"$', source.read_text(encoding="utf-8"), re.MULTILINE)
@@ -54,7 +66,9 @@ def wanted(root: Path) -> Dict[str, bytes]:
     files[f"{info}/METADATA"] = METADATA.format(version=version.group(1)).encode()
     files[f"{info}/INSTALLER"] = f"{INSTALLER}\n".encode()
     files[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: patchset\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    files[f"{info}/entry_points.txt"] = _entry_points(project)
+    entries = _entry_points(project)
+    files[f"{info}/entry_points.txt"] = entries
+    files.update(_scripts(site, entries))
     files[f"{info}/RECORD"] = _record(files, f"{info}/RECORD")
     return files
 
@@ -66,6 +80,7 @@ def placed(site: Path) -> Dict[str, bytes]:
         for path in sorted(folder.rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:
                 files[path.relative_to(site).as_posix()] = path.read_bytes()
+    files.update({name: (site / name).read_bytes() for name in _placed_scripts(site)})
     return files
 
 
@@ -77,17 +92,29 @@ def place(site: Path, files: Dict[str, bytes]) -> bool:
     require_ours(site)
     if placed(site) == files:
         return False
+    scripts = {name: data for name, data in files.items() if name.startswith("../")}
+    for name in scripts:
+        if (site / name).exists() and not _is_our_script(site / name):
+            raise Foreign(f"{os.path.normpath(site / name)} was not placed by patchset: move it away first")
+    obsolete = [name for name in _placed_scripts(site) if name not in scripts]
     stage = atomic.stage_dir(site)
     for name, data in files.items():
-        path = stage / "new" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    names = sorted({name.split("/", 1)[0] for name in files}, key=lambda name: not name.endswith(".dist-info"))
+        if name not in scripts:
+            path = stage / "new" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+    names = sorted({name.split("/", 1)[0] for name in files if name not in scripts},
+                   key=lambda name: not name.endswith(".dist-info"))
     for name in names:
         atomic.exchange_or_move(stage / "new" / name, site / name, stage / name)
     for folder in _folders(site):
         if folder.name not in names:
             shutil.rmtree(folder)
+    # Last, when what they import is there.
+    for name, data in scripts.items():
+        _write_script(site / name, data)
+    for name in obsolete:
+        (site / name).unlink()
     atomic.discard_stage(site)
     return True
 
@@ -96,6 +123,8 @@ def remove(site: Path) -> bool:
     """Take the distribution away; False when it is not there."""
     require_ours(site)
     folders = _folders(site)
+    for name in _placed_scripts(site):
+        (site / name).unlink()
     for folder in sorted(folders, key=lambda folder: folder.name.endswith(".dist-info")):
         # Renamed first: a half-deleted package must not be importable.
         os.rename(folder, atomic.stage_dir(site) / folder.name)
@@ -141,6 +170,47 @@ def _entry_points(project: str) -> bytes:
             if pair:
                 lines.append(f"{pair.group(1)} = {pair.group(2)}")
     return ("\n".join(lines) + "\n").encode()
+
+
+def _bin(site: Path) -> Optional[Path]:
+    """The directory of the console commands of the interpreter that `<prefix>/lib/python3.x/site-packages` serves."""
+    prefix = site.parent.parent.parent
+    inside = site.parent.parent.name == "lib" and site.parent.name.startswith("python")
+    return prefix / "bin" if inside and (prefix / "bin" / "python3").exists() else None
+
+
+def _scripts(site: Path, entries: bytes) -> Dict[str, bytes]:
+    """The console commands that entry_points.txt names, as files relative to the site."""
+    folder = _bin(site)
+    _, _, section = entries.decode().partition("[console_scripts]\n")
+    if folder is None:
+        return {}
+    files = {}
+    for line in section.split("\n[", 1)[0].splitlines():
+        name, _, target = line.partition(" = ")
+        module, _, function = target.partition(":")
+        text = SCRIPT.format(python=folder / "python3", module=module, function=function)
+        files[f"../../../bin/{name}"] = text.encode()
+    return files
+
+
+def _placed_scripts(site: Path) -> List[str]:
+    folder = _bin(site)
+    if folder is None:
+        return []
+    # Only names that can be ours: reading every program of a shared bin directory would take long.
+    return sorted(f"../../../bin/{path.name}" for path in folder.glob("sglang-sm120*") if _is_our_script(path))
+
+
+def _is_our_script(path: Path) -> bool:
+    return path.is_file() and f"# Placed by {INSTALLER}.".encode() in path.read_bytes()
+
+
+def _write_script(path: Path, data: bytes) -> None:
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_bytes(data)
+    draft.chmod(0o755)
+    os.replace(draft, path)
 
 
 def _record(files: Dict[str, bytes], own: str) -> bytes:

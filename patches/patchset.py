@@ -56,7 +56,7 @@ def apply(site: Site, root: Path) -> None:
         now = require_usable(site, series, None)
     # Computed before anything is placed: a series that does not apply changes nothing.
     contents = patched(site, series, "after") if now == "clean" else {}
-    refreshed = distribution.place(site.folder, distribution.wanted(root))
+    refreshed = distribution.place(site.folder, distribution.wanted(root, site.folder))
     if contents:
         replace(site, contents)
         print(f"applied {len(series.patches)} patches to {len(contents)} files of {site.package}")
@@ -87,7 +87,7 @@ def status(site: Site, root: Path) -> None:
     now, files = state(site, series, older)
     print(f"sglang {site.version} in {site.folder}: {now} ({len(series.patches)} patches, {len(series.files())} files)")
     placed = distribution.placed(site.folder)
-    overlay = "as in the checkout" if placed == distribution.wanted(root) else "not as in the checkout"
+    overlay = "as in the checkout" if placed == distribution.wanted(root, site.folder) else "not as in the checkout"
     print(f"overlay: {overlay if placed else 'absent'}")
     touched = set(series.files()) | set(older.files() if older else [])
     for file in site.differing({file: digest for file, digest in site.record.items() if file not in touched}):
@@ -103,7 +103,7 @@ def verify(site: Site, root: Path) -> None:
     wrong = site.differing(series.hashes("after"))
     if wrong:
         raise Refused(f"not as sglang.lock says in {site.folder}: {', '.join(wrong)}; run `make apply`")
-    wanted, placed = distribution.wanted(root), distribution.placed(site.folder)
+    wanted, placed = distribution.wanted(root, site.folder), distribution.placed(site.folder)
     stale = sorted(name for name in wanted.keys() | placed.keys() if wanted.get(name) != placed.get(name))
     if stale:
         raise Refused(f"overlay not as in the checkout in {site.folder}: {', '.join(stale)}; run `make apply`")

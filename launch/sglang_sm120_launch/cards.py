@@ -1,0 +1,128 @@
+"""Which of a machine's cards serve the model, and how many ranks they make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .errors import LaunchError
+from .machine import Gpu, Machine
+from .model import Model
+
+SERVED = (90, 100, 103, 120, 121)
+"""Compute capabilities with DeepSeek-V4 kernels: SM120 and SM121 by this project, the others by SGLang alone."""
+SIZES = (8, 4, 2, 1)
+ALIKE = 0.97
+"""Cards are alike when the smaller has at least this share of the larger's memory."""
+
+
+@dataclass(frozen=True)
+class Cards:
+    """The chosen cards: one of them, how much memory the poorest has, ranks over all nodes, and why."""
+
+    gpu: Gpu
+    memory_mib: int
+    used_mib: int
+    tp: int
+    why_tp: str
+    visible: tuple[int, ...] | None
+    why_visible: str
+    notes: tuple[str, ...]
+
+
+def choose(machine: Machine, model: Model, wanted: tuple[int, ...] | None, tp: int | None) -> Cards:
+    """Pick the cards and the number of ranks; `wanted` are indices, `tp` ranks that the user gave.
+
+    Raises:
+        LaunchError: an index is not there, the cards differ, none is served, or the ranks do not divide the model.
+    """
+    count = len(machine.gpus)
+    if wanted is not None:
+        absent = [index for index in wanted if not 0 <= index < count]
+        if absent or not wanted or len(set(wanted)) != len(wanted):
+            raise LaunchError(f"--gpus is {','.join(map(str, wanted))}, this machine has 0 to {count - 1}, each once.")
+        group = list(wanted)
+        if len(_alike(machine, group)) > 1:
+            names = ", ".join(machine.gpus[index].name for index in group)
+            raise LaunchError(f"--gpus names cards that differ ({names}): ranks need cards that are alike.")
+    else:
+        served = [index for index in range(count) if machine.gpus[index].sm in SERVED]
+        if not served:
+            names = ", ".join(sorted({f"{gpu.name} ({gpu.compute_capability})" for gpu in machine.gpus}))
+            raise LaunchError(
+                f"{names} is no GPU with DeepSeek-V4 kernels: needed compute capability 9.0, 10.0, 10.3, 12.0 or 12.1."
+            )
+        groups = _alike(machine, served)
+        group = max(groups, key=lambda one: _size(len(one)) * machine.gpus[one[0]].memory_mib)
+    unserved = [machine.gpus[index] for index in group if machine.gpus[index].sm not in SERVED]
+    if unserved:
+        raise LaunchError(f"{unserved[0].name} has no DeepSeek-V4 kernels: name other cards with --gpus.")
+    nodes = machine.nodes
+    if tp is None:
+        local = next((size for size in SIZES if size <= len(group) and _divides(model, size * nodes)), 0)
+        if not local:
+            raise LaunchError(f"{nodes} nodes make no number of ranks that divides the model: use 1, 2, 4 or 8 cards.")
+        ranks, why = local * nodes, _why(local, len(group), nodes)
+    else:
+        ranks, why = tp, "as given"
+        if not _divides(model, tp) or tp % nodes or tp // nodes > len(group):
+            most = next((size for size in SIZES if size <= len(group)), 0) * nodes
+            raise LaunchError(
+                f"TP {tp} was asked for, and {nodes} x {len(group)} cards and the model's heads, groups and FP8 blocks "
+                f"allow powers of two up to {most}."
+            )
+        local = tp // nodes
+    group = group[:local]
+    subset = wanted is not None or local < count
+    gpus = [machine.gpus[index] for index in group]
+    kinds = sorted({gpu.name for gpu in gpus})
+    notes = [f"The cards are {' and '.join(kinds)}: the slowest sets the pace."] if len(kinds) > 1 else []
+    if wanted is None and local < count:
+        others = ", ".join(f"{i} ({machine.gpus[i].name})" for i in range(count) if i not in group)
+        notes.append(f"Not used: {others}.")
+    return Cards(
+        gpu=min(gpus, key=lambda gpu: gpu.memory_mib),
+        memory_mib=min(gpu.memory_mib for gpu in gpus),
+        used_mib=max(gpu.used_mib for gpu in gpus),
+        tp=ranks,
+        why_tp=why,
+        visible=tuple(group) if subset else None,
+        why_visible="as --gpus says" if wanted is not None else "ranks need cards that are alike, and 1, 2, 4 or 8",
+        notes=tuple(notes),
+    )
+
+
+def _alike(machine: Machine, indices: list[int]) -> list[list[int]]:
+    """Groups of cards of one compute capability and nearly one size."""
+    groups: list[list[int]] = []
+    for index in indices:
+        gpu = machine.gpus[index]
+        for group in groups:
+            first = machine.gpus[group[0]]
+            small, large = sorted((first.memory_mib, gpu.memory_mib))
+            if first.sm == gpu.sm and small >= ALIKE * large:
+                group.append(index)
+                break
+        else:
+            groups.append([index])
+    return groups
+
+
+def _size(count: int) -> int:
+    return next(size for size in SIZES if size <= count)
+
+
+def _divides(model: Model, tp: int) -> bool:
+    """Whether ranks get whole heads, output groups and FP8 blocks."""
+    config = model.config
+    inter, low_rank = config["moe_intermediate_size"], config["o_groups"] * config["o_lora_rank"]
+    whole = config["num_attention_heads"] % tp == 0 and config["o_groups"] % tp == 0
+    return tp in SIZES and whole and inter % (tp * 128) == 0 and low_rank % (tp * 128) == 0
+
+
+def _why(local: int, count: int, nodes: int) -> str:
+    where = f" on each of {nodes} nodes" if nodes > 1 else ""
+    if local == 1:
+        return f"one card{where}" if count == 1 else f"of {count} cards{where} the model divides over one"
+    if local == count:
+        return f"all {count} cards{where}: each reads its share of the weights for every token"
+    return f"{local} of {count} cards{where}: a power of two that divides heads, groups and FP8 blocks"

@@ -1,0 +1,50 @@
+"""`sglang-sm120`: one table of subcommands, each a module that is imported when it is chosen."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from .errors import LaunchError
+
+COMMANDS = {
+    "plan": "which settings SGLang should get for a model on a machine, and why",
+    "serve": "plan, start the server, wait until it answers, watch it",
+    "doctor": "what is missing on this machine",
+    "kernels": "which implementation serves each op here, and why",
+    "bench": "throughput and latency of a running server",
+    "compare": "ratios of two benchmark files",
+}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command line; 0 done, 1 failed, 2 misuse."""
+    words = list(sys.argv[1:] if words is None else words)
+    parser = argparse.ArgumentParser(prog="sglang-sm120", description="DeepSeek-V4 with SGLang on SM120.")
+    choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    chosen = next((word for word in words if word in COMMANDS), None)
+    for name, summary in COMMANDS.items():
+        child = choices.add_parser(name, help=summary, description=summary)
+        if name == chosen:
+            # Imported only now, so that `doctor` runs where torch and SGLang cannot be imported.
+            module = importlib.import_module(f"{__package__}.{name}")
+            module.configure(child)
+            child.set_defaults(run=module.run)
+    try:
+        arguments = parser.parse_args(words)
+        return int(arguments.run(arguments))
+    except LaunchError as error:
+        print(f"sglang-sm120: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader (`| head`) has left; what it read is complete.
+        sys.stderr.close()
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""`sglang-sm120 compare A.json B.json`: two runs of `bench`, point by point, as ratios B / A."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .bench import SCHEMA
+from .errors import LaunchError
+
+SETTINGS = ("model", "output_tokens", "rounds", "server")
+"""Keys of a run that make its figures what they are; where two runs differ in them, the reader is told."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `compare`."""
+    parser.add_argument("a", type=Path, metavar="A.json", help="the run to compare with")
+    parser.add_argument("b", type=Path, metavar="B.json", help="the run whose figures are divided by A's")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print a line for each point that both runs have; 0."""
+    a, b = load(arguments.a), load(arguments.b)
+    points_a, points_b = _points(a), _points(b)
+    shared = sorted(points_a.keys() & points_b.keys())
+    if not shared:
+        raise LaunchError(
+            f"{arguments.a} and {arguments.b} have no point in common: run `bench` with the same --prompt-tokens and "
+            "--concurrency."
+        )
+    for name in SETTINGS:
+        if a[name] != b[name]:
+            print(f"{name} differs: {_difference(a[name], b[name])}")
+    print("ratios B / A; throughput above 1 and times below 1 mean that B is faster")
+    print(f"{'prompt':>8} {'conc.':>6} {'output tok/s':>22} {'TTFT median ms':>26} {'TPOT median ms':>26}")
+    for key in shared:
+        cells = [
+            _ratio(one(points_a[key]), one(points_b[key]))
+            for one in (
+                lambda point: point["output_tokens_per_s"],
+                lambda point: point["ttft_ms"]["median"],
+                lambda point: point["tpot_ms"]["median"],
+            )
+        ]
+        print(f"{key[0]:>8} {key[1]:>6} {cells[0]:>22} {cells[1]:>26} {cells[2]:>26}")
+    for name, points, others in (("A", points_a, points_b), ("B", points_b, points_a)):
+        alone = sorted(points.keys() - others.keys())
+        if alone:
+            print(f"only in {name}: {', '.join(f'{p} x {c}' for p, c in alone)}")
+    return 0
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A result of `bench`; raises LaunchError when `path` holds none of this version."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LaunchError(f"{path} cannot be read ({error.strerror}): name a result of `bench`.") from None
+    except ValueError as error:
+        raise LaunchError(f"{path} is not JSON ({error}): name a result of `bench`.") from None
+    schema = result.get("schema") if isinstance(result, dict) else None
+    if schema != SCHEMA or not isinstance(result.get("points"), list):
+        raise LaunchError(
+            f"{path} has the schema {schema!r}, needed {SCHEMA}: name a result of this version's `bench`."
+        )
+    return result
+
+
+def _points(result: Mapping[str, Any]) -> dict[tuple[int, int], Mapping[str, Any]]:
+    return {(p["prompt_tokens"], p["concurrency"]): p for p in result["points"] if p["completed"]}
+
+
+def _ratio(a: float, b: float) -> str:
+    return f"{a:.1f} -> {b:.1f}  {b / a:5.2f}x" if a else f"{a:.1f} -> {b:.1f}      -"
+
+
+def _difference(a: Any, b: Any) -> str:
+    if not isinstance(a, dict) or not isinstance(b, dict):
+        return f"{a} and {b}"
+    names = sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+    return ", ".join(f"{name} {a.get(name)} and {b.get(name)}" for name in names)

@@ -1,0 +1,73 @@
+"""`sglang-sm120 doctor`: what this machine has and lacks for serving DeepSeek-V4 on SM120, and what to do about it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .checks import Finding, Status, machine_checks
+from .checks_checkpoint import checkpoint_checks
+from .checks_software import software_checks
+from .errors import LaunchError
+from .machine import Machine
+
+SCHEMA = 1
+"""Version of the JSON report, described in docs/doctor.md: raised when a reader of the old one would go wrong."""
+ORDER: tuple[Status, ...] = ("ok", "warn", "fail")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `doctor`."""
+    parser.add_argument("--model", type=Path, metavar="DIR", help="also check the checkpoint in this directory")
+    parser.add_argument("--host", default="127.0.0.1", help="address the server will listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=30000, help="port the server will listen on (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON (schema: docs/doctor.md)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the report; 0 when no check failed, 1 otherwise."""
+    if arguments.model is not None and not arguments.model.is_dir():
+        raise LaunchError(f"--model {arguments.model} is not a directory: name the folder of a downloaded checkpoint.")
+    machine = visible(Machine.detect(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton")
+    findings = [*machine_checks(machine, arguments.host, arguments.port, cache), *software_checks()]
+    if arguments.model is not None:
+        findings += checkpoint_checks(arguments.model)
+    print(json.dumps(report(findings), indent=2) if arguments.json else table(findings))
+    return 1 if worst(findings) == "fail" else 0
+
+
+def visible(machine: Machine, devices: str | None) -> Machine:
+    """The machine with the cards that CUDA_VISIBLE_DEVICES leaves; all of them where it does not give numbers."""
+    if devices is None or not re.fullmatch(r"\d+(,\d+)*", devices):
+        return machine
+    chosen = [int(number) for number in devices.split(",")]
+    return dataclasses.replace(machine, gpus=tuple(machine.gpus[i] for i in chosen if i < len(machine.gpus)))
+
+
+def worst(findings: Sequence[Finding]) -> Status:
+    """The status of the whole report."""
+    return max((finding.status for finding in findings), key=ORDER.index, default="ok")
+
+
+def report(findings: Sequence[Finding]) -> dict[str, Any]:
+    """The findings as docs/doctor.md describes them."""
+    return {"schema": SCHEMA, "status": worst(findings), "checks": [finding._asdict() for finding in findings]}
+
+
+def table(findings: Sequence[Finding]) -> str:
+    """One line a check, what to do below those that are not ok, and a summary."""
+    width = max(len(finding.name) for finding in findings)
+    lines = []
+    for finding in findings:
+        lines.append(f"{finding.status:<4}  {finding.name:<{width}}  {finding.found}")
+        if finding.do:
+            lines.append(f"{'':<4}  {'':<{width}}  -> {finding.do}")
+    counts = ", ".join(f"{sum(f.status == status for f in findings)} {status}" for status in ORDER)
+    return "\n".join([*lines, "", f"{len(findings)} checks: {counts}"])

@@ -1,0 +1,109 @@
+"""From a command line to what `make_plan` takes: the machine, the model, the config, the user's flags."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .config import Config
+from .errors import LaunchError
+from .flags import Flags
+from .machine import Machine
+from .model import Model
+from .plan import Plan, Request
+
+VARIABLES = (
+    "CUDA_DEVICE_ORDER", "GLOO_SOCKET_IFNAME", "NCCL_IB_HCA", "NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE",
+    "NCCL_SOCKET_IFNAME", "SGLANG_OPT_USE_CUSTOM_ALL_REDUCE_V2", "SGLANG_SM120_FORCE",
+)  # fmt: skip
+"""Variables that change a plan or that it may set: the user's own value of one of them stays."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a plan is made from, and the flags it is checked against."""
+
+    machine: Machine
+    model: Model
+    request: Request
+    flags: Flags
+
+    def check(self, plan: Plan) -> Plan:
+        """The plan, its flags parsed by the installed SGLang's parser, with a note where there is none.
+
+        Raises:
+            LaunchError: SGLang does not take the flags.
+        """
+        if self.flags.known is None:
+            note = "SGLang is not installed here: the flags were not checked against its parser."
+            return replace(plan, notes=(*plan.notes, note))
+        self.flags.check(plan.arguments())
+        return plan
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments that every command with a plan takes."""
+    parser.add_argument("--model", metavar="PATH|ID", help="checkpoint directory, or a model in the Hugging Face cache")
+    parser.add_argument("--gpus", type=_indices, metavar="0,1", help="cards to use, as nvidia-smi counts them")
+    parser.add_argument("--machine", type=Path, metavar="JSON", help="plan for this machine instead of the present one")
+    parser.add_argument("--config", type=Path, metavar="YAML", help="a file of configs/")
+    parser.add_argument("--mtp", action="store_true", help="speculative decoding with the checkpoint's MTP layer")
+    parser.add_argument("server", nargs="*", metavar="-- FLAG", help="SGLang's own flags after `--`; they win")
+
+
+def read(arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> Wanted:
+    """Read everything the arguments name.
+
+    Raises:
+        LaunchError: a file, a flag or the machine is not what it should be.
+    """
+    flags = Flags.installed()
+    given = flags.from_words(arguments.server)
+    config = Config.load(arguments.config, flags) if arguments.config else None
+    path = given.pop("model-path", None) or arguments.model or (config.model if config else None)
+    if path is None:
+        raise LaunchError("No model was given: name a checkpoint directory with --model.")
+    machine = Machine.from_json(arguments.machine) if arguments.machine else Machine.detect()
+    # Another machine's plan has nothing to do with this one's environment.
+    present = {} if arguments.machine else environment
+    gpus = arguments.gpus
+    if gpus is None and (visible := present.get("CUDA_VISIBLE_DEVICES")):
+        gpus = _visible(visible)
+    request = Request(
+        flags=given,
+        env={name: present[name] for name in VARIABLES if name in present},
+        mtp=arguments.mtp,
+        gpus=gpus,
+    )
+    if config is not None:
+        config.require(machine)
+        if config.nodes > 1:
+            machine = replace(machine, nodes=config.nodes)
+        request = replace(
+            request,
+            config=config.name,
+            config_flags=config.server,
+            config_env=config.env,
+            auto=config.auto,
+            evidence=config.evidence,
+        )
+        if config.gpu == "none" and machine.gpus:
+            machine = replace(machine, gpus=(), link=None, p2p=None)
+    return Wanted(machine, Model.load(str(path)), request, flags)
+
+
+def _indices(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of card numbers such as 0,1") from None
+
+
+def _visible(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise LaunchError(f"CUDA_VISIBLE_DEVICES is {text!r}: give card numbers, or use --gpus instead.") from None

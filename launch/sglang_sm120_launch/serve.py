@@ -1,0 +1,207 @@
+"""`sglang-sm120 serve`: plan, start the server, wait until it has answered a request, watch it until it ends."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from types import FrameType
+
+import httpx
+
+from . import request, show
+from .child import Child
+from .errors import LaunchError
+from .plan import Plan, make_plan
+from .progress import Progress
+
+HOST, PORT = "127.0.0.1", 30000
+"""SGLang's own defaults."""
+LOOK_SECONDS = 2.0
+PROMPT = "What is 6 times 7?"
+TOKENS = 16
+REQUEST_SECONDS = 600.0
+
+
+class Stopped(BaseException):
+    """SIGINT or SIGTERM has reached the launcher; `number` is the signal's."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+class Failed(Exception):
+    """The server did not come up, ended by itself or made no token; the message is one sentence."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The first request: tokens of the prompt, tokens generated, seconds it took."""
+
+    prompt: int
+    generated: int
+    seconds: float
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `serve`."""
+    request.configure(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and start nothing")
+    parser.add_argument(
+        "--watch", action="store_true", help="stop with status 1 when the server makes no token or loses a process"
+    )
+    parser.add_argument(
+        "--stall-limit", type=float, default=120.0, metavar="SECONDS",
+        help="how long a server under --watch may make no token: more than its longest forward pass "
+        "(default: %(default).0f)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--start-limit", type=float, default=3600.0, metavar="SECONDS",
+        help="how long loading, compiling and warm-up may take (default: %(default).0f)",
+    )  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve until stopped: 128 + the signal's number when told to stop, 1 when the server failed."""
+    wanted = request.read(arguments)
+    if wanted.flags.known is None:
+        raise LaunchError("SGLang is not installed beside this launcher: run `make setup` and `make apply`.")
+    if arguments.machine is not None and not arguments.dry_run:
+        raise LaunchError("--machine describes another machine and serve starts on this one: use it with --dry-run.")
+    plan = wanted.check(make_plan(wanted.machine, wanted.model, wanted.request))
+    _say(show.as_text(plan))
+    if arguments.dry_run:
+        return 0
+    if arguments.watch and plan.value("enable-metrics") is not True:
+        raise LaunchError("--watch reads token counters and the config leaves out enable-metrics: add it to `auto`.")
+    _require_free_port(plan)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    try:
+        return _serve(plan, arguments)
+    except Stopped as stopped:
+        return 128 + stopped.number
+
+
+def _serve(plan: Plan, arguments: argparse.Namespace) -> int:
+    began = time.monotonic()
+    child = Child(plan.arguments(), plan.environment())
+    try:
+        if plan.value("node-rank") in (None, 0):
+            _wait_until_ready(child, plan, began + arguments.start_limit)
+            _say(f"ready: {url(plan)} after {time.monotonic() - began:.0f} s")
+            if plan.value("disaggregation-mode") in (None, "null"):
+                _say(_sentence(first_request(plan)))
+            _say(f"evidence for this configuration: {plan.evidence}")
+            if arguments.watch:
+                watch(child, plan, arguments.stall_limit)
+        raise Failed(f"The server ended with status {child.wait()}: its last lines above say why.")
+    except Failed as failure:
+        print(f"sglang-sm120: {failure}", file=sys.stderr)
+        return 1
+    finally:
+        # A second Ctrl-C must not leave processes behind.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        child.stop()
+
+
+def url(plan: Plan) -> str:
+    """Where this machine reaches the server."""
+    host = plan.value("host") or HOST
+    return f"http://{HOST if host == '0.0.0.0' else host}:{plan.value('port') or PORT}"
+
+
+def first_request(plan: Plan) -> Answer:
+    """Ask for a few tokens and time them.
+
+    Raises:
+        Failed: the server answered with an error, or not at all.
+    """
+    body = {
+        "text": PROMPT,
+        "sampling_params": {"max_new_tokens": TOKENS, "temperature": 0, "ignore_eos": True},
+    }
+    key = plan.value("api-key")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    began = time.monotonic()
+    response = None
+    try:
+        response = httpx.post(
+            f"{url(plan)}/generate", json=body, headers=headers, timeout=REQUEST_SECONDS, trust_env=False
+        )
+        response.raise_for_status()
+        meta = response.json()["meta_info"]
+    except (httpx.HTTPError, ValueError, KeyError) as error:
+        found = f"status {response.status_code}" if response is not None else type(error).__name__
+        raise Failed(f"The server is up and did not answer its first request ({found}): its log says why.") from None
+    return Answer(meta["prompt_tokens"], meta["completion_tokens"], time.monotonic() - began)
+
+
+def watch(child: Child, plan: Plan, stall_limit: float) -> None:
+    """Look at the server until it fails.
+
+    Raises:
+        Failed: a process of it is gone, or for `stall_limit` seconds it made no token although it was asked; then
+            the stacks of all its processes have been printed.
+    """
+    key = plan.value("api-key")
+    progress = Progress(url(plan), str(key) if key else None)
+    child.remember()
+    while True:
+        if child.status() is not None:
+            raise Failed(f"The server ended with status {child.status()}: its last lines above say why.")
+        if lost := child.lost():
+            raise Failed(f"Process {lost} of the server has ended while the others run: the server is stopped.")
+        if (silence := progress.silence()) > stall_limit:
+            print(child.stacks(), file=sys.stderr, flush=True)
+            raise Failed(
+                f"The server has made no token for {silence:.0f} s although it was asked (limit {stall_limit:.0f} s): "
+                f"it is stopped, the stacks of its processes are above."
+            )
+        time.sleep(LOOK_SECONDS)
+
+
+def _wait_until_ready(child: Child, plan: Plan, deadline: float) -> None:
+    while time.monotonic() < deadline:
+        if child.status() is not None:
+            raise Failed(f"The server ended with status {child.status()} before it was ready: its log above says why.")
+        try:
+            # SGLang answers 503 until its own warm-up request has been served.
+            if httpx.get(f"{url(plan)}/health", timeout=30, trust_env=False).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.5)
+    raise Failed("The server was not ready within --start-limit seconds: its log above says what it was doing.")
+
+
+def _require_free_port(plan: Plan) -> None:
+    host, port = str(plan.value("host") or HOST), int(str(plan.value("port") or PORT))
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise LaunchError(
+                f"{host}:{port} cannot be listened on ({error.strerror}): stop what uses it or give another --port."
+            ) from None
+
+
+def _sentence(answer: Answer) -> str:
+    speed = answer.generated / answer.seconds
+    return (
+        f"first request: {answer.prompt} prompt tokens, {answer.generated} generated in {answer.seconds:.2f} s "
+        f"({speed:.1f} tokens/s)"
+    )
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Stopped(number)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

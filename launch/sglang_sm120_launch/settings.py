@@ -1,0 +1,64 @@
+"""One line of a plan: a flag of SGLang's or an environment variable, its value and why it has it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Value = bool | int | float | str | tuple[int, ...] | tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A flag (without its dashes) or a variable. A flag that is False is a switch left off: it is not passed."""
+
+    kind: Literal["flag", "env"]
+    name: str
+    value: Value
+    reason: str
+
+    def arguments(self) -> list[str]:
+        """The flag as words of a command line."""
+        if self.value is False:
+            return []
+        if self.value is True:
+            return [f"--{self.name}"]
+        values = self.value if isinstance(self.value, tuple) else (self.value,)
+        return [f"--{self.name}", *map(str, values)]
+
+    def shown(self) -> str:
+        """The value as the table shows it."""
+        if isinstance(self.value, bool):
+            return "on" if self.value else "off"
+        return " ".join(map(str, self.value)) if isinstance(self.value, tuple) else str(self.value)
+
+
+def flag(name: str, value: Value, reason: str) -> Setting:
+    """A flag of `sglang.launch_server`."""
+    return Setting("flag", name, value, reason)
+
+
+def env(name: str, value: str, reason: str) -> Setting:
+    """An environment variable of the server."""
+    return Setting("env", name, value, reason)
+
+
+def overridden(settings: Iterable[Setting], kind: str, values: dict[str, Value], reason: str) -> list[Setting]:
+    """`settings` with the given values in place of decided ones, those that were not decided at the end."""
+    rest = dict(values)
+    kept = [
+        replace(entry, value=rest.pop(entry.name), reason=reason)
+        if entry.kind == kind and entry.name in rest else entry
+        for entry in settings
+    ]  # fmt: skip
+    added = [
+        flag(name, value, reason) if kind == "flag" else env(name, str(value), reason) for name, value in rest.items()
+    ]
+    return kept + added
+
+
+def shell(words: Iterable[str]) -> str:
+    """Words as one shell command."""
+    return shlex.join(words)

@@ -1,0 +1,107 @@
+"""A plan as a person reads it, and as JSON."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+from .settings import shell
+
+if TYPE_CHECKING:
+    from .plan import Plan
+    from .topology import Node
+
+REASON_WIDTH = 72
+GIB = 1 << 30
+
+
+def as_dict(plan: Plan) -> dict[str, Any]:
+    """The plan as `--json` prints it; docs/launcher.md describes the keys."""
+    fit = plan.fit
+    return {
+        "model": plan.model,
+        "evidence": plan.evidence,
+        "settings": [
+            {"kind": entry.kind, "name": entry.name, "value": entry.value, "reason": entry.reason}
+            for entry in plan.settings
+        ],
+        "budget_bytes": [{"what": what, "bytes": size} for what, size in fit.lines],
+        "pools": vars(fit.pools),
+        "bytes_per_full_token": round(fit.token_bytes, 3),
+        "window_tokens": {"needed": fit.window_needed, "available": fit.pools.swa},
+        "context_by_concurrency": {str(count): tokens for count, tokens in fit.concurrency().items()},
+        "notes": list(plan.notes),
+        "command": plan.command(),
+    }
+
+
+def as_json(plan: Plan) -> str:
+    """One JSON object."""
+    return json.dumps(as_dict(plan), indent=2)
+
+
+def as_text(plan: Plan) -> str:
+    """Settings with reasons, the memory budget, notes and the command."""
+    parts = [f"Plan for {plan.model} (evidence: {plan.evidence})", "", *_settings(plan), "", *_budget(plan), ""]
+    for note in plan.notes:
+        parts += textwrap.wrap(note, 118, initial_indent="note: ", subsequent_indent="      ")
+    return "\n".join([*parts, "Command:", "  " + shell(plan.command())])
+
+
+def _settings(plan: Plan) -> list[str]:
+    rows = [(entry.name if entry.kind == "env" else f"--{entry.name}", entry.shown(), entry) for entry in plan.settings]
+    names = max(len(name) for name, _, _ in rows)
+    widest = max((len(value) for _, value, _ in rows if len(value) <= 24), default=0)
+    lines = []
+    for name, value, entry in rows:
+        reason = textwrap.wrap(entry.reason, REASON_WIDTH) or [""]
+        if len(value) > widest:
+            lines.append(f"  {name:<{names}}  {value}")
+            lines += [f"  {'':<{names}}  {'':<{widest}}  {line}" for line in reason]
+        else:
+            lines.append(f"  {name:<{names}}  {value:<{widest}}  {reason[0]}")
+            lines += [f"  {'':<{names}}  {'':<{widest}}  {line}" for line in reason[1:]]
+    return lines
+
+
+def _budget(plan: Plan) -> list[str]:
+    fit = plan.fit
+    width = max(len(what) for what, _ in fit.lines)
+    lines = ["Memory of one rank:"]
+    lines += [f"  {what:<{width}}  {size / GIB:8.2f} GiB" for what, size in fit.lines]
+    pools = fit.pools
+    lines.append(
+        f"  The pools hold {pools.full} tokens of context at {fit.token_bytes:.0f} bytes; the window pool {pools.swa} "
+        f"tokens, {fit.window_needed} needed."
+    )
+    context = ", ".join(f"{count} x {tokens}" for count, tokens in fit.concurrency().items())
+    lines += textwrap.wrap(
+        f"Requests x tokens of context that fit at once: {context}.", 116, initial_indent="  ", subsequent_indent="  "
+    )
+    return lines
+
+
+def topology_json(nodes: list[Node]) -> str:
+    """A list of nodes; the router's plan is null."""
+    return json.dumps(
+        [
+            {
+                "name": node.name,
+                "where": node.where,
+                "command": node.command,
+                "plan": as_dict(node.plan) if node.plan else None,
+            }
+            for node in nodes
+        ],
+        indent=2,
+    )
+
+
+def topology_text(nodes: list[Node]) -> str:
+    """The first node's plan in full, then every node's command."""
+    plans = [node.plan for node in nodes if node.plan]
+    parts = [as_text(plans[0]).rsplit("Command:", 1)[0].rstrip(), ""]
+    for node in nodes:
+        parts += [f"{node.name} ({node.where}):", "  " + shell(node.command), ""]
+    return "\n".join(parts).rstrip()

@@ -1,0 +1,104 @@
+"""`plan --topology`: one model over two hosts (`2n`), or prefill and decode on hosts of their own (`1p1d`).
+
+Both use SGLang's own means: `--nnodes`, `--disaggregation-mode`, and the package sglang-router.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, replace
+
+from .errors import LaunchError
+from .plan import Plan, make_plan
+from .request import Wanted
+from .settings import Value, flag
+
+RENDEZVOUS_PORT = 20000
+BOOTSTRAP_PORT = 8998
+SERVER_PORT = 30000
+ROUTER_PORT = 8000
+
+
+@dataclass(frozen=True)
+class Node:
+    """One process to start: its name, the host, its command, and its plan unless it is the router."""
+
+    name: str
+    where: str
+    command: list[str]
+    plan: Plan | None
+
+    def checked(self, wanted: Wanted) -> Node:
+        """This node, its flags parsed by the installed SGLang's parser."""
+        return self if self.plan is None else replace(self, plan=wanted.check(self.plan))
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `plan` for more than one host."""
+    parser.add_argument("--topology", choices=_MAKERS, help="2n: two hosts as one; 1p1d: prefill and decode apart")
+    parser.add_argument(
+        "--hosts", default="host0,host1", metavar="A,B", help="the two hosts' names (default: %(default)s)"
+    )
+
+
+def nodes(kind: str, hosts: str, wanted: Wanted) -> list[Node]:
+    """Every node of a topology. Both hosts are like the machine that is planned for.
+
+    Raises:
+        LaunchError: not two hosts are named, or the machine cannot be part of the topology.
+    """
+    names = hosts.split(",")
+    if len(names) != 2 or not all(names):
+        raise LaunchError(f"--hosts is {hosts!r}, needed two names with a comma between them.")
+    return _MAKERS[kind](names, wanted)
+
+
+def _two_nodes(hosts: list[str], wanted: Wanted) -> list[Node]:
+    if not wanted.machine.gpus:
+        raise LaunchError("--topology 2n needs GPUs and none was found: plan with --machine for one that has them.")
+    plan = make_plan(replace(wanted.machine, nodes=2), wanted.model, wanted.request)
+    made = []
+    for rank, host in enumerate(hosts):
+        extra: dict[str, tuple[Value, str]] = {
+            "dist-init-addr": (f"{hosts[0]}:{RENDEZVOUS_PORT}", "where the nodes meet: the first one"),
+            "node-rank": (rank, "the first node answers requests"),
+        }
+        if rank == 0:
+            extra |= {"host": ("0.0.0.0", "clients are on other machines"), "port": (SERVER_PORT, "SGLang's default")}
+        made.append(_node(f"node {rank}", host, _with(plan, extra)))
+    return made
+
+
+def _prefill_decode(hosts: list[str], wanted: Wanted) -> list[Node]:
+    plan = make_plan(wanted.machine, wanted.model, wanted.request)
+    made = []
+    for mode, host in zip(("prefill", "decode"), hosts, strict=True):
+        extra: dict[str, tuple[Value, str]] = {
+            "disaggregation-mode": (mode, f"this host does the {mode} of every request"),
+            "disaggregation-transfer-backend": ("mooncake", "moves the cache; needs mooncake-transfer-engine"),
+            "disaggregation-bootstrap-port": (BOOTSTRAP_PORT, "where decode finds prefill; SGLang's default"),
+            "host": ("0.0.0.0", "the router is on another machine"),
+            "port": (SERVER_PORT, "SGLang's default"),
+        }
+        if wanted.machine.rdma:
+            devices = ",".join(entry.split(":")[0] for entry in wanted.machine.rdma)
+            extra["disaggregation-ib-device"] = (devices, "RDMA devices whose network interface is up")
+        made.append(_node(mode, host, _with(plan, extra)))
+    router = ["python", "-m", "sglang_router.launch_router", "--pd-disaggregation"]
+    router += ["--prefill", f"http://{hosts[0]}:{SERVER_PORT}", str(BOOTSTRAP_PORT)]
+    router += ["--decode", f"http://{hosts[1]}:{SERVER_PORT}", "--host", "0.0.0.0", "--port", str(ROUTER_PORT)]
+    return [*made, Node("router", "either host; package sglang-router", router, None)]
+
+
+_MAKERS = {"2n": _two_nodes, "1p1d": _prefill_decode}
+
+
+def _with(plan: Plan, extra: dict[str, tuple[Value, str]]) -> Plan:
+    """The plan with further flags; one the user has given keeps the user's value."""
+    given = {entry.name for entry in plan.settings if entry.kind == "flag"}
+    added = [flag(name, value, reason) for name, (value, reason) in extra.items() if name not in given]
+    return replace(plan, settings=(*plan.settings, *added))
+
+
+def _node(name: str, where: str, plan: Plan) -> Node:
+    return Node(name, where, plan.command(), plan)

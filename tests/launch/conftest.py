@@ -1,0 +1,36 @@
+"""The model and SGLang's parser, shared by the launcher's tests."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from typing import Any
+
+import pytest
+
+from sglang_sm120_launch.flags import Flags
+from sglang_sm120_launch.model import FLASH, Model
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--clean-root", action="store_true", help="carry out the image's steps in a new minimal system")
+
+
+@pytest.fixture(scope="session")
+def config() -> dict[str, Any]:
+    """Flash's published config.json."""
+    return json.loads(resources.files("sglang_sm120").joinpath("model-config.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def flash() -> Model:
+    """DeepSeek-V4-Flash, its tensors counted from its config."""
+    return Model.load(FLASH)
+
+
+@pytest.fixture(scope="session")
+def flags() -> Flags:
+    """The flags of the installed SGLang, whose import takes some ten seconds."""
+    found = Flags.installed()
+    assert found.known is not None, "sglang is not installed: make setup"
+    return found

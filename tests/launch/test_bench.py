@@ -1,0 +1,279 @@
+"""`bench` and `compare`: prompts of the right length, the picture, and both commands on a small server on CPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageColor
+
+from sglang_sm120.local_server import LocalServer
+from sglang_sm120.reference.config import ReferenceConfig
+from sglang_sm120.reference.write import write_checkpoint
+from sglang_sm120_launch import bench, compare, picture
+from sglang_sm120_launch.errors import LaunchError
+
+
+def run(command: Any, *arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    command.configure(parser)
+    code: int = command.run(parser.parse_args(arguments))
+    return code
+
+
+@settings(deadline=None)
+@given(length=st.integers(1, 3000), overhead=st.integers(0, 40), longest=st.integers(1, 9), seed=st.integers(0, 2**31))
+def test_prompts_are_as_long_as_asked(length: int, overhead: int, longest: int, seed: int):
+    """Whatever a word and the template take: never longer than asked, shorter by a word or 2 % at most."""
+    rng = random.Random(seed)
+    sizes = {word: rng.randint(1, longest) for word in bench.WORDS}
+
+    def count(text: str) -> int:
+        return overhead + sum(sizes[word] for word in text.split())
+
+    first = random.Random(seed).choice(bench.WORDS)
+    if overhead + sizes[first] > length:
+        with pytest.raises(LaunchError, match="A prompt of one word"):
+            bench.prompt(length, random.Random(seed), count)
+        return
+    text, found = bench.prompt(length, random.Random(seed), count)
+    assert found == count(text) <= length
+    assert found >= 0.98 * length or found > length - longest or found == count(text) == overhead + len(text.split())
+
+
+@given(st.floats(1e-3, 1e6), st.floats(1, 1e4), st.booleans())
+def test_ticks_enclose_what_they_show(low: float, factor: float, log: bool):
+    high = low * factor
+    marks = picture.ticks(low, high, log)
+    assert marks[0] <= low * (1 + 1e-6) and marks[-1] >= high * (1 - 1e-6)
+    assert marks == sorted(set(marks)) and 2 <= len(marks) <= 13
+    assert log or marks[0] == 0
+
+
+def point(prompt_tokens: int, concurrency: int, speed: float) -> dict[str, Any]:
+    times = {f"{name}_ms": {"median": 1000 / speed, "mean": 1.0, "p99": 2.0} for name in ("ttft", "tpot")}
+    done = {"requests": 2, "completed": 2, "output_tokens_per_s": 10 * speed}
+    return {"prompt_tokens": prompt_tokens, "concurrency": concurrency, **done, **times}
+
+
+def result(*points: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    server = {"version": "0.5.12.post1", "tp_size": 2, "device": "cuda"}
+    fixed = {"schema": bench.SCHEMA, "started": "2026-01-01T00:00:00+00:00", "model": "org/model", "server": server}
+    return {**fixed, "output_tokens": 8, "rounds": 1, "seed": 1, "points": list(points), **changes}
+
+
+def colours_in(image: Image.Image, left: int, right: int) -> set[str]:
+    """Which of the series' colours, grey apart, occur between two columns, below the legend."""
+    found = set(image.crop((left, picture.HEADER, right, image.height)).get_flattened_data())
+    return {colour for colour in picture.COLOURS[:-1] if ImageColor.getrgb(colour) in found}
+
+
+def test_the_picture_has_every_series_in_every_panel(tmp_path: Path):
+    bench.picture(result(*(point(p, c, p / c) for p in (4096, 16384) for c in (1, 2, 8))), tmp_path / "a.png")
+    image = Image.open(tmp_path / "a.png").convert("RGB")
+    assert image.size == (3 * picture.WIDTH, picture.HEADER + picture.HEIGHT)
+    for panel in range(3):
+        assert colours_in(image, panel * picture.WIDTH, (panel + 1) * picture.WIDTH) == set(picture.COLOURS[:2])
+
+
+def test_the_picture_of_failures_only(tmp_path: Path):
+    """Points at which no request succeeded are left out, and nothing is left to draw."""
+    bench.picture(result({**point(4096, 1, 1.0), "completed": 0}), tmp_path / "a.png")
+    image = Image.open(tmp_path / "a.png").convert("RGB")
+    assert colours_in(image, 0, image.width) == set()
+
+
+def test_higher_is_drawn_higher(tmp_path: Path):
+    picture.draw(
+        "h", [picture.Panel("t", "x", "y", {"a": [(1, 10), (2, 30)], "b": [(1, 20), (2, 20)]})], tmp_path / "a.png"
+    )
+    image = Image.open(tmp_path / "a.png").convert("RGB")
+
+    def height(colour: str, first: int, last: int) -> float:
+        rgb = ImageColor.getrgb(colour)
+        rows = [
+            y for y in range(picture.HEADER, image.height) for x in range(first, last) if image.getpixel((x, y)) == rgb
+        ]
+        return sum(rows) / len(rows)
+
+    left = (picture.LEFT + 5, picture.LEFT + 25)
+    right = (picture.WIDTH - picture.RIGHT - 25, picture.WIDTH - picture.RIGHT - 5)
+    blue, orange = picture.COLOURS[:2]
+    assert height(blue, *left) > height(orange, *left) and height(blue, *right) < height(orange, *right)
+
+
+def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
+    a.write_text(json.dumps(result(point(4096, 1, 10.0), point(4096, 8, 20.0), point(65536, 1, 5.0))))
+    other = {"version": "0.5.12.post1", "tp_size": 4, "device": "cuda"}
+    b.write_text(json.dumps(result(point(4096, 1, 20.0), point(4096, 8, 10.0), point(16384, 1, 5.0), server=other)))
+    assert run(compare, str(a), str(b)) == 0
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines() if line.strip().startswith("4096")]
+    ratios = [[word for word in row if word.endswith("x")] for row in rows]
+    assert ratios == [["2.00x", "0.50x", "0.50x"], ["0.50x", "2.00x", "2.00x"]]
+    assert "server differs: tp_size 2 and 4" in out
+    assert "only in A: 65536 x 1" in out and "only in B: 16384 x 1" in out
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (None, "cannot be read"),
+        ("{", "is not JSON"),
+        ("[]", "needed 1"),
+        (json.dumps({"schema": 99, "points": []}), "schema 99"),
+        (json.dumps(result(point(512, 1, 1.0))), "no point in common"),
+    ],
+)
+def test_compare_refuses(text: str | None, sentence: str, tmp_path: Path):
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
+    a.write_text(json.dumps(result(point(4096, 1, 10.0))))
+    if text is not None:
+        b.write_text(text)
+    with pytest.raises(LaunchError, match=sentence):
+        run(compare, str(a), str(b))
+
+
+@pytest.mark.parametrize("text", ["", "0", "4K,4096", "1,x", "-1", "1.5"])
+def test_lists_that_are_none(text: str):
+    with pytest.raises(argparse.ArgumentTypeError):
+        bench._numbers(text)
+
+
+def test_lists():
+    assert bench._numbers("4K,16k,100") == [4096, 16384, 100]
+
+
+def test_no_server(tmp_path: Path):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    for url in (f"http://127.0.0.1:{port}", "no url"):
+        with pytest.raises(LaunchError, match="No SGLang server answers"):
+            run(bench, "--base-url", url, "--out", str(tmp_path / "a.json"))
+    for out in ("a.txt", "nowhere/a.json"):
+        with pytest.raises(LaunchError, match="--out"):
+            run(bench, "--out", str(tmp_path / out))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("pages", "sentence"),
+    [
+        ({}, "is not SGLang"),
+        ({"/v1/models": {"data": []}}, "is not SGLang"),
+        ({"/v1/models": {"data": [{"id": "m"}]}, "/server_info": []}, "is not SGLang"),
+        (
+            {"/v1/models": {"data": [{"id": "m"}]}, "/model_info": {"tokenizer_path": "/not/here"}},
+            "/not/here is not on this machine",
+        ),
+    ],
+)
+def test_other_servers(pages: dict[str, Any], sentence: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bench, "_get", lambda url, path: pages.get(path, {}))
+    with pytest.raises(LaunchError, match=sentence):
+        bench.find_server("http://x")
+
+
+def outcome(completed: int) -> dict[str, Any]:
+    """What SGLang's benchmark returns; means over nothing are NaN."""
+    value = 1.5 if completed else float("nan")
+    names = ("ttft", "tpot", "itl", "e2e_latency")
+    times = {f"{kind}_{name}_ms": value for kind in ("median", "mean", "p99") for name in names}
+    rates = dict.fromkeys(("input_throughput", "output_throughput", "request_throughput"), 1.0)
+    totals = {"duration": 2.0, "total_input_tokens": 8, "total_output_tokens": 4, "completed": completed}
+    return {**times, **rates, **totals, "accept_length": None, "errors": ["", "Traceback\n  ...\nTimeoutError: late\n"]}
+
+
+@pytest.mark.parametrize("second", ["fails", "is interrupted", "stops"])
+def test_a_run_that_does_not_end_well(
+    second: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Exit status 1; the file has what was measured and is valid JSON, and says whether it is complete."""
+
+    def measure(prompt_tokens: int, concurrency: int) -> dict[str, Any]:
+        if concurrency == 2 and second == "is interrupted":
+            raise KeyboardInterrupt
+        if concurrency == 2 and second == "stops":
+            raise bench._Stopped("The server is gone.")
+        return bench._point(prompt_tokens, concurrency, 2, outcome(2 if concurrency == 1 else 0))
+
+    server = bench.Server("http://x", "org/model", "/nowhere", None, {"version": "1", "tp_size": 1, "device": "cpu"})
+    monkeypatch.setattr(bench, "find_server", lambda *_: server)
+    monkeypatch.setattr(bench, "_measure", lambda *_: measure)
+    out = tmp_path / "a.json"
+    assert run(bench, "--concurrency", "1,2", "--prompt-tokens", "64", "--rounds", "2", "--out", str(out)) == 1
+    printed = capsys.readouterr()
+    found = json.loads(out.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert found["complete"] == (second == "fails") == out.with_suffix(".png").exists()
+    assert found["points"][0]["ttft_ms"]["median"] == 1.5
+    if second == "fails":
+        assert found["points"][1]["ttft_ms"] is None
+        assert found["points"][1]["error"] == "TimeoutError: late"
+        assert "2 requests failed" in printed.out
+    else:
+        assert len(found["points"]) == 1 and f"kept in {out}: 1 of 2 points" in printed.err
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+    folder = tmp_path_factory.mktemp("bench")
+    # Two layers of the small model: what is measured does not matter here, only that it is measured rightly.
+    config = ReferenceConfig(num_hidden_layers=2, num_hash_layers=1, compress_ratios=(4, 128, 0))
+    write_checkpoint(folder / "DeepSeek-V4-small", config)
+    # The trap for a benchmark that formats prompts itself.
+    assert "chat_template" not in (folder / "DeepSeek-V4-small/tokenizer_config.json").read_text()
+    arguments = ["--device", "cpu", "--context-length", "2000"]
+    with LocalServer(folder / "DeepSeek-V4-small", *arguments, log=folder / "server.log") as running:
+        yield running
+
+
+def test_lengths_are_the_server_s(server: LocalServer):
+    """What a prompt was cut to is what the server says that it read, its chat template included."""
+    text, length = bench.prompt(64, random.Random(1), bench.counter(bench.find_server(server.url)))
+    body = {"model": "x", "messages": [{"role": "user", "content": text}], "max_tokens": 1}
+    usage = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120).json()["usage"]
+    assert usage["prompt_tokens"] == length
+    plain = httpx.post(f"{server.url}/tokenize", json={"prompt": text}, timeout=60).json()["count"]
+    assert plain < length <= 64
+
+
+def test_two_runs_and_their_ratios(server: LocalServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A point with a page of prompt, one with two requests at once, one too long; a second run of the first point."""
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
+    common = ["--base-url", server.url, "--output-tokens", "3", "--rounds", "1"]
+    assert run(bench, *common, "--concurrency", "2", "--prompt-tokens", "300,2K", "--out", str(a)) == 0
+    printed = capsys.readouterr()
+    assert "left out: prompts of 2048 tokens" in printed.out and "2/2" in printed.err
+    found = json.loads(a.read_text())
+    assert found["complete"] and found["too_long"] == [2048] and found["server"]["device"] == "cpu"
+    (measured,) = found["points"]
+    assert (measured["prompt_tokens"], measured["concurrency"]) == (300, 2)
+    assert measured["requests"] == measured["completed"] == 2 and measured["error"] is None
+    assert 0.9 * 600 <= measured["input_tokens"] <= 600
+    assert measured["output_tokens"] == 6
+    assert measured["output_tokens_per_s"] == pytest.approx(6 / measured["duration_s"])
+    assert 0 < measured["tpot_ms"]["median"] < measured["e2e_latency_ms"]["median"]
+    assert 0 < measured["ttft_ms"]["median"] < 1000 * measured["duration_s"]
+    # The warm-up request is the first prompt again: nothing of it may be left in the prefix cache.
+    prefills = [line for line in server.log.read_text().splitlines() if "Prefill batch" in line]
+    assert len(prefills) >= 3 and all("#cached-token: 0," in line for line in prefills)
+    image = Image.open(a.with_suffix(".png")).convert("RGB")
+    for panel in range(3):
+        assert colours_in(image, panel * picture.WIDTH, (panel + 1) * picture.WIDTH) == {picture.COLOURS[0]}
+
+    assert run(bench, *common, "--concurrency", "2", "--prompt-tokens", "300", "--out", str(b), "--seed", "2") == 0
+    capsys.readouterr()
+    assert run(compare, str(a), str(b)) == 0
+    ratio = json.loads(b.read_text())["points"][0]["output_tokens_per_s"] / measured["output_tokens_per_s"]
+    assert f"{ratio:.2f}x" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", "a.png", "b.json", "b.png"}

@@ -1,0 +1,88 @@
+"""`kernels`: the table of the registry, for this machine and for another device kind."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import sglang_sm120.ops
+from sglang_sm120 import registry
+from sglang_sm120_launch import kernels
+from sglang_sm120_launch.errors import LaunchError
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch):
+    """The registry reads its variables again in each test, and once more after it."""
+    for name in ("SGLANG_SM120_PROVIDER", "SGLANG_SM120_FORCE"):
+        monkeypatch.delenv(name, raising=False)
+    registry.reset()
+    yield
+    monkeypatch.undo()
+    registry.reset()
+
+
+def run(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    kernels.configure(parser)
+    return kernels.run(parser.parse_args(arguments))
+
+
+@pytest.mark.parametrize("kind", ["cpu", "sm90", "sm120", "sm121"])
+def test_every_provider_of_every_op_once(kind: str, capsys: pytest.CaptureFixture[str]):
+    assert run("--device", kind, "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    listed = Counter((row["op"], row["provider"]) for row in rows)
+    assert listed == Counter((op.name, name) for op in registry.ops().values() for name in op.providers)
+    assert {op for op, _ in listed} >= set(sglang_sm120.ops.__all__)
+    chosen = Counter(row["op"] for row in rows if row["chosen"])
+    assert set(chosen.values()) == {1} and chosen.keys() == {op for op, _ in listed}
+    assert all(row["why"] for row in rows)
+    fast = {row["op"] for row in rows if row["chosen"] and row["provider"] != registry.TORCH}
+    assert bool(fast) == (kind in ("sm120", "sm121"))
+
+    assert run("--device", kind) == 0
+    lines = [line.split(None, 3) for line in capsys.readouterr().out.splitlines() if line.startswith("* ")]
+    assert {(op, provider) for _, op, provider, _ in lines[:-1]} == {
+        (row["op"], row["provider"]) for row in rows if row["chosen"]
+    }
+
+
+def test_the_environment_is_obeyed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("SGLANG_SM120_PROVIDER", "sparse_mla=torch")
+    assert run("--device", "sm120", "--json") == 0
+    rows = {(row["op"], row["provider"]): row for row in json.loads(capsys.readouterr().out)}
+    assert rows["sparse_mla", "torch"]["chosen"] and "SGLANG_SM120_PROVIDER" in rows["sparse_mla", "torch"]["why"]
+    assert rows["mxfp4_moe", "triton"]["chosen"]
+
+
+@pytest.mark.parametrize(
+    ("device", "provider", "sentence"),
+    [
+        ("blackwell", "", "no device kind"),
+        ("sm120", "sparse_mla=cuda", "lacks"),
+        ("cpu", "no_such_op=torch", "names op"),
+    ],
+)
+def test_misuse_is_one_sentence(device: str, provider: str, sentence: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SGLANG_SM120_PROVIDER", provider)
+    with pytest.raises(LaunchError, match=sentence):
+        run("--device", device)
+
+
+def test_without_torch():
+    code = (
+        "import sys; sys.modules['torch'] = None; from sglang_sm120_launch.cli import main; sys.exit(main(['kernels']))"
+    )
+    environment = {"PYTHONPATH": f"{CHECKOUT}/launch:{CHECKOUT}/overlay", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "make setup" in done.stderr, done.stderr

@@ -1,0 +1,213 @@
+"""Plans: golden ones for many machines, and what must hold for any machine."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from golden_plans import CASES, HERE, machine, planned
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sglang_sm120.window_pool import admissible
+from sglang_sm120_launch.errors import LaunchError
+from sglang_sm120_launch.fit import GIB, graph_sizes
+from sglang_sm120_launch.flags import Flags
+from sglang_sm120_launch.machine import LINKS, Gpu, Machine
+from sglang_sm120_launch.model import FLASH, Model
+from sglang_sm120_launch.plan import Plan, Request, make_plan
+
+MODEL = Model.load(FLASH)
+COMMS = {"disable-custom-all-reduce", "enable-p2p-check", "SGLANG_OPT_USE_CUSTOM_ALL_REDUCE_V2", "NCCL_P2P_DISABLE"}
+MEMORY = {
+    "mem-fraction-static", "swa-full-tokens-ratio", "context-length", "chunked-prefill-size", "max-running-requests",
+    "cuda-graph-bs", "cuda-graph-max-bs",
+}  # fmt: skip
+PRO = Gpu("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 97887, "12.0")
+TWO = machine("2x-rtx-pro-6000")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden(case: str):
+    """The whole plan, reasons and budget included; `golden_plans.py` writes them again."""
+    kept = json.loads((HERE / "golden" / f"{case}.json").read_text(encoding="utf-8"))
+    assert planned(case, MODEL) == kept
+
+
+def test_machines_cover_what_the_plan_tells_apart():
+    """At least twelve machines, of which some are refused, each for a reason of its own."""
+    refusals = {case: planned(case, MODEL).get("refused") for case in CASES if "+" not in case}
+    refused = {case: text for case, text in refusals.items() if text}
+    assert len(refusals) >= 12 and len(set(refused.values())) == len(refused) == 5
+    assert all(any(digit.isdigit() for digit in text) for text in refused.values())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_value_has_a_reason_and_parses(case: str, flags: Flags):
+    """The flags go through SGLang's own parser; nothing is set twice."""
+    plan = planned(case, MODEL)
+    if "refused" in plan:
+        return
+    names = [entry["name"] for entry in plan["settings"]]
+    assert len(names) == len(set(names))
+    assert all(len(entry["reason"].split()) > 2 or entry["name"] == "tp-size" for entry in plan["settings"])
+    flags.check(plan["command"][plan["command"].index("sglang.launch_server") + 1 :])
+
+
+def changes(before: Machine, after: Machine, request: Request | None = None) -> set[str]:
+    """Names of settings whose value differs between the plans of two machines."""
+    one, two = (
+        {entry.name: entry.value for entry in make_plan(each, MODEL, request or Request()).settings}
+        for each in (before, after)
+    )
+    return {name for name in one.keys() | two.keys() if one.get(name) != two.get(name)}
+
+
+FACTS: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "power limit": ({"gpus": (replace(PRO, power_limit_w=300),) * 2}, set()),
+    "cores": ({"cpus": 8}, set()),
+    "host memory": ({"ram_mib": 64000}, set()),
+    "newer driver": ({"driver": "590.10", "cuda": "13.1"}, set()),
+    "container": ({"container": True}, set()),
+    "small /dev/shm with peer access": ({"shm_mib": 64}, set()),
+    "root ports": ({"link": "root"}, set()),
+    "different sockets": ({"link": "system"}, COMMS - {"NCCL_P2P_DISABLE"}),
+    "no peer access": ({"p2p": False}, COMMS),
+    "IOMMU": ({"iommu": "translated"}, COMMS),
+    "IOMMU passes through": ({"iommu": "passthrough"}, set()),
+    "no peer access, small /dev/shm": ({"p2p": False, "shm_mib": 64}, COMMS | {"NCCL_SHM_DISABLE"}),
+    "NVLink": ({"link": "nvlink"}, COMMS - {"NCCL_P2P_DISABLE", "disable-custom-all-reduce"}),
+    "some memory in use": ({"gpus": (PRO, replace(PRO, used_mib=3000))}, {"context-length"}),
+    "more memory in use": (
+        {"gpus": (PRO, replace(PRO, used_mib=9000))},
+        MEMORY - {"mem-fraction-static", "swa-full-tokens-ratio", "chunked-prefill-size"},
+    ),
+    "a third, smaller card": (
+        {"gpus": (PRO, PRO, Gpu("NVIDIA GeForce RTX 5090", 32607, "12.0"))},
+        {"CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"},
+    ),
+}
+
+
+@pytest.mark.parametrize("fact", FACTS)
+def test_one_fact_changes_only_what_depends_on_it(fact: str):
+    """Exactly these settings differ from the plan for two RTX PRO 6000 behind a switch."""
+    values, expected = FACTS[fact]
+    assert changes(TWO, replace(TWO, **values)) == expected
+
+
+def test_mtp_changes_speculation_and_memory_alone():
+    """Draft flags appear, memory gives way to the draft model; graphs still count requests."""
+    with_mtp = make_plan(TWO, MODEL, Request(mtp=True))
+    before = {entry.name: entry.value for entry in make_plan(TWO, MODEL, Request()).settings}
+    after = {entry.name: entry.value for entry in with_mtp.settings}
+    differing = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    assert {name for name in differing if not name.startswith("speculative-")} <= MEMORY
+    assert after["speculative-num-draft-tokens"] == 4 and after["cuda-graph-max-bs"] == after["max-running-requests"]
+    assert after["context-length"] < before["context-length"]
+
+
+def holds(plan: Plan) -> None:
+    """What every plan owes its user."""
+    fit = plan.fit
+    assert fit.pools.swa >= fit.window_needed == -(-fit.chunk // 256) * 256 + 512 * fit.requests
+    # The overlay's own rule, which the server applies at start, finds nothing to cut.
+    assert admissible(fit.pools.swa, 256, fit.chunk, fit.requests) == (fit.chunk, fit.requests)
+    assert 1024 <= fit.context < fit.pools.full
+    assert max(fit.graphs, default=2) <= max(2, fit.requests) and fit.graphs != (1,)
+    assert list(fit.graphs) == sorted(set(fit.graphs))
+    assert all(entry.reason for entry in plan.settings)
+    assert sum(size for _, size in fit.lines[:-1]) == fit.lines[-1][1]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    count=st.integers(1, 8),
+    memory=st.integers(16000, 200000),
+    used=st.integers(0, 20000),
+    link=st.sampled_from(LINKS),
+    p2p=st.booleans(),
+    mtp=st.booleans(),
+    nodes=st.sampled_from((1, 2)),
+    chunk=st.sampled_from((None, 256, 1000, 8192)),
+    requests=st.sampled_from((None, 2, 17, 200)),
+    context=st.sampled_from((None, 4096, 200000)),
+)
+def test_any_machine_is_served_or_refused_with_numbers(
+    count: int, memory: int, used: int, link: str, p2p: bool, mtp: bool, nodes: int,
+    chunk: int | None, requests: int | None, context: int | None,
+):  # fmt: skip
+    """What the user gives stays, what the plan adds fits; otherwise the sentence says by how much it does not."""
+    several = count > 1
+    place = replace(
+        TWO,
+        gpus=(replace(PRO, memory_mib=memory, used_mib=used),) * count,
+        link=link if several else None,
+        p2p=p2p if several else None,
+        nodes=nodes,
+    )
+    given_flags = {"chunked-prefill-size": chunk, "max-running-requests": requests, "context-length": context}
+    wanted = {name: value for name, value in given_flags.items() if value is not None}
+    try:
+        plan = make_plan(place, MODEL, Request(flags=wanted, mtp=mtp))
+    except LaunchError as refusal:
+        assert "GiB" in str(refusal) and str(refusal).endswith(".")
+        return
+    holds(plan)
+    assert {name: plan.value(name) for name in wanted} == wanted
+    assert plan.fit.lines[-1][1] >= -0.02 * GIB, "pages round up; more would not fit"
+
+
+@pytest.mark.parametrize("requests", [*range(1, 40), 64, 100, 160, 500])
+def test_graph_sizes(requests: int):
+    """Every small size, then growing steps, the largest exactly; one size alone only where one request runs."""
+    sizes = graph_sizes(requests)
+    assert sizes[: min(requests, 8)] == tuple(range(1, min(requests, 8) + 1)) and sizes[-1] == requests
+    assert all(b - a <= max(1, a // 4) for a, b in zip(sizes, sizes[1:], strict=False))
+
+
+def test_little_memory_never_leaves_one_graph_alone():
+    """People captured size 1 alone, and four streams together were slower than one."""
+    found = set()
+    for mib in range(23000, 33000, 250):
+        try:
+            plan = make_plan(replace(TWO, gpus=(replace(PRO, memory_mib=mib),) * 8), MODEL, Request())
+        except LaunchError:
+            continue
+        found.add(plan.fit.graphs)
+    assert (1, 2) in found and len(found) > 2
+    assert all(graphs[:2] == (1, 2) for graphs in found)
+
+
+def test_the_users_values_win():
+    """The command line over a config, a config over the plan; the reason says so."""
+    request = Request(
+        config="x.yaml",
+        config_flags={"context-length": 65536, "max-running-requests": 8},
+        flags={"context-length": 32768},
+        env={"NCCL_P2P_DISABLE": "0"},
+    )
+    plan = make_plan(TWO, MODEL, request)
+    assert (plan.value("context-length"), plan.value("max-running-requests")) == (32768, 8)
+    assert (plan.fit.context, plan.fit.requests) == (32768, 8), "what fits was judged by other values"
+    assert plan.environment()["NCCL_P2P_DISABLE"] == "0"
+    reasons = {entry.name: entry.reason for entry in plan.settings}
+    assert "command line" in reasons["context-length"] and "x.yaml" in reasons["max-running-requests"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "numbers"),
+    {
+        "context": ({"context-length": 1000000}, ("848128", "1000256")),
+        "requests": ({"max-running-requests": 500}, ("103424", "256256")),
+        "ranks": ({"tp-size": 3}, ("TP 3", "up to 2")),
+        "fraction": ({"mem-fraction-static": 0.7}, ("GiB",)),
+    }.values(),
+)
+def test_what_does_not_fit_is_refused_with_the_numbers(flags: dict[str, Any], numbers: tuple[str, ...]):
+    """Both what is there and what would be needed."""
+    with pytest.raises(LaunchError) as refusal:
+        make_plan(TWO, MODEL, Request(flags=flags))
+    assert all(number in str(refusal.value) for number in numbers)

@@ -1,0 +1,252 @@
+"""`serve`: with SGLang's own server on the small checkpoint, and with a stand-in for what takes long or goes wrong."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from golden_plans import HERE
+
+from sglang_sm120.local_server import free_port
+from sglang_sm120.reference.write import write_checkpoint
+from sglang_sm120_launch.progress import Progress
+
+REAL = (sys.executable, "-m", "sglang_sm120_launch")
+STUB = (sys.executable, str(HERE / "stub" / "serve.py"))
+READY = "evidence for this configuration"
+"""The last words of a start."""
+LAUNCH = str(HERE.parents[1] / "launch")
+
+
+@dataclass
+class Serve:
+    """A running `serve`, what it has printed, and its port."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    port: int
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait_for(self, words: str, seconds: float) -> None:
+        """Until it has printed `words`."""
+        deadline = time.monotonic() + seconds
+        while words not in self.text():
+            assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.text()[-3000:]}"
+            assert time.monotonic() < deadline, f"no {words!r} within {seconds} s:\n{self.text()[-3000:]}"
+            time.sleep(0.2)
+
+    def tree(self) -> list[psutil.Process]:
+        """The server's processes."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def member(self, title: str) -> psutil.Process:
+        """The server's process of a title."""
+        [found] = [process for process in self.tree() if process.cmdline()[0].startswith(title)]
+        return found
+
+    def ends(self, seconds: float, tree: list[psutil.Process]) -> int:
+        """Its exit status, within `seconds`, with nothing of `tree` and nothing on the port left."""
+        began = time.monotonic()
+        status = self.process.wait(seconds)
+        assert not psutil.wait_procs(tree, timeout=max(0.1, began + seconds - time.monotonic()))[1], "left running"
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", self.port))
+        return status
+
+
+@contextmanager
+def serve(
+    command: tuple[str, ...], model: Path, folder: Path, *words: str, port: int | None = None, stub: str | None = None
+) -> Iterator[Serve]:
+    """`serve` on a free port, killed with all its processes at the end if it still runs."""
+    port = port or free_port()
+    # One thread each: two servers whose threads wait for each other on shared cores would take minutes.
+    environment = os.environ | {"PYTHONPATH": LAUNCH, "OMP_NUM_THREADS": "1"} | ({"STUB": stub} if stub else {})
+    log = folder / f"serve-{port}.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [*command, "serve", "--model", str(model), *words, "--", "--port", str(port)],
+            stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment,
+        )  # fmt: skip
+    running = Serve(process, log, port)
+    try:
+        yield running
+    finally:
+        if process.poll() is None:
+            for each in [*running.tree(), process]:
+                each.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("model") / "small")
+
+
+@pytest.fixture(scope="module")
+def real(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Serve]]:
+    """Real servers that are ready, by what ends them. They start side by side: a start keeps one core busy."""
+    options = {"Ctrl-C": (), "killed": ("--watch",), "frozen": ("--watch", "--stall-limit", "20")}
+    with ExitStack() as stack:
+        running = {
+            end: stack.enter_context(serve(REAL, checkpoint, tmp_path_factory.mktemp("real"), *words))
+            for end, words in options.items()
+        }
+        for each in running.values():
+            each.wait_for(READY, 300)
+        yield running
+
+
+def test_the_real_server_answers_and_ctrl_c_ends_it(real: dict[str, Serve]):
+    """Ready, the first request with its throughput, the evidence word; then nothing is left within ten seconds.
+
+    On the way the server's token counter moves with a request, and an idle server makes the token it is asked for.
+    """
+    running = real["Ctrl-C"]
+    assert "evidence for this configuration: unverified" in running.text()
+    assert f"ready: http://127.0.0.1:{running.port} after" in running.text()
+    first = r"first request: (\d+) prompt tokens, 16 generated in ([\d.]+) s \(([\d.]+) tokens/s\)"
+    found = re.search(first, running.text())
+    assert found and abs(16 / float(found[2]) - float(found[3])) < 0.1 + 0.1 * float(found[3])
+    # The plan's pools are SGLang's, as its log reports them.
+    text = running.text()
+    planned = re.search(r"hold (\d+) tokens of context at (\d+) bytes; the window pool (\d+) tokens", text)
+    counted = re.search(r"DSV4 memory calculation: bytes_per_full_token=([\d.]+),", text)
+    sizes = re.findall(r"DSV4 pool sizes: full=(\d+), swa=(\d+),", text)
+    assert planned and counted and sizes[-1] == (planned[1], planned[3])
+    assert abs(float(counted[1]) - int(planned[2])) <= 0.5
+    progress = Progress(f"http://127.0.0.1:{running.port}")
+    before = progress.tokens()
+    assert before is not None and before >= 16
+    body = {"text": "Hello", "sampling_params": {"max_new_tokens": 3, "ignore_eos": True}}
+    httpx.post(f"http://127.0.0.1:{running.port}/generate", json=body, timeout=120).raise_for_status()
+    after = progress.tokens()
+    assert after is not None and after >= before + 3
+    assert progress.made_within(30)
+    tree = running.tree()
+    running.process.send_signal(signal.SIGINT)
+    assert running.ends(10, tree) == 128 + signal.SIGINT
+
+
+def test_the_real_server_loses_its_scheduler(real: dict[str, Serve]):
+    """`serve --watch` ends with status 1 within thirty seconds and leaves nothing behind."""
+    running = real["killed"]
+    tree = running.tree()
+    running.member("sglang::scheduler").kill()
+    assert running.ends(30, tree) == 1
+    assert "sglang-sm120: " in running.text()
+
+
+def test_the_real_server_is_frozen(real: dict[str, Serve]):
+    """Its HTTP process still answers, and `serve --watch` ends with status 1, the ranks' stacks on stderr."""
+    running = real["frozen"]
+    tree = running.tree()
+    scheduler = running.member("sglang::scheduler")
+    scheduler.suspend()
+    assert httpx.get(f"http://127.0.0.1:{running.port}/model_info", timeout=10).status_code == 200
+    # The limit of 20 s, the stacks, 5 s of grace.
+    assert running.ends(60, tree) == 1
+    text = running.text()
+    assert "has made no token for 2" in text and "(limit 20 s)" in text
+    assert f"--- {scheduler.pid} sglang::scheduler" in text and "run_scheduler_process" in text
+
+
+def test_a_frozen_http_process_is_noticed(checkpoint: Path, tmp_path: Path):
+    """Within the stall limit and the time to stop it; an idle server is not taken for a frozen one."""
+    with serve(STUB, checkpoint, tmp_path, "--watch", "--stall-limit", "3") as running:
+        running.wait_for(READY, 60)
+        time.sleep(5)
+        assert running.process.poll() is None, "an idle server was taken for a frozen one"
+        tree = running.tree()
+        running.tree()[0].suspend()
+        # 3 s of silence, 10 s at most for each stack, 5 s of grace.
+        assert running.ends(40, tree) == 1
+        text = running.text()
+        assert "has made no token for" in text and "(limit 3 s)" in text
+        for process in tree:
+            assert f"--- {process.pid} " in text
+        assert "launch_server.py" in text, "the stacks name what was running"
+
+
+def test_a_lost_process_is_noticed_though_the_others_run(checkpoint: Path, tmp_path: Path):
+    """SGLang ends by itself when it sees that; this is for when it does not."""
+    with serve(STUB, checkpoint, tmp_path, "--watch") as running:
+        running.wait_for(READY, 60)
+        tree = running.tree()
+        lost = running.member("sglang::scheduler")
+        time.sleep(2)
+        lost.kill()
+        assert running.ends(30, tree) == 1
+        assert f"Process {lost.pid} of the server has ended while the others run" in running.text()
+
+
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+@pytest.mark.parametrize("when", ("loading", "serving"))
+def test_told_to_stop(number: signal.Signals, when: str, checkpoint: Path, tmp_path: Path):
+    """At any time, by either signal."""
+    with serve(STUB, checkpoint, tmp_path, stub="never-ready" if when == "loading" else None) as running:
+        running.wait_for("Command:" if when == "loading" else READY, 60)
+        while not any("sglang::" in (process.cmdline() or [""])[0] for process in running.tree()):
+            time.sleep(0.1)
+        tree = running.tree()
+        running.process.send_signal(number)
+        assert running.ends(10, tree) == 128 + number
+
+
+def test_a_killed_launcher_takes_the_server_along(checkpoint: Path, tmp_path: Path):
+    """Even by SIGKILL: Linux tells the server, which ends."""
+    with serve(STUB, checkpoint, tmp_path) as running:
+        running.wait_for(READY, 60)
+        server = running.tree()[0]
+        running.process.kill()
+        running.process.wait()
+        assert not psutil.wait_procs([server], timeout=10)[1]
+
+
+FAILURES = {
+    "exits": (1, "ended with status 7 before it was ready"),
+    "never-ready": (1, "not ready within --start-limit"),
+    "no-answer": (1, "did not answer its first request"),
+}
+
+
+@pytest.mark.parametrize("manner", FAILURES)
+def test_a_server_that_does_not_come_up(manner: str, checkpoint: Path, tmp_path: Path):
+    """One sentence and status 1, for a supervisor."""
+    with serve(STUB, checkpoint, tmp_path, "--start-limit", "3", stub=manner) as running:
+        status, words = FAILURES[manner]
+        assert running.process.wait(60) == status
+        last = running.text().splitlines()[-1]
+        assert last.startswith("sglang-sm120: ") and words in last
+
+
+def test_what_serve_refuses(checkpoint: Path, tmp_path: Path):
+    """A port in use, another machine's plan; `--dry-run` starts nothing."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with serve(STUB, checkpoint, tmp_path, port=port) as running:
+            assert running.process.wait(60) == 2
+            assert f"127.0.0.1:{port} cannot be listened on" in running.text()
+    words = ("--machine", str(HERE / "machines" / "no-gpu.json"))
+    with serve(STUB, checkpoint, tmp_path, *words) as running:
+        assert running.process.wait(60) == 2 and "--dry-run" in running.text()
+    with serve(STUB, checkpoint, tmp_path, *words, "--dry-run") as running:
+        assert running.process.wait(60) == 0
+        assert "Command:" in running.text() and "ready" not in running.text()
