@@ -13,7 +13,7 @@ VENV := .venv/bin/python
 # Any Python from 3.9 runs it; the site it works on may belong to another.
 PATCHSET := python3 patches/patchset.py
 
-.PHONY: help setup apply unapply status verify lint test test-sm120 test-gpu bench accuracy demo image lock clean
+.PHONY: help setup apply unapply status verify lint test test-sm120 test-gpu test-launch bench accuracy demo image lock clean
 
 help:
 	@cat <<-'END'
@@ -22,7 +22,7 @@ help:
 	make image    the container image, with docker, podman or buildah (docs/container.md)
 	make test     everything that needs no GPU
 	make test-sm120   every kernel compiles for sm_120a, no GPU needed; RENEW=1 writes docs/kernel-resources.md
-	make test-image   the image's build steps in a new minimal Debian; as root, no container engine needed
+	make test-launch  the launcher with real servers that are killed and frozen, and the image's steps in a new Debian (root)
 	make test-gpu     kernel parity and CUDA-graph replay on this machine's GPU
 	make bench        kernel times on this machine's GPU, one JSON object a line
 	make accuracy URL=http://…   scores of a running server against their floors; QUICK=1 (docs/accuracy.md)
@@ -89,9 +89,9 @@ test-gpu: setup
 	@$(VENV) patches/patchset.py apply
 	exec $(VENV) -m pytest tests/gpu
 
-test-image: setup
+test-launch: setup
 	@$(VENV) patches/patchset.py apply
-	exec $(VENV) -m pytest tests/launch/test_image.py --clean-root
+	exec $(VENV) -m pytest tests/launch --thorough
 
 bench: setup
 	@$(VENV) patches/patchset.py apply

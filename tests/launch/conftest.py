@@ -13,7 +13,13 @@ from sglang_sm120_launch.model import FLASH, Model
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--clean-root", action="store_true", help="carry out the image's steps in a new minimal system")
+    parser.addoption("--thorough", action="store_true", help="real servers that fail, the image's steps")
+
+
+@pytest.fixture(scope="session")
+def thorough(request: pytest.FixtureRequest) -> bool:
+    """Whether to run what takes minutes; the option exists where this folder was named."""
+    return request.config.getoption("thorough", default=False)
 
 
 @pytest.fixture(scope="session")

@@ -194,11 +194,10 @@ def locked(names: tuple[str, ...]) -> str:
 
 
 @pytest.fixture(scope="module")
-def clean_root(request: pytest.FixtureRequest) -> Iterator[Path]:
+def clean_root(thorough: bool) -> Iterator[Path]:
     """A minimal system of the host's own Debian release; nothing of the host is changed."""
-    # The option exists where this folder was named.
-    if not request.config.getoption("clean_root", default=False):
-        pytest.skip("fetches a Debian system: make test-image")
+    if not thorough:
+        pytest.skip("fetches a Debian system: make test-launch")
     if os.geteuid() != 0 or not shutil.which("apt-get") or not shutil.which("unshare"):
         pytest.skip("a clean root needs root, apt-get and unshare")
     release = dict(line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line)

@@ -99,9 +99,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def real(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Serve]]:
+def real(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, thorough: bool) -> Iterator[dict[str, Serve]]:
     """Real servers that are ready, by what ends them. They start side by side: a start keeps one core busy."""
-    options = {"Ctrl-C": (), "killed": ("--watch",), "frozen": ("--watch", "--stall-limit", "20")}
+    options: dict[str, tuple[str, ...]] = {"Ctrl-C": ()}
+    if thorough:
+        options |= {"killed": ("--watch",), "frozen": ("--watch", "--stall-limit", "20")}
     with ExitStack() as stack:
         running = {
             end: stack.enter_context(serve(REAL, checkpoint, tmp_path_factory.mktemp("real"), *words))
@@ -145,6 +147,8 @@ def test_the_real_server_answers_and_ctrl_c_ends_it(real: dict[str, Serve]):
 
 def test_the_real_server_loses_its_scheduler(real: dict[str, Serve]):
     """`serve --watch` ends with status 1 within thirty seconds and leaves nothing behind."""
+    if "killed" not in real:
+        pytest.skip("a stand-in is killed here, the real server by make test-launch")
     running = real["killed"]
     tree = running.tree()
     running.member("sglang::scheduler").kill()
@@ -154,6 +158,8 @@ def test_the_real_server_loses_its_scheduler(real: dict[str, Serve]):
 
 def test_the_real_server_is_frozen(real: dict[str, Serve]):
     """Its HTTP process still answers, and `serve --watch` ends with status 1, the ranks' stacks on stderr."""
+    if "frozen" not in real:
+        pytest.skip("a stand-in is frozen here, the real server by make test-launch")
     running = real["frozen"]
     tree = running.tree()
     scheduler = running.member("sglang::scheduler")
