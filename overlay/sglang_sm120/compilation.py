@@ -138,7 +138,7 @@ def compile_job(job: Job) -> tuple[list[Kernel], int]:
         if compiled is None or compiled.hash in found:
             return
         if job.only is not None:
-            # Triton's own takes seconds for the C compiler at the first launch otherwise.
+            # Otherwise the first launch runs the C compiler.
             CudaLauncher(compiled.src, compiled.metadata)
         found[compiled.hash] = Kernel(
             op=job.op,
@@ -175,7 +175,7 @@ def compile_jobs(
     workers: int | None = None,
     done: Callable[[Job], None] | None = None,
 ) -> Iterator[tuple[Job, list[Kernel], int]]:
-    """`compile_job` for each job in `workers` processes (default: the usable cores), as they finish.
+    """`compile_job` for each job in `workers` processes (default: the usable cores, at most 32), as they finish.
 
     Args:
         capability: compute capability to compile for, times ten: 120.
@@ -184,7 +184,8 @@ def compile_jobs(
     Raises:
         whatever a kernel's compilation raised, from the first job that failed.
     """
-    workers = workers or len(os.sched_getaffinity(0))
+    # Each imports torch, which more processes would spend their time on.
+    workers = workers or min(32, len(os.sched_getaffinity(0)))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _use_target, (capability,)) as pool:
         with _blank_main():

@@ -12,15 +12,11 @@ __all__ = ["Deferred", "enter", "leave", "value"]
 
 
 class Deferred:
-    """Streams bf16 [T, 4, H] that `mhc_post` of f, x, post and comb will make, together with the next entry if it can.
-
-    shape and dtype are those of the streams.
-    """
+    """Streams bf16 [T, 4, H] that `mhc_post` of f, x, post and comb will make, with the next entry if it can."""
 
     def __init__(self, f: torch.Tensor, x: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> None:
         self._exit: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = (f, x, post, comb)
         self._value = x
-        self.shape, self.dtype = x.shape, x.dtype
 
     def enter(
         self, fn: torch.Tensor, scale: torch.Tensor, base: torch.Tensor, **options: Any

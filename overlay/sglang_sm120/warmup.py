@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import multiprocessing
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -88,8 +87,8 @@ def warm_up(
     barrier()
     compiled = time.monotonic()
     for kernel, args, options in found.launches.values():
-        # Loads the module and the launcher, which a first launch would otherwise do inside a capture or a request.
-        assert kernel.run(*args, grid=(1,), warmup=True, **options).run
+        # Reading `run` loads module and launcher, which a first launch would otherwise do in a capture or a request.
+        getattr(kernel.run(*args, grid=(1,), warmup=True, **options), "run")  # noqa: B009
     mark.write()
     _warm.add(key)
     logger.info(
@@ -140,8 +139,7 @@ class _Mark:
         from triton.runtime import driver
 
         names = "\n".join([str(driver.active.get_current_target()), *sorted(keys)])
-        folder = os.environ.get("TRITON_CACHE_DIR") or knobs.cache.dir
-        self._path = Path(folder) / f"sglang_sm120-{hashlib.sha256(names.encode()).hexdigest()[:16]}"
+        self._path = Path(knobs.cache.dir) / f"sglang_sm120-{hashlib.sha256(names.encode()).hexdigest()[:16]}"
 
     def exists(self) -> bool:
         return self._path.exists()

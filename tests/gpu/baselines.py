@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
-from calls import TOLERANCES, _difference, _selection_problem, reference_result, tensors
+from calls import TOLERANCES, difference, reference_result, selection_problem, tensors
 
 from sglang_sm120 import registry
 from sglang_sm120.formats import e8m0, fp8_block, kv_page
@@ -85,9 +85,9 @@ def own_problem(call: Call, result: Any) -> str | None:
     """None, or how the first rows of our `result` differ from the reference's."""
     part, got = sample(call), [t[:ROWS_COMPARED] for t in tensors(result)]
     if call.op == "indexer_topk":
-        return _selection_problem(part, got[0])
+        return selection_problem(part, got[0])
     for a, b in zip(got, reference_result(part), strict=True):
-        if problem := _difference(a, b, TOLERANCES.get(call.op, FP32 if b.dtype == torch.float32 else BF16)):
+        if problem := difference(a, b, TOLERANCES.get(call.op, FP32 if b.dtype == torch.float32 else BF16)):
             return problem
     return None
 
@@ -108,7 +108,7 @@ def _values_problem(got: torch.Tensor, expected: torch.Tensor, tolerance: Tolera
     if got.shape == expected.shape:
         # Beyond a row's length upstream's scores are whatever was there, and nobody reads them.
         got = torch.where(expected.isfinite(), got, expected)
-    return _difference(got, expected, tolerance)
+    return difference(got, expected, tolerance)
 
 
 def _choice_problem(got: torch.Tensor, expected: torch.Tensor) -> str | None:

@@ -49,16 +49,16 @@ def compare(call: Call) -> str | None:
     poison_allocator()
     got = triton_result(call)
     if call.op == "indexer_topk":
-        return _selection_problem(call, got[0])
+        return selection_problem(call, got[0])
     expected = reference_result(call)
     for a, b in zip(got, expected, strict=True):
         tolerance = TOLERANCES.get(call.op, FP32 if b.dtype == torch.float32 else BF16)
-        if problem := _difference(a, b, tolerance):
+        if problem := difference(a, b, tolerance):
             return problem
     return None
 
 
-def _difference(got: torch.Tensor, expected: torch.Tensor, tolerance: Tolerance) -> str | None:
+def difference(got: torch.Tensor, expected: torch.Tensor, tolerance: Tolerance) -> str | None:
     if got.shape != expected.shape or got.dtype != expected.dtype:
         return f"{got.dtype} {list(got.shape)} and needs {expected.dtype} {list(expected.shape)}"
     got, expected = got.float(), expected.float()
@@ -74,7 +74,7 @@ def _difference(got: torch.Tensor, expected: torch.Tensor, tolerance: Tolerance)
     return None
 
 
-def _selection_problem(call: Call, slots: torch.Tensor) -> str | None:
+def selection_problem(call: Call, slots: torch.Tensor) -> str | None:
     """Whether `slots` are k best entries of each row by the reference's scores, near ties apart."""
     arguments = {name: value for name, value in call.arguments.items() if name != "k"}
     logits = ops.indexer_logits.reference(**arguments)

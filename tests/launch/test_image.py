@@ -199,7 +199,7 @@ def clean_root(thorough: bool) -> Iterator[Path]:
     if not thorough:
         pytest.skip("fetches a Debian system: make test-launch")
     if os.geteuid() != 0 or not shutil.which("apt-get") or not shutil.which("unshare"):
-        pytest.skip("a clean root needs root, apt-get and unshare")
+        pytest.fail("a clean root needs root, apt-get and unshare: run it as root on Debian or Ubuntu")
     release = dict(line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line)
     memory = "/dev/shm" if shutil.disk_usage("/dev/shm").free > 3 << 30 else None
     with tempfile.TemporaryDirectory(prefix="sglang-sm120-root-", dir=memory) as name:
@@ -211,7 +211,7 @@ def clean_root(thorough: bool) -> Iterator[Path]:
         for command in ([*apt, "update"], [*apt, "download", "debootstrap"]):
             done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=300)
             if done.returncode != 0:
-                pytest.skip(f"Debian's packages cannot be reached: {done.stderr.strip()[-200:]}")
+                pytest.fail(f"Debian's packages cannot be reached: {done.stderr.strip()[-200:]}")
         (package,) = scratch.glob("debootstrap_*.deb")
         subprocess.run(["dpkg", "-x", package, scratch / "tool"], check=True)
         mirror = subprocess.run(

@@ -44,7 +44,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
         installed = Path(str(importlib.metadata.distribution("sglang").locate_file("")))
     except importlib.metadata.PackageNotFoundError:
-        pytest.skip("sglang is not installed: make setup")
+        pytest.fail("sglang is not installed: make setup")
     site = tmp_path_factory.mktemp("pristine")
     folders = [installed / "sglang", *installed.glob("sglang-*.dist-info")]
     folders += [*installed.glob("sglang_sm120"), *installed.glob("sglang_sm120-*.dist-info")]

@@ -122,7 +122,7 @@ def test_make_apply_needs_python_and_patch_alone(real: Box, tmp_path: Path):
     tools = tmp_path / "bin"
     tools.mkdir()
     for name in ("patch", "make"):
-        (tools / name).symlink_to(shutil.which(name) or pytest.skip(f"{name} is not on PATH"))
+        (tools / name).symlink_to(shutil.which(name) or pytest.fail(f"{name} is not on PATH"))
     (tools / "python3").write_text(f'#!/bin/bash\nexec "{sys.executable}" -I -S "$@"\n')
     (tools / "python3").chmod(0o755)
     root, site = tmp_path / "a checkout", tmp_path / "a site"

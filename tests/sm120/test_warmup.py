@@ -51,6 +51,26 @@ def test_keys_of_kernels_do_not_depend_on_the_order_they_are_met_in() -> None:
     assert found[0] == found[1]
 
 
+def _late(only: str) -> tuple[list[str], list[str]]:
+    """(late compiles before, after) a kernel of `only` is compiled for the first time after `freeze`."""
+    kernels.freeze()
+    launch = next(iter(warmup.variants(model_config(), 2, 1, 1, 256, [only], 188).launches.values()))
+    before = kernels.late_compiles()
+    kernel, args, options = launch
+    for _ in range(2):
+        kernel.run(*args, grid=(1,), warmup=True, **options)
+    return before, kernels.late_compiles()
+
+
+def test_a_compilation_after_freeze_is_counted() -> None:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), compilation._use_target, (120,)) as pool:
+        before, after = pool.submit(_late, "router_topk").result()
+    assert before == []
+    (line,) = after
+    assert line.startswith("sglang_sm120.ops.router_topk.triton._route(logits_ptr=*fp32, ")
+    assert "rows=i32" in line and "EXPERTS=256" in line and line.endswith("warps=1, stages=3)")
+
+
 @pytest.mark.parametrize(("tp", "sms"), [(1, 132), (2, 188), (4, 48)])
 def test_no_step_launches_a_kernel_that_was_not_compiled(tp: int, sms: int, seed: int) -> None:
     rng = random.Random(seed)

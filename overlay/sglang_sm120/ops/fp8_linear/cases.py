@@ -7,21 +7,13 @@ from functools import partial
 from typing import Any
 
 from ...formats import e8m0
+from ...model_calls import fp8_linear_shapes
 from .._cases import BF16, Case, Maker, model_config
 
 
 def model_shapes(tp: int) -> list[tuple[int, int]]:
     """(N, K) of every FP8 linear of the model on one of tp ranks."""
-    c = model_config()
-    hidden, q_lora, inter = c["hidden_size"], c["q_lora_rank"], c["moe_intermediate_size"]
-    return [
-        (q_lora + c["head_dim"], hidden),
-        (c["num_attention_heads"] * c["head_dim"] // tp, q_lora),
-        (hidden, c["o_groups"] * c["o_lora_rank"] // tp),
-        (c["index_n_heads"] * c["index_head_dim"], q_lora),
-        (2 * inter // tp, hidden),
-        (hidden, inter // tp),
-    ]
+    return list(fp8_linear_shapes(model_config(), tp).values())
 
 
 def cases(kind: str) -> Iterator[Case]:
