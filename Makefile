@@ -13,7 +13,7 @@ VENV := .venv/bin/python
 # Any Python from 3.9 runs it; the site it works on may belong to another.
 PATCHSET := python3 patches/patchset.py
 
-.PHONY: help setup apply unapply status verify lint test test-sm120 test-gpu test-launch bench accuracy demo image lock clean
+.PHONY: help setup apply unapply status verify lint test test-sm120 test-gpu test-launch bench tune accuracy accuracy-cpu mutations demo image lock clean
 
 help:
 	@cat <<-'END'
@@ -25,7 +25,10 @@ help:
 	make test-launch  the launcher with real servers that are killed and frozen, and the image's steps in a new Debian (root)
 	make test-gpu     kernel parity and CUDA-graph replay on this machine's GPU
 	make bench        kernel times on this machine's GPU, one JSON object a line
+	make tune         faster kernel configurations for this machine's GPU, into overlay/sglang_sm120/tuned
 	make accuracy URL=http://…   scores of a running server against their floors; QUICK=1 (docs/accuracy.md)
+	make accuracy-cpu   the trained small model, served on this machine's CPU: scores against their floors
+	make mutations    which test catches which deliberate defect, into docs/mutations.md
 	make apply    patch the SGLang of .venv, of PYTHON=exe, or of SITE=dir; so do unapply, status, verify
 	make lint     the rules of the series, ruff and mypy
 	make lock     resolve requirements.in again (needs uv)
@@ -97,6 +100,12 @@ bench: setup
 	@$(VENV) patches/patchset.py apply
 	exec $(VENV) tests/gpu/bench.py
 
+# Sweeps what the checkout says, and places the table that it wrote.
+tune: setup
+	@$(VENV) patches/patchset.py apply
+	$(VENV) tests/gpu/tune.py
+	exec $(VENV) patches/patchset.py apply
+
 accuracy: setup
 	@if [[ -z $${URL:-} ]]; then
 	    echo "make accuracy: no server was named, needed its base URL: give URL=http://HOST:PORT" >&2
@@ -106,9 +115,17 @@ accuracy: setup
 	exec $(VENV) tests/accuracy/accuracy.py "$$URL" $${QUICK:+--quick} $${DATA:+--data "$$DATA"} \
 	    $${SYNTHETIC:+--synthetic "$$SYNTHETIC"} $${ARGS:-}
 
+accuracy-cpu: setup
+	@$(VENV) patches/patchset.py apply
+	exec $(VENV) tests/accuracy/accuracy_cpu.py tests/accuracy/small-deepseek-v4.xz \
+	    tests/accuracy/questions-cpu.jsonl $${ARGS:-}
+
+mutations: setup
+	exec $(VENV) tests/accuracy/mutations/run.py
+
 demo: setup
 	@$(VENV) patches/patchset.py apply
-	exec $(VENV) -m sglang_sm120.demo
+	exec $(VENV) -m sglang_sm120.demo tests/accuracy/small-deepseek-v4.xz
 
 image:
 	@version=$$(sed -n 's/^__version__ = "\(.*\)"$$/\1/p' overlay/sglang_sm120/__init__.py)

@@ -215,7 +215,9 @@ def _link(nvml: ModuleType, a: Any, b: Any) -> str:
 
 
 def _p2p(nvml: ModuleType, a: Any, b: Any) -> bool:
-    return all(_p2p_by(nvml, a, b, way) for way in (nvml.NVML_P2P_CAPS_INDEX_READ, nvml.NVML_P2P_CAPS_INDEX_WRITE))
+    # nvmlGpuP2PCapsIndex_t: nvidia-ml-py has a tuple where the first of its constants should be 0.
+    read, write = 0, 1
+    return all(_p2p_by(nvml, a, b, way) for way in (read, write))
 
 
 def _p2p_by(nvml: ModuleType, a: Any, b: Any, way: int) -> bool:

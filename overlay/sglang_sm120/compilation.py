@@ -12,14 +12,14 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from . import kernels, registry
+from . import kernels, registry, tuned
 from .model_calls import model_calls
 
 
@@ -28,7 +28,7 @@ class Job:
     """The calls of one op on one of `tp` ranks, for every (rows, context) of `steps`.
 
     only: the `variant_key` of the one kernel to compile, together with the C function that launches it; by default
-    every kernel they launch, without.
+    every kernel they launch, without. table: the configurations that the launches follow.
     """
 
     config: dict[str, Any]
@@ -37,6 +37,7 @@ class Job:
     steps: tuple[tuple[int, int], ...]
     sms: int = kernels.SM120_SMS
     only: str | None = None
+    table: tuned.Table = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def rehearse_job(job: Job, compile: Callable[[Any, tuple[Any, ...], dict[str, An
         for call in model_calls(job.config, job.tp, rows, context, op=job.op):
             label = f"{call.label} tp{job.tp} rows{rows} context{context}"
             rehearsal.compile = partial(_with_label, compile, label)
-            with kernels.rehearse(rehearsal):
+            with kernels.rehearse(rehearsal), tuned.using(job.table):
                 if provider.accepts is None or provider.accepts(**call.arguments) is None:
                     provider.function(**call.arguments)
     return rehearsal.scratch

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -61,6 +62,25 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         kernel[grid](*args, **options)
 
 
+def launch_next(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """`launch` for a kernel right behind another of the same op: with SGLANG_SM120_PDL=1 it may start beside that one.
+
+    See `ops._pdl_triton` for what such a kernel must do.
+    """
+    launch(kernel, grid, *args, **options, **({"launch_pdl": True} if _dependent_launch() else {}))
+
+
+@cache
+def _dependent_launch() -> bool:
+    """Whether SGLANG_SM120_PDL asks for dependent launches; the interpreter runs one kernel after the other."""
+    from triton import knobs
+
+    value = os.environ.get("SGLANG_SM120_PDL", "0")
+    if value not in ("0", "1"):
+        raise ValueError(f"SGLANG_SM120_PDL is {value!r} and needs 0 or 1.")
+    return value == "1" and not knobs.runtime.interpret
+
+
 def fix_cache_keys(module: ModuleType) -> None:
     """Have Triton hash the kernels of `module` now, helpers before the kernels that call them.
 
@@ -99,6 +119,9 @@ def reserve(op: str, size: int, device: torch.device) -> None:
     Raises:
         ScratchError: it would grow after a stream was given memory, whose address a graph may hold.
     """
+    if device.type == "cuda" and device.index is None:
+        # As tensors on it name it.
+        device = torch.device("cuda", torch.cuda.current_device())
     size = -(-size // ALIGNMENT) * ALIGNMENT
     reserved = _reserved.get((op, device), 0)
     if size <= reserved:

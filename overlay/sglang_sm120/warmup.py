@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from . import kernels, registry
+from . import kernels, registry, tuned
 from .compilation import Job, compile_jobs, rehearse_job, variant_key
 
 logger = logging.getLogger(__name__)
@@ -36,8 +36,8 @@ def steps(op: str, prefill_rows: int, graph_rows: int, context: int) -> tuple[tu
         graph_rows: tokens of the largest step in a CUDA graph.
         context: tokens of the longest request.
 
-    Kernels choose their configuration by powers of two of the rows and do not specialise on the number itself, so
-    each power of two and its successor stand for the rows up to the next.
+    Heuristics and the tables of `tuned` choose by powers of two of the rows, and kernels do not specialise on the
+    number itself, so each power of two and its successor stand for the rows up to the next.
     """
     largest = max(prefill_rows, graph_rows)
     rows = {graph_rows, largest}
@@ -74,7 +74,8 @@ def warm_up(
     began = time.monotonic()
     table = registry.table(registry.device_kind(device))
     names = [row.op for row in table if row.chosen and row.provider == "triton" and row.op in SERVED]
-    found = variants(config, tp, prefill_rows, graph_rows, context, names, kernels.multiprocessors(device))
+    sizes = (tp, prefill_rows, graph_rows, context)
+    found = variants(config, *sizes, names, kernels.multiprocessors(device), tuned.of_device(device))
     for op, size in found.scratch.items():
         kernels.reserve(op, size, device)
     mark = _Mark(found.launches)
@@ -111,13 +112,20 @@ class Variants:
 
 
 def variants(
-    config: dict[str, Any], tp: int, prefill_rows: int, graph_rows: int, context: int, names: list[str], sms: int
+    config: dict[str, Any],
+    tp: int,
+    prefill_rows: int,
+    graph_rows: int,
+    context: int,
+    names: list[str],
+    sms: int,
+    table: tuned.Table = tuned.EMPTY,
 ) -> Variants:
     """Rehearse the ops `names` at all their `steps`, for the active Triton target with `sms` multiprocessors."""
     found = Variants()
     for name in names:
         for step in steps(name, prefill_rows, graph_rows, context):
-            job = Job(config, name, tp, (step,), sms)
+            job = Job(config, name, tp, (step,), sms, table=table)
 
             def collect(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], _: str, job: Job = job) -> None:
                 key = variant_key(kernel, args, options)

@@ -154,10 +154,10 @@ def run(client: Client, name: str, data: Data, examples: int | None, floor: floa
             words += ["--api", "completion", "--num-shots", "1", "--gsm8k-data-path", _with_shot(data, scratch)]
         # Its progress bar is on stderr, which stays the user's.
         done = subprocess.run(
-            [sys.executable, *words], cwd=_place(scratch, data.path), env=_environment(), stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, text=True,
+            [sys.executable, *words], cwd=_place(scratch, data.path), env=_environment() | {"TMPDIR": scratch},
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
-    return _read(row, total, done)
+        return _read(row, total, done)
 
 
 def _with_shot(data: Data, scratch: str) -> str:

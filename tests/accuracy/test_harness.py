@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -357,8 +358,11 @@ def test_sglangs_own_tool_judges_gsm8k(fake: Fake, judge: Callable[..., Result],
     assert result.code == 1 and "±" in result.out
 
 
-def test_sglangs_own_gpqa_on_a_file(fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_sglangs_own_gpqa_on_a_file(
+    fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     """What cookbook.py runs as a child, in this process: the flags fit, and the score is SGLang's."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     write_cookbook_questions(tmp_path)
     path = str(tmp_path / "gpqa_diamond.csv")
 

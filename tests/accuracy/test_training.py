@@ -13,13 +13,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from training import data, export, model, quantise, state, train
+from training import data, export, model, quantise, sinkhorn, state, train
 from training.data import Batch, Shape
+from training.start import initial
 
 from sglang_sm120.formats import fp8_block, mxfp4
+from sglang_sm120.reference import oracle
 from sglang_sm120.reference.checkpoint import Checkpoint
 from sglang_sm120.reference.config import ReferenceConfig
-from sglang_sm120.reference.oracle import LOGPROB_TOLERANCE, Oracle, sinkhorn
+from sglang_sm120.reference.oracle import LOGPROB_TOLERANCE, Oracle
 
 CPU = torch.device("cpu")
 TINY = train.RECIPES["tiny"]
@@ -49,10 +51,12 @@ class Exported:
 
 
 def export_random(config: ReferenceConfig, folder: Path, seed: int) -> Exported:
-    """The initial weights, with the head, the mixes and the router scaled up so that what they compute shows."""
-    weights, tables = model.initial(config, seed), model.tables(config, seed)
-    factors = {"head.weight": 10.0, "gate.weight": 3.0, "_scale": 5.0, "indexer.wq_b.weight": 2.0}
+    """The initial weights with a random head; the mixes and the router scaled up so that what they compute shows."""
+    weights, tables = initial(config, seed), model.tables(config, seed)
+    factors = {"gate.weight": 3.0, "_scale": 5.0, "indexer.wq_b.weight": 2.0}
     rng = torch.Generator().manual_seed(seed)
+    head = weights["head.weight"]
+    head.copy_(torch.randn(head.shape, generator=rng) * 0.6 / math.sqrt(config.hidden_size))
     for name, w in weights.items():
         w *= next((f for end, f in factors.items() if name.endswith(end)), 1.0)
         if w.dim() == 1:
@@ -115,7 +119,7 @@ def test_every_weight_learns(seed: int) -> None:
     recipe = dataclasses.replace(TINY, config=ALL_KINDS)
     trainer = train.Trainer(recipe, state.Progress(seed=seed), CPU)
     before = {n: w.detach().clone() for n, w in trainer.weights.items()}
-    trainer.step(tiny_batch(seed, 384), recipe.stages[0], 0.0)
+    trainer.step(tiny_batch(seed), recipe.stages[0], 0.0)
     missing = [n for n, w in trainer.weights.items() if torch.equal(w, before[n])]
     # Only the experts of a hash layer may see no token of so small a batch; here all do.
     assert missing == []
@@ -132,24 +136,35 @@ def test_indexer_learns_from_attention_alone(seed: int) -> None:
 
 
 def test_it_learns(seed: int) -> None:
-    recipe = dataclasses.replace(TINY, stages=(train.Stage(1.0, Shape(128, 4, 0)),), warm_up=5)
+    recipe = dataclasses.replace(TINY, stages=(train.Stage(1.0, Shape(128, 4, 0)),), warm_up=5, peak=2e-3)
     trainer = train.Trainer(recipe, state.Progress(seed=seed), CPU)
     losses = []
-    for i in range(16):
+    for i in range(12):
         batch = data.batch(seed, i, recipe.stages[0].shape)
         losses.append(trainer.step(batch, recipe.stages[0], i / 32)[0])
     uniform = math.log(data.VOCAB)
-    last = sum(loss.answer.item() for loss in losses[-4:]) / 4
+    last = sum(loss.answer.item() for loss in losses[-3:]) / 3
     print(f"uniform {uniform:.2f}, first {losses[0].answer:.2f}, last {last:.2f}; index {losses[-1].index:.2f}")
-    assert abs(losses[0].answer.item() - uniform) < 0.5
-    assert last < 0.7 * uniform
-    assert losses[-1].mtp < 0.8 * losses[0].mtp
+    assert losses[0].answer < uniform
+    assert last < 0.8 * losses[0].answer
+    assert losses[-1].mtp < 0.85 * losses[0].mtp
     assert losses[-1].index < losses[0].index
+
+
+@torch.no_grad()
+def test_records_are_recalled_before_training(seed: int) -> None:
+    """The start's circuits, quantised as served: from c4 entries, and from c128 entries where c4 ones are hidden."""
+    trainer = train.Trainer(TINY, state.Progress(seed=seed), CPU)
+    loss = train.loss_of(trainer.model(train.mode(TINY, CPU)), data.batch(seed, 0, Shape(768, 6, 4)), CPU)
+    (c4, c128), (c4_asked, c128_asked) = loss.recall.tolist()
+    print(f"right {c4:.0f} of {c4_asked:.0f}, c4 hidden {c128:.0f} of {c128_asked:.0f}")
+    assert min(c4_asked, c128_asked) >= 5
+    assert c4 >= 0.9 * c4_asked and c128 >= 0.9 * c128_asked
 
 
 def test_hidden_entries_are_not_seen(seed: int) -> None:
     """What lies behind the window reaches a c4 layer through entries alone; hidden, it changes nothing."""
-    weights, tables = model.initial(ONE_C4, seed), model.tables(ONE_C4, seed)
+    weights, tables = initial(ONE_C4, seed), model.tables(ONE_C4, seed)
     run = model.Mode()
     network = model.Model(ONE_C4, model.served(weights, ONE_C4, run), tables, run)
     tokens = torch.randint(15, data.VOCAB, (2, 256), generator=torch.Generator().manual_seed(seed))
@@ -164,8 +179,24 @@ def test_hidden_entries_are_not_seen(seed: int) -> None:
 def test_sinkhorn_gradient(seed: int) -> None:
     logits = torch.randn(5, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     logits.requires_grad_()
-    assert torch.equal(model._Sinkhorn.apply(logits, 20, 1e-6), sinkhorn(logits, 20, 1e-6))
-    assert torch.autograd.gradcheck(lambda x: model._Sinkhorn.apply(x, 20, 1e-6), (logits,))
+    assert torch.equal(sinkhorn.sinkhorn(logits, 20, 1e-6), oracle.sinkhorn(logits, 20, 1e-6))
+    assert torch.autograd.gradcheck(lambda x: sinkhorn.sinkhorn(x, 20, 1e-6), (logits,))
+
+
+def test_fused_sinkhorn_is_the_plain_one(seed: int) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    # More than one program, the last one not full; near the identity, as it starts, the iterations converge slowly.
+    logits = 4 * torch.eye(4) + torch.randn(3, 50, 4, 4, generator=rng)
+    grad = torch.randn(logits.shape, generator=rng)
+    found = []
+    for fused in (False, True):
+        x = logits.clone().requires_grad_()
+        y = sinkhorn.sinkhorn(x, 20, 1e-6, fused)
+        y.backward(grad)
+        found.append((y.detach(), x.grad))
+    (plain, slope), (fused_, fused_slope) = found
+    assert torch.allclose(plain, fused_, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(slope, fused_slope, rtol=1e-3, atol=1e-5)
 
 
 @given(st.integers(0, 2**31), st.integers(1, 16), st.floats(1e-3, 1e3))
@@ -183,7 +214,7 @@ def test_mxfp4_values_are_the_formats(draw: int, size: float) -> None:
     w = size * torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(draw))
     ties = [0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0]
     w[0, 0] = torch.tensor((ties + [-t for t in ties]) * 4)[:64]
-    assert torch.equal(quantise.mxfp4_weight(w), mxfp4.dequantise(*mxfp4.quantise(w)))
+    assert torch.equal(quantise.mxfp4_value(w), mxfp4.dequantise(*mxfp4.quantise(w)))
 
 
 def test_packed_is_bit_for_bit(tmp_path: Path, seed: int) -> None:
@@ -256,9 +287,8 @@ def test_saved_weights_keep_16_bits(draw: int, exponent: int) -> None:
     assert ((kept - w).abs() <= w.abs() * 2**-16).all()
 
 
-@pytest.mark.parametrize("size", ["four", "two"])
-def test_sizes_divide_over_two_ranks(size: str) -> None:
-    config = train.RECIPES[size].config
+def test_size_divides_over_two_ranks() -> None:
+    config = train.RECIPES["two"].config
     assert (config.num_attention_heads, config.hc_mult, config.hc_sinkhorn_iters, config.index_topk) == (16, 4, 20, 512)
     assert {4, 128} <= set(config.compress_ratios) and config.num_nextn_predict_layers == 1
     assert config.o_groups * config.o_lora_rank % 256 == 0 and config.moe_intermediate_size % 256 == 0
@@ -303,7 +333,7 @@ def test_recall_has_one_answer_and_its_distance(seed: int) -> None:
             asked += 1
             records = [i for i in np.nonzero(tokens == turn.question[0])[0] if tokens[i + 1] == link]
             assert len(records) == 1
-            assert tokens[records[0] + 2] == turn.answer[0]
+            assert turn.answer == (turn.question[0], tokens[records[0] + 2])
             question = np.nonzero(batch.answer[row] == number)[0][0] - 3
             assert tokens[question] == turn.question[0]
             assert turn.distance == question - records[0]
@@ -341,8 +371,9 @@ def test_calculations_and_brackets_are_right(seed: int) -> None:
 def test_roles_are_disjoint_single_tokens() -> None:
     words = data.words()
     assert (len(words.keys), len(words.values)) == (data.KEYS, data.VALUES) and len(words.filler) >= 16
-    assert len(set(words.all.tolist())) == len(words.all) == data.KEYS + data.VALUES + len(words.filler)
-    for word in words.all.tolist():
+    whole = [*words.keys.tolist(), *words.values.tolist(), *words.filler.tolist()]
+    assert len(set(whole)) == len(whole) and whole[data.KEYS :] == words.said.tolist()
+    for word in whole:
         assert data.ids(data.encoder().decode([word])) == (word,)
 
 

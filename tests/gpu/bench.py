@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from calls import DEVICE, calls_of, triton_ops
 
-from sglang_sm120 import kernels, registry
+from sglang_sm120 import kernels, registry, tuned
 from sglang_sm120.compilation import Job, compile_jobs, rehearse_job, variant_key
 from sglang_sm120.model_calls import Call, model_calls
 from sglang_sm120.ops._cases import model_config
@@ -263,7 +263,7 @@ def prepare(ops: list[str], tp: int, steps: list[tuple[int, int]], chosen: list[
     sms = kernels.multiprocessors(DEVICE)
     for op in ops:
         for step in steps:
-            job = Job(model_config(), op, tp, (step,), sms)
+            job = Job(model_config(), op, tp, (step,), sms, table=tuned.of_device(DEVICE))
 
             def collect(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], _: str, job: Job = job) -> None:
                 key = variant_key(kernel, args, options)

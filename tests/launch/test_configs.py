@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pynvml
 import pytest
 import yaml
 from golden_plans import HERE, MACHINES, machine
@@ -281,10 +283,13 @@ def test_this_machine_is_described(tmp_path: Path):
 
 
 class FakeNvml:
-    """NVML as two cards answer it; `silent` names functions that say they are not supported."""
+    """NVML as two cards answer it, with its library's own constants; `silent` names functions that say they are not
+    supported."""
 
-    NVML_P2P_CAPS_INDEX_NVLINK, NVML_P2P_CAPS_INDEX_READ, NVML_P2P_CAPS_INDEX_WRITE, NVML_P2P_STATUS_OK = 2, 0, 1, 0
-    NVML_TOPOLOGY_MULTIPLE, NVML_TOPOLOGY_NODE = 20, 40
+    NVML_P2P_CAPS_INDEX_NVLINK, NVML_P2P_STATUS_OK = pynvml.NVML_P2P_CAPS_INDEX_NVLINK, pynvml.NVML_P2P_STATUS_OK
+    NVML_P2P_CAPS_INDEX_READ = pynvml.NVML_P2P_CAPS_INDEX_READ
+    NVML_P2P_CAPS_INDEX_WRITE = pynvml.NVML_P2P_CAPS_INDEX_WRITE
+    NVML_TOPOLOGY_MULTIPLE, NVML_TOPOLOGY_NODE = pynvml.NVML_TOPOLOGY_MULTIPLE, pynvml.NVML_TOPOLOGY_NODE
 
     class NVMLError(Exception):
         pass
@@ -308,6 +313,7 @@ class FakeNvml:
             if name in self.silent:
                 raise self.NVMLError_NotSupported
             if name == "nvmlDeviceGetP2PStatus":
+                ctypes.c_int(arguments[2])  # the library converts it so
                 return 0 if (self.nvlink if arguments[2] == self.NVML_P2P_CAPS_INDEX_NVLINK else self.p2p) else 3
             return answers[name]
 

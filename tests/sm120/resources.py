@@ -52,6 +52,19 @@ def refusals(ptx: str, shared: int) -> list[str]:
     return found
 
 
+def races(ptx: str) -> list[str]:
+    """Why this kernel may not start while the one before it runs (`ops._pdl_triton`): one sentence each."""
+    before, wait, after = re.sub(r"//.*", "", ptx).partition("griddepcontrol.wait;")
+    if not wait:
+        return ["never waits for the kernel before it: call `wait` first."]
+    found = []
+    if early := re.search(r"\b(?:st|atom|red)(?:\.\w+)*\.global\b|\b(?:bra|ret|exit)\b", before):
+        found.append(f"has {early[0]} before it waits for the kernel before it: wait first, in every block.")
+    if "griddepcontrol.wait;" in after:
+        found.append("waits twice: once is enough.")
+    return found
+
+
 def assemble(ptx: str, target: str) -> tuple[bytes | None, str]:
     """The cubin ptxas makes of `ptx` for `target`, None where it refuses, and what it printed."""
     with tempfile.TemporaryDirectory() as folder:

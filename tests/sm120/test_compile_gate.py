@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from pathlib import Path
 
 from gate import Compiled, Run, kernels_defined, lines, triton_ops, uncovered
 from kernel_table import PATH, RENEW, compare, key, parse, text, worst
-from resources import refusals
+from resources import races, refusals
 
-from sglang_sm120 import registry
+from sglang_sm120 import ops, registry
 
 
 def test_every_triton_provider_is_compiled(compiled: Compiled) -> None:
@@ -27,6 +29,17 @@ def test_sm120_can_run_every_kernel(compiled: Compiled) -> None:
         for why in refusals(kernel.ptx, kernel.shared)
     ]
     assert not refused, "\n".join(refused)
+
+
+def test_kernels_that_may_start_early_wait(compiled: Compiled) -> None:
+    sources = [path.read_text(encoding="utf-8") for path in Path(ops.__file__).parent.rglob("*.py")]
+    early = {name for source in sources for name in re.findall(r"launch_next\(\s*(\w+)", source)}
+    assert early
+    wrong = {f"{kernel.op} {kernel.name} {why}" for kernel, _ in compiled.values() if kernel.name in early
+             for why in races(kernel.ptx)}  # fmt: skip
+    wrong |= {f"{kernel.op} {kernel.name} waits, but is launched like any other" for kernel, _ in compiled.values()
+              if kernel.name not in early and not races(kernel.ptx)}  # fmt: skip
+    assert not wrong, "\n".join(sorted(wrong))
 
 
 def test_no_kernel_needs_more_than_its_line_says(compiled: Compiled, all_shapes: bool, renewing: bool) -> None:

@@ -13,7 +13,7 @@ from gate import Compiled, kernels_defined, uncovered
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_table import Key, Table, compare, key, parse, text, worst
-from resources import SHARED_LIMIT, TARGET, Resources, assemble, read_resources, refusals
+from resources import SHARED_LIMIT, TARGET, Resources, assemble, races, read_resources, refusals
 
 from sglang_sm120 import registry
 
@@ -89,6 +89,28 @@ def test_multicast_is_refused_though_it_assembles() -> None:
 def test_one_byte_of_shared_memory_too_many_is_refused() -> None:
     (why,) = refusals(planted(TARGET, "add.f32x2", "d0, d1, d2"), SHARED_LIMIT + 1)
     assert f"{SHARED_LIMIT + 1} bytes" in why
+
+
+WAIT = "griddepcontrol.wait;"
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ("ld.global.b32 r0, [d0];", "never waits"),
+        (f"st.global.b32 [d0], r0; {WAIT}", "st.global before"),
+        (f"@p atom.global.add.u32 r0, [d0], r1; {WAIT}", "atom.global before"),
+        (f"@p bra $L; {WAIT} $L: ret;", "bra before"),
+        (f"{WAIT} st.global.b32 [d0], r0; {WAIT}", "waits twice"),
+    ],
+)
+def test_a_kernel_that_could_race_is_seen(body: str, why: str) -> None:
+    (found,) = races(body)
+    assert why in found
+
+
+def test_reading_constants_before_the_wait_is_allowed() -> None:
+    assert not races(f"ld.global.b32 r0, [d0]; st.shared.b32 [s], r0; {WAIT} st.global.b32 [d0], r0; ret;")
 
 
 def test_spills_are_seen(compiled: Compiled) -> None:

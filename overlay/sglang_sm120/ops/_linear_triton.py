@@ -24,8 +24,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import kernels
+from .. import kernels, tuned
 from ..formats import e8m0, fp8_block
+from ._pdl_triton import INTERPRETED, let_next_start, wait
 
 __all__ = ["Config", "config", "linear", "refusal"]
 
@@ -43,13 +44,15 @@ SMALL = 1 << 25
 FEW_ROWS = 16
 STAGING_BYTES = 98_304
 """Shared memory for tiles in flight; the rest of the 101,376 bytes is for the results' way out."""
+PARTS_BYTES = 256 << 20
+"""Scratch that a table may ask for."""
 GROUP_M: tl.constexpr = tl.constexpr(8)
-INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 class Config(NamedTuple):
     """How one call is computed. bm, bn, bk: tile of rows, outputs and K; warps_k: warps that share K; split: parts
-    of K that different programs take."""
+    of K that different programs take. evict_first: whether weights that are not staged leave the caches first (`_gemv`,
+    `_few_rows`)."""
 
     kernel: str
     bm: int
@@ -59,6 +62,12 @@ class Config(NamedTuple):
     split: int
     stages: int
     warps: int
+    evict_first: bool = False
+
+
+def _padded(k: int) -> int:
+    """K as a program of `_gemv` holds it."""
+    return max(fp8_block.BLOCK, triton.next_power_of_2(k))
 
 
 def config(rows: int, groups: int, n: int, k: int, size: int, sms: int) -> Config:
@@ -66,7 +75,7 @@ def config(rows: int, groups: int, n: int, k: int, size: int, sms: int) -> Confi
 
     It depends on rows only through a few buckets, each of which is compiled once.
     """
-    kp = max(fp8_block.BLOCK, triton.next_power_of_2(k))
+    kp = _padded(k)
     # A small weight with few rows of its own keeps few programs busy: rather read it once per row, from L2.
     small = groups * triton.cdiv(n, 16) * 2 < sms and triton.next_power_of_2(rows) * groups * n * k * size <= SMALL
     if (rows <= 1 or (rows <= FEW_ROWS and small)) and kp * size <= GEMV_K:
@@ -91,6 +100,36 @@ def config(rows: int, groups: int, n: int, k: int, size: int, sms: int) -> Confi
     while tiles * split * 2 <= (sms if bm == 128 else sms * 3 // 2) and blocks_k // (split * 2) >= 4:
         split *= 2
     return Config("many", bm, bn, bk, 1, split, 4 if bm == 128 else 3, warps)
+
+
+def _tuned_refusal(shape: tuned.Shape, rows: int, c: Config) -> str | None:
+    groups, n, k, size = shape
+    tiles = (16, 32, 64, 128)
+    if c.kernel == "gemv":
+        alone = {"bm": (1,), "bk": (_padded(k),), "warps_k": (1,), "split": (1,), "stages": (1,)}
+        if why := tuned.beyond(c, **alone, bn=(1, 2, 4, 8, *tiles), warps=(1, 2, 4, 8, 16)):
+            return why
+        held = c.bn * c.bk * size // (32 * c.warps)
+        return f"a thread holds {held} bytes of weights and may hold 512" if held > 512 else None
+    shared = (c.stages - 1) * (c.bm * 2 + c.bn * size) * c.bk * c.warps_k
+    if c.kernel == "few":
+        fixed = {"bk": (fp8_block.BLOCK,), "split": (1,)}
+        counts = (1, 2, 4, 8, 16)
+        if why := tuned.beyond(c, **fixed, bm=(8, 16), bn=tiles, warps_k=counts, stages=range(1, 7), warps=counts):
+            return why
+        if rows > c.bm:
+            return f"bm is {c.bm} and needs to be at least the rows"
+    else:
+        ranges = {"bm": (*tiles, 256), "bn": tiles, "bk": (32, 64, 128), "warps_k": (1,), "split": (1, 2, 4, 8, 16)}
+        kinds = ("gemv", "few", "many")
+        if why := tuned.beyond(c, kernel=kinds, **ranges, stages=range(1, 7), warps=(1, 2, 4, 8, 16)):
+            return why
+        if c.split > 1 and (parts := 4 * c.split * rows * groups * n) > PARTS_BYTES:
+            return f"the {c.split} parts of K take {parts} bytes of scratch and may take {PARTS_BYTES}"
+    return f"the tiles in flight take {shared} bytes of shared memory" if shared > tuned.SHARED_LIMIT else None
+
+
+TUNED = tuned.Family("linear", ("groups", "n", "k", "bytes"), Config, _tuned_refusal)
 
 
 def refusal(w: torch.Tensor, scale: torch.Tensor | None) -> str | None:
@@ -124,18 +163,21 @@ def linear(op: str, x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor | None
     y = torch.empty((rows, groups, n), dtype=dtype, device=x.device)
     # At least 8 processors, for the interpreter, whose one would never split K.
     c = config(rows, groups, n, k, w.element_size(), max(8, kernels.multiprocessors(x.device)))
+    c = TUNED.choose(x.device, (groups, n, k, w.element_size()), rows, c)
     # A dimension of size 1 has a stride that means nothing.
     x_row, x_group = (x.stride(0) if rows > 1 else 0), (x.stride(1) if groups > 1 else 0)
     unit = 8 if x_row % 8 == 0 and x_group % 8 == 0 else 1
     model = {"G": groups, "N": n, "K": k, "X_STEP": x.stride(2) if k > 1 else 1, "X_UNIT": unit, "SCALE": form}
     strides = (x_row // unit, x_group // unit)
+    policy = "evict_first" if c.evict_first else ""
     if c.kernel == "gemv":
         grid = (rows, triton.cdiv(n, c.bn), groups)
-        kernels.launch(_gemv, grid, x, w, s, y, *strides, **model, BN=c.bn, KP=c.bk, num_warps=c.warps)
+        kernels.launch(_gemv, grid, x, w, s, y, *strides, **model, POLICY=policy, BN=c.bn, KP=c.bk, num_warps=c.warps)
         return y
     if c.kernel == "few":
         grid = (triton.cdiv(n, c.bn), groups)
         tile = {"BM": c.bm, "BN": c.bn, "KW": c.warps_k, "EVEN": k % (c.warps_k * c.bk) == 0, "STAGES": c.stages}
+        tile["POLICY"] = policy
         kernels.launch(_few_rows, grid, x, w, s, y, rows, *strides, **model, **tile, num_warps=c.warps)
         return y
     tile = {"BM": c.bm, "BN": c.bn, "BK": c.bk, "SPLIT": c.split, "EVEN": k % c.bk == 0, "STAGES": c.stages}
@@ -146,7 +188,8 @@ def linear(op: str, x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor | None
     (parts,) = kernels.scratch(op, x.device, ((c.split, rows, groups, n), torch.float32))
     kernels.launch(_many_rows, tiles, x, w, s, parts, rows, *strides, **model, **tile, num_warps=c.warps)
     total = math.prod(y.shape)
-    kernels.launch(_add_parts, (triton.cdiv(total, 1024),), parts, y, total, SPLIT=c.split, BLOCK=1024, num_warps=4)
+    grid = (triton.cdiv(total, 1024),)
+    kernels.launch_next(_add_parts, grid, parts, y, total, SPLIT=c.split, BLOCK=1024, num_warps=4)
     return y
 
 
@@ -210,7 +253,7 @@ def _store(at, value, mask):
 @triton.jit(do_not_specialize=["x_row", "x_group"])
 def _gemv(
     x, w, scale, y, x_row, x_group, G: tl.constexpr, N: tl.constexpr, K: tl.constexpr, X_STEP: tl.constexpr,
-    X_UNIT: tl.constexpr, SCALE: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr,
+    X_UNIT: tl.constexpr, SCALE: tl.constexpr, POLICY: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
     """Program (t, i, g): outputs i BN … of row t and group g, from whole weight rows padded to KP."""
     row = tl.program_id(0).to(tl.int64)
@@ -220,7 +263,10 @@ def _gemv(
     k = tl.arange(0, KP)
     at = w + group * (N * K) + (tl.minimum(n, N - 1)[:, None] * K + k[None, :])
     # The weights first: they come from far away, x and the scales are in L2.
-    weight = tl.load(at) if K == KP else tl.load(at, mask=k[None, :] < K, other=0.0)
+    if K == KP:
+        weight = tl.load(at, eviction_policy=POLICY)
+    else:
+        weight = tl.load(at, mask=k[None, :] < K, other=0.0, eviction_policy=POLICY)
     KB: tl.constexpr = (K + BLOCK - 1) // BLOCK
     NB: tl.constexpr = (N + BLOCK - 1) // BLOCK
     PB: tl.constexpr = KP // BLOCK
@@ -238,8 +284,8 @@ def _gemv(
 @triton.jit(do_not_specialize=["rows", "x_row", "x_group"])
 def _few_rows(
     x, w, scale, y, rows, x_row, x_group, G: tl.constexpr, N: tl.constexpr, K: tl.constexpr, X_STEP: tl.constexpr,
-    X_UNIT: tl.constexpr, SCALE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, KW: tl.constexpr,
-    EVEN: tl.constexpr, STAGES: tl.constexpr,
+    X_UNIT: tl.constexpr, SCALE: tl.constexpr, POLICY: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    KW: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """rows <= BM: program (i, g) computes outputs i BN … of group g; warp j takes every KW-th block of K."""
     group = tl.program_id(1).to(tl.int64)
@@ -261,11 +307,11 @@ def _few_rows(
     acc = tl.zeros([KW, BN, BM], tl.float32)
     for start in tl.range(0, K, STEP, num_stages=STAGES):
         if EVEN:
-            weight = tl.load(w_at + start)
+            weight = tl.load(w_at + start, eviction_policy=POLICY)
             value = tl.load(x_at + start * X_STEP, mask=live[None, None, :], other=0.0)
         else:
             inside = start + k < K
-            weight = tl.load(w_at + start, mask=inside[:, None, :], other=0.0)
+            weight = tl.load(w_at + start, mask=inside[:, None, :], other=0.0, eviction_policy=POLICY)
             value = tl.load(x_at + start * X_STEP, mask=inside[:, :, None] & live[None, None, :], other=0.0)
         product = dot(_exact_bf16(weight, SCALE), value)
         if SCALE == UNSCALED:
@@ -287,6 +333,8 @@ def _many_rows(
     SPLIT: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, s, g): a tile [BM, BN] of group g over part s of K, into y [SPLIT, rows, G, N]."""
+    if SPLIT > 1:
+        let_next_start()
     group = tl.program_id(2).to(tl.int64)
     # Neighbouring programs share weights and GROUP_M blocks of rows, so that both stay in L2.
     n_blocks: tl.constexpr = (N + BN - 1) // BN
@@ -335,6 +383,7 @@ def _many_rows(
 @triton.jit(do_not_specialize=["total"])
 def _add_parts(parts, y, total, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
     """y [total] = Σ_s parts [SPLIT, total], in the order of s."""
+    wait()
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = at < total
     acc = tl.zeros([BLOCK], tl.float32)

@@ -2,8 +2,8 @@
 
     `_mix`      reads f and X (or X alone) once: X' = post f + combᵀ X, stored, and while it is in registers its
                 products with fn and its squares, for one part of the columns; parts meet in scratch
-    `_finish`   adds the parts; some programs make post and comb of a few rows each (Sinkhorn in registers), the
-                others one row of y each (gate, combine, norm), so that the chain of 20 iterations delays nobody
+    `_finish`   adds the parts; some programs make post and comb of a few rows each (Sinkhorn, a matrix to a thread),
+                the others one row of y each (gate, combine, norm), so that the chain of 20 iterations delays nobody
 
 With few rows the columns are split over 64 programs, with many the rows are, and X' is the only large thing written
 between the launches; `_finish` begins with the rows written last, which L2 still holds. fn is split into two bf16 parts
@@ -21,35 +21,38 @@ import triton
 import triton.language as tl
 
 from .. import kernels
-from ._linear_triton import INTERPRETED, dot, scaled_sum, to_bf16
+from ._linear_triton import dot, scaled_sum, to_bf16
+from ._pdl_triton import INTERPRETED, LINE, let_next_start, prefetch, wait
+from ._sinkhorn_triton import four_columns, plus_dot, sinkhorn
 
 __all__ = ["Config", "config", "contiguous", "enter", "exit_block", "mixing_weights"]
 
 WIDTH: tl.constexpr = tl.constexpr(32)
-"""fp32 per row and part in scratch: the mixes, then the sum of squares."""
+"""fp32 per row and part in scratch: the sum of squares at 7, the products with fn from 8 on."""
 
 
 class Config(NamedTuple):
-    """rows: per program of `_mix`; columns: per step; parts: of all columns; sinkhorn_rows: per program."""
+    """rows: per program of `_mix`; columns: per step; parts: of all columns. sinkhorn_rows: per program of `_finish`
+    that makes post and comb."""
 
     rows: int
     columns: int
     parts: int
-    sinkhorn_rows: int
     warps: int
     stages: int
-    registers: int | None
+    sinkhorn_rows: int
 
 
 def config(rows: int, hidden: int, sms: int) -> Config:
     """The configuration for `rows` rows of width `hidden`; it depends on rows only through powers of two."""
-    few = rows <= 16
+    few = rows <= 64
     tile = 16 if few else 64
     columns = min(64 if few else 32, max(16, triton.next_power_of_2(hidden)))
     tiles = triton.next_power_of_2(triton.cdiv(max(rows, 1), tile))
     parts = min(64, *(triton.next_power_of_2(triton.cdiv(*ab)) for ab in ((2 * sms, tiles), (hidden, columns))))
-    # Two programs of 256 threads per processor: while one waits at a barrier, the other works.
-    return Config(tile, columns, parts, min(32, 256 // parts), 4 if few else 8, 1 if few else 2, None if few else 128)
+    if few:
+        return Config(tile, columns, parts, 4, 1, 1)
+    return Config(tile, columns, parts, 8, 3, min(32, 256 // parts))
 
 
 def contiguous(**tensors: torch.Tensor | None) -> str | None:
@@ -99,19 +102,17 @@ def enter(
         PART=triton.cdiv(triton.cdiv(hidden, c.columns), c.parts) * c.columns,
         STAGES=c.stages,
         num_warps=c.warps,
-        maxnreg=c.registers,
     )
     tiles = 0 if head else triton.cdiv(rows, c.sinkhorn_rows)
-    kernels.launch(
+    kernels.launch_next(
         _finish,
         (tiles + rows,),
         *(out, parts, scale, base, norm_weight if norm_weight is not None else x, y, post, comb),
         *(rows, tiles, rms_eps, hc_eps, norm_eps),
         H=hidden,
         HP=triton.next_power_of_2(hidden),
-        N=mixes,
         PARTS=c.parts,
-        R=c.sinkhorn_rows,
+        R=1 if head else c.sinkhorn_rows,
         ITERS=iters,
         NORM=norm_weight is not None,
         num_warps=4,
@@ -184,7 +185,7 @@ def _stream(post, f, c0, x0, c1, x1, c2, x2, c3, x3):
 
 
 @triton.jit
-def _split(w):
+def _two_bf16(w):
     """fp32 w as a sum of two bf16, to 2^-18."""
     if INTERPRETED:
         high = to_bf16(w)
@@ -214,10 +215,10 @@ def _split(w):
 
 
 @triton.jit
-def _products(v, w, squares, acc):
-    """squares [R, B] + v² and acc [NP, R] + w vᵀ, for bf16 v [R, B] and fp32 w [NP, B]."""
+def _products(v, halves, squares, acc):
+    """squares [R, B] + v² and acc [NP, R] + w vᵀ, for bf16 v [R, B] and halves of w [NP, B]."""
     value = v.to(tl.float32)
-    high, low = _split(w)
+    high, low = halves
     # Added outside the dots: chained ones would be given to the warps by rows alone.
     v = tl.trans(v)
     acc = scaled_sum(dot(low, v), 1.0, acc)
@@ -225,19 +226,39 @@ def _products(v, w, squares, acc):
     return scaled_sum(value, value, squares), acc
 
 
+@triton.jit
+def _fn_tile(fn, start, n, h, H: tl.constexpr, N: tl.constexpr, B: tl.constexpr):
+    """fn [N, 4 H] at rows n and columns start + h of each stream; a last part may begin beyond H."""
+    inside = (n < N)[:, None] & (start < H)
+    if H % B != 0:
+        inside &= (start + h < H)[None, :]
+    at = fn + n[:, None] * (4 * H) + (start + h)[None, :]
+    w0 = tl.load(at, mask=inside, other=0.0)
+    w1 = tl.load(at + H, mask=inside, other=0.0)
+    w2 = tl.load(at + 2 * H, mask=inside, other=0.0)
+    w3 = tl.load(at + 3 * H, mask=inside, other=0.0)
+    return w0, w1, w2, w3
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _mix(
     f, x, post, comb, fn, out, parts, rows, H: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, EXIT: tl.constexpr,
     R: tl.constexpr, B: tl.constexpr, PART: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program (p, i): columns p PART … of all four streams, rows i R …: out, and parts [rows, PARTS, 32] = products
-    with fn [N, 4 H], then the sum of squares."""
+    """Program (p, i): columns p PART … of all four streams, rows i R …: out, and in parts [rows, PARTS, 32] the sum of
+    squares at 7, then the products with fn [N, 4 H]."""
+    let_next_start()
     m = tl.program_id(1) * R + tl.arange(0, R)
     live = m < rows
     row = tl.where(live, m, 0).to(tl.int64)
     part = tl.program_id(0)
     n = tl.arange(0, NP)
     h = tl.arange(0, B)
+    low = part * PART
+    # One step: fn first, which comes from farther away.
+    if PART == B:
+        w0, w1, w2, w3 = _fn_tile(fn, low, n, h, H, N, B)
+        w0, w1, w2, w3 = _two_bf16(w0), _two_bf16(w1), _two_bf16(w2), _two_bf16(w3)
     if EXIT:
         p0, p1, p2, p3 = _four(post + row * 4, live)
         c00, c01, c02, c03 = _four(comb + row * 16, live)
@@ -246,62 +267,45 @@ def _mix(
         c30, c31, c32, c33 = _four(comb + row * 16 + 12, live)
     acc = tl.zeros([NP, R], tl.float32)
     squares = tl.zeros([R, B], tl.float32)
-    low = part * PART
     for start in tl.range(low, tl.minimum(low + PART, H), B, num_stages=STAGES):
         inside = live[:, None]
-        fn_inside = (n < N)[:, None]
         if H % B != 0:
             inside &= (start + h < H)[None, :]
-            fn_inside &= (start + h < H)[None, :]
         at = row[:, None] * (4 * H) + (start + h)[None, :]
-        fn_at = fn + n[:, None] * (4 * H) + (start + h)[None, :]
         v0 = tl.load(x + at, mask=inside, other=0.0)
         v1 = tl.load(x + at + H, mask=inside, other=0.0)
         v2 = tl.load(x + at + 2 * H, mask=inside, other=0.0)
         v3 = tl.load(x + at + 3 * H, mask=inside, other=0.0)
-        w0 = tl.load(fn_at, mask=fn_inside, other=0.0)
-        w1 = tl.load(fn_at + H, mask=fn_inside, other=0.0)
-        w2 = tl.load(fn_at + 2 * H, mask=fn_inside, other=0.0)
-        w3 = tl.load(fn_at + 3 * H, mask=fn_inside, other=0.0)
+        if PART != B:
+            w0, w1, w2, w3 = _fn_tile(fn, start, n, h, H, N, B)
         if EXIT:
-            g = tl.load(f + row[:, None] * H + (start + h)[None, :], mask=inside, other=0.0).to(tl.float32)
+            g_at = f + row[:, None] * H + (start + h)[None, :]
+            g = tl.load(g_at, mask=inside, other=0.0).to(tl.float32)
             x0, x1, x2, x3 = v0.to(tl.float32), v1.to(tl.float32), v2.to(tl.float32), v3.to(tl.float32)
             v0 = _stream(p0[:, None], g, c00[:, None], x0, c10[:, None], x1, c20[:, None], x2, c30[:, None], x3)
             tl.store(out + at, v0, mask=inside)
-        squares, acc = _products(v0, w0, squares, acc)
+        squares, acc = _products(v0, w0 if PART == B else _two_bf16(w0), squares, acc)
         if EXIT:
             v1 = _stream(p1[:, None], g, c01[:, None], x0, c11[:, None], x1, c21[:, None], x2, c31[:, None], x3)
             tl.store(out + at + H, v1, mask=inside)
-        squares, acc = _products(v1, w1, squares, acc)
+        squares, acc = _products(v1, w1 if PART == B else _two_bf16(w1), squares, acc)
         if EXIT:
             v2 = _stream(p2[:, None], g, c02[:, None], x0, c12[:, None], x1, c22[:, None], x2, c32[:, None], x3)
             tl.store(out + at + 2 * H, v2, mask=inside)
-        squares, acc = _products(v2, w2, squares, acc)
+        squares, acc = _products(v2, w2 if PART == B else _two_bf16(w2), squares, acc)
         if EXIT:
             v3 = _stream(p3[:, None], g, c03[:, None], x0, c13[:, None], x1, c23[:, None], x2, c33[:, None], x3)
             tl.store(out + at + 3 * H, v3, mask=inside)
-        squares, acc = _products(v3, w3, squares, acc)
+        squares, acc = _products(v3, w3 if PART == B else _two_bf16(w3), squares, acc)
     to = parts + (row * tl.num_programs(0) + part) * WIDTH
-    tl.store(to[:, None] + n[None, :], tl.trans(acc), mask=live[:, None] & (n < N)[None, :])
-    tl.store(to + N, tl.sum(squares, 1), mask=live)
-
-
-@triton.jit
-def _sinkhorn(comb, eps, ITERS: tl.constexpr):
-    """comb [R, 4, 4] before the row softmax → doubly stochastic, as in the op `sinkhorn`."""
-    comb = tl.exp(comb - tl.max(comb, 2, keep_dims=True))
-    comb = comb / tl.sum(comb, 2, keep_dims=True) + eps
-    comb = comb / (tl.sum(comb, 1, keep_dims=True) + eps)
-    for _ in range(ITERS - 1):
-        comb = comb / (tl.sum(comb, 2, keep_dims=True) + eps)
-        comb = comb / (tl.sum(comb, 1, keep_dims=True) + eps)
-    return comb
+    tl.store(to[:, None] + 8 + n[None, :], tl.trans(acc), mask=live[:, None] & (n < N)[None, :])
+    tl.store(to + 7, tl.sum(squares, 1), mask=live)
 
 
 @triton.jit
 def _finish_weights(
-    program, parts, scale, base, post, comb, rows, rms_eps, hc_eps, H: tl.constexpr, N: tl.constexpr,
-    PARTS: tl.constexpr, R: tl.constexpr, ITERS: tl.constexpr,
+    program, parts, scale, base, post, comb, rows, rms_eps, hc_eps, H: tl.constexpr, PARTS: tl.constexpr,
+    R: tl.constexpr, ITERS: tl.constexpr,
 ):  # fmt: skip
     """post and comb of rows program R …"""
     m = program * R + tl.arange(0, R)
@@ -310,16 +314,20 @@ def _finish_weights(
     part = tl.arange(0, PARTS)
     four = tl.arange(0, 4)
     sixteen = tl.arange(0, 16)
+    s1, s2 = tl.load(scale + 1), tl.load(scale + 2)
+    b1, b2 = tl.load(base + 4 + four)[None, :], tl.load(base + 8 + sixteen)[None, :]
     at = parts + (row[None, :] * PARTS + part[:, None]) * WIDTH
-    squares = tl.sum(tl.load(at + N), 0)
-    mix1 = tl.sum(tl.load(at[:, :, None] + 4 + four[None, None, :]), 0)
-    mix2 = tl.sum(tl.load(at[:, :, None] + 8 + sixteen[None, None, :]), 0)
-    r = tl.rsqrt(squares / (4 * H) + rms_eps)[:, None]
-    gate = tl.sigmoid(mix1 * r * tl.load(scale + 1) + tl.load(base + 4 + four)[None, :])
+    total = tl.sum(tl.load(at[:, :, None] + tl.arange(0, WIDTH)[None, None, :]), 0)
+    # Column 7 is the sum of squares, 8 to 11 belong to y, 12 to 15 to post, the others to comb.
+    rest, mix2 = tl.split(tl.permute(tl.reshape(total, R, 2, 16), 0, 2, 1))
+    low, high = tl.split(tl.permute(tl.reshape(rest, R, 2, 8), 0, 2, 1))
+    _, low = tl.split(tl.permute(tl.reshape(low, R, 2, 4), 0, 2, 1))
+    _, mix1 = tl.split(tl.permute(tl.reshape(high, R, 2, 4), 0, 2, 1))
+    _, _, _, squares = four_columns(low)
+    r = tl.rsqrt(squares / (4 * H) + rms_eps)
+    sinkhorn(mix2 * r[:, None] * s2 + b2, comb + row * 16, live, hc_eps, ITERS)
+    gate = tl.sigmoid(mix1 * r[:, None] * s1 + b1)
     tl.store(post + row[:, None] * 4 + four[None, :], 2.0 * gate, mask=live[:, None])
-    logits = mix2 * r * tl.load(scale + 2) + tl.load(base + 8 + sixteen)[None, :]
-    mixing = tl.reshape(_sinkhorn(tl.reshape(logits, R, 4, 4), hc_eps, ITERS), R, 16)
-    tl.store(comb + row[:, None] * 16 + sixteen[None, :], mixing, mask=live[:, None])
 
 
 @triton.jit
@@ -328,40 +336,89 @@ def _add(a, b):
 
 
 @triton.jit
+def _rounded(value):
+    """value as the nearest bf16, still fp32; pairs take one conversion, single values a slow one each."""
+    if INTERPRETED:
+        return to_bf16(value).to(tl.float32)
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 t;
+        cvt.rn.bf16x2.f32 t, $3, $2;
+        shl.b32 $0, t, 16;
+        and.b32 $1, t, 0xFFFF0000;
+        }
+        """,
+        "=f,=f,f,f",
+        [value],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def _entry(m, n, i: tl.constexpr):
+    """m[i] of m [N], n = 0 … N - 1: shuffles inside a warp, where a change of layout would be a barrier."""
+    return tl.sum(tl.where(n == i, m, 0.0), 0)
+
+
+@triton.jit
 def _finish_row(
     row, x, parts, scale, base, norm_weight, y, rms_eps, hc_eps, norm_eps, H: tl.constexpr, HP: tl.constexpr,
-    N: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr,
+    PARTS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """y of one row."""
-    stream = tl.arange(0, 4)
     h = tl.arange(0, HP)
-    v = tl.load(x + row * (4 * H) + stream[:, None] * H + h[None, :], mask=(h < H)[None, :], other=0.0)
-    at = parts + row * (PARTS * WIDTH) + tl.arange(0, PARTS) * WIDTH
-    r = tl.rsqrt(tl.sum(tl.load(at + N), 0) / (4 * H) + rms_eps)
-    mix0 = tl.sum(tl.load(at[:, None] + stream[None, :]), 0)
-    pre = tl.sigmoid(mix0 * r * tl.load(scale) + tl.load(base + stream)) + hc_eps
-    out = to_bf16(tl.reduce(scaled_sum(v.to(tl.float32), pre[:, None], 0.0), 0, _add))
+    inside = h < H
+    n = tl.arange(0, 8)
+    s = tl.load(scale)
+    b0, b1, b2, b3 = tl.load(base), tl.load(base + 1), tl.load(base + 2), tl.load(base + 3)
     if NORM:
-        value = out.to(tl.float32)
+        weight = tl.load(norm_weight + h, mask=inside, other=0.0)
+    x += row * (4 * H)
+    x0 = tl.load(x + h, mask=inside, other=0.0)
+    x1 = tl.load(x + H + h, mask=inside, other=0.0)
+    x2 = tl.load(x + 2 * H + h, mask=inside, other=0.0)
+    x3 = tl.load(x + 3 * H + h, mask=inside, other=0.0)
+    # Otherwise the assembler asks for x only after it has waited for the parts.
+    tl.debug_barrier()
+    at = parts + row * (PARTS * WIDTH) + tl.arange(0, PARTS) * WIDTH + 4
+    total = tl.sum(tl.load(at[:, None] + n[None, :]), 0)
+    r = s * tl.rsqrt(_entry(total, n, 3) / (4 * H) + rms_eps)
+    p0 = tl.sigmoid(_entry(total, n, 4) * r + b0) + hc_eps
+    p1 = tl.sigmoid(_entry(total, n, 5) * r + b1) + hc_eps
+    p2 = tl.sigmoid(_entry(total, n, 6) * r + b2) + hc_eps
+    p3 = tl.sigmoid(_entry(total, n, 7) * r + b3) + hc_eps
+    f0, f1, f2, f3 = x0.to(tl.float32), x1.to(tl.float32), x2.to(tl.float32), x3.to(tl.float32)
+    out = plus_dot(0.0, f0, f1, f2, f3, p0, p1, p2, p3)
+    if NORM:
+        value = _rounded(out)
         squares = tl.reduce(scaled_sum(value, value, 0.0), 0, _add)
         rms = tl.rsqrt(squares / H + norm_eps)
-        weight = tl.load(norm_weight + h, mask=h < H, other=0.0).to(tl.float32)
-        out = to_bf16(scaled_sum(scaled_sum(value, rms, 0.0), weight, 0.0))
-    tl.store(y + row * H + h, out, mask=h < H)
+        out = scaled_sum(scaled_sum(value, rms, 0.0), weight.to(tl.float32), 0.0)
+    tl.store(y + row * H + h, to_bf16(out), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "tiles", "rms_eps", "hc_eps", "norm_eps"])
 def _finish(
     x, parts, scale, base, norm_weight, y, post, comb, rows, tiles, rms_eps, hc_eps, norm_eps, H: tl.constexpr,
-    HP: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr, R: tl.constexpr, ITERS: tl.constexpr, NORM: tl.constexpr,
+    HP: tl.constexpr, PARTS: tl.constexpr, R: tl.constexpr, ITERS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """Programs 0 … tiles - 1 make post and comb of R rows each, the others y of one row each."""
+    prefetch(scale)
+    prefetch(base)
+    if NORM:
+        STEP: tl.constexpr = LINE * 8 // norm_weight.dtype.element_ty.primitive_bitwidth
+        line = tl.arange(0, (HP + STEP - 1) // STEP) * STEP
+        prefetch(norm_weight + tl.minimum(line, H - 1))
+    wait()
     program = tl.program_id(0)
     if program < tiles:
-        _finish_weights(program, parts, scale, base, post, comb, rows, rms_eps, hc_eps, H, N, PARTS, R, ITERS)
+        _finish_weights(program, parts, scale, base, post, comb, rows, rms_eps, hc_eps, H, PARTS, R, ITERS)
     else:
         row = (rows - 1 - (program - tiles)).to(tl.int64)
-        _finish_row(row, x, parts, scale, base, norm_weight, y, rms_eps, hc_eps, norm_eps, H, HP, N, PARTS, NORM)
+        _finish_row(row, x, parts, scale, base, norm_weight, y, rms_eps, hc_eps, norm_eps, H, HP, PARTS, NORM)
 
 
 @triton.jit
@@ -402,5 +459,4 @@ def _weights(mixes, scale, base, pre, post, comb, rows, eps, R: tl.constexpr, IT
     logits = m2 * tl.load(scale + 2) + tl.load(base + 8 + sixteen)[None, :]
     tl.store(pre + row[:, None] * 4 + four[None, :], gate0 + eps, mask=mask)
     tl.store(post + row[:, None] * 4 + four[None, :], 2.0 * gate1, mask=mask)
-    mixing = tl.reshape(_sinkhorn(tl.reshape(logits, R, 4, 4), eps, ITERS), R, 16)
-    tl.store(comb + row[:, None] * 16 + sixteen[None, :], mixing, mask=mask)
+    sinkhorn(logits, comb + row * 16, live, eps, ITERS)

@@ -47,10 +47,11 @@ class Attention:
         rounding: Rounding,
         defect: Defect | None,
         band: float,
+        hide_entries: bool,
     ) -> None:
         self.config: ReferenceConfig = weights.config
         self.ratio, self.real, self.rounding, self.defect, self.band = ratio, real, rounding, defect, band
-        self._weights, self._prefix = weights, prefix
+        self._weights, self._prefix, self._hide = weights, prefix, hide_entries
 
     def __call__(self, x: Tensor) -> tuple[Tensor, IndexMargin]:
         """x [T, H], the normed input, to the output [T, H] and the indexer's margins [T]."""
@@ -113,8 +114,8 @@ class Attention:
         return (weights / total) @ values
 
     def _entries_seen(self, rows: Tensor) -> Tensor:
-        """How many compressed entries are complete at each token."""
-        if not self.ratio:
+        """How many compressed entries are complete at each token, none where they are hidden."""
+        if not self.ratio or self._hide:
             return torch.zeros_like(rows)
         early = self.ratio == 128 and self.defect is Defect.C128_ENTRY_EARLY
         return rows // self.ratio + 1 if early else (rows + 1) // self.ratio

@@ -76,8 +76,9 @@ class Oracle:
     """The model of one checkpoint directory.
 
     clamp_shared: clamp the shared expert like the routed ones, as SGLang does; the published reference does
-    not. defect: make this one mistake. real: dtype of the arithmetic between roundings. rounding: replaces
-    the rounding to bf16; keeps the dtype.
+    not. hide_c4: attention sees no c4 entries, so that c128 entries alone tell what lies behind the window.
+    defect: make this one mistake. real: dtype of the arithmetic between roundings. rounding: replaces the
+    rounding to bf16; keeps the dtype.
     """
 
     def __init__(
@@ -85,13 +86,15 @@ class Oracle:
         directory: str | Path,
         *,
         clamp_shared: bool = True,
+        hide_c4: bool = False,
         defect: Defect | None = None,
         real: torch.dtype = torch.float32,
         rounding: Rounding = to_bf16,
     ) -> None:
         self._weights = Checkpoint(directory, real, defect)
         self.config: ReferenceConfig = self._weights.config
-        self._clamp_shared, self._defect, self._real, self._round = clamp_shared, defect, real, rounding
+        self._clamp_shared, self._hide_c4 = clamp_shared, hide_c4
+        self._defect, self._real, self._round = defect, real, rounding
 
     @torch.inference_mode()
     def forward(self, token_ids: list[int] | Tensor) -> Result:
@@ -142,7 +145,10 @@ class Oracle:
         return tokens
 
     def _layer(self, prefix: str, ratio: int, streams: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, IndexMargin]:
-        attention = Attention(self._weights, prefix + "attn.", ratio, self._real, self._round, self._defect, INDEX_BAND)
+        hide = self._hide_c4 and ratio == 4
+        attention = Attention(
+            self._weights, prefix + "attn.", ratio, self._real, self._round, self._defect, INDEX_BAND, hide_entries=hide
+        )
         x, post, comb = self._mhc_pre(prefix, "attn", streams)
         out, margin = attention(x)
         streams = self._mhc_post(out, streams, post, comb)

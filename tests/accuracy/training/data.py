@@ -3,10 +3,11 @@
 A conversation is one haystack (words without meaning, with records " KEY is VALUE." among them) and then turns, each a
 question and its answer; only answers are trained. One token is one id of `reference.tokenizer`: words that the
 tokenizer knows are split into keys, values and filler, so that a key's record is never guessed from the word itself.
+A recall answer repeats the key first: the value is then predicted at a token that is the key.
 
 | turn | question | answer |
 |---|---|---|
-| recall | " small?" | the value of the record " small is KEY'S VALUE." |
+| recall | " small?" | " small green", the key and the value of its record " small is green." |
 | copy | " say small green" | " small green" |
 | arithmetic | "7+8%5=" | "0" |
 | brackets | "([{}" | "])" |
@@ -70,12 +71,13 @@ MAX_DEPTH = 6
 
 
 class Words(NamedTuple):
-    """Ids of the words by role; `all` is what copies and instructions are about."""
+    """Ids of the words by role. said: values and filler, what copies and instructions are about; a key is said in its
+    record and when it is asked for alone, so that nothing but its record matches it."""
 
     keys: np.ndarray
     values: np.ndarray
     filler: np.ndarray
-    all: np.ndarray
+    said: np.ndarray
 
 
 @functools.cache
@@ -99,7 +101,7 @@ def words() -> Words:
     whole = [i for i in whole if i not in (*ids(" is"), *ids(" say"))]
     order = np.random.default_rng(0).permutation(len(whole))
     found = np.array(whole)[order]
-    return Words(found[:KEYS], found[KEYS : KEYS + VALUES], found[KEYS + VALUES :], found)
+    return Words(found[:KEYS], found[KEYS : KEYS + VALUES], found[KEYS + VALUES :], found[KEYS:])
 
 
 @functools.cache
@@ -135,11 +137,11 @@ class Batch:
 
 
 class Shape(NamedTuple):
-    """One kind of batch: tokens per sequence, sequences, and how many of them have c4 entries hidden."""
+    """One kind of batch: tokens per sequence, sequences, and how many of them, on average, have c4 entries hidden."""
 
     length: int
     batch: int
-    hidden: int
+    hidden: float
 
 
 def batch(seed: int, step: int, shape: Shape) -> Batch:
@@ -147,7 +149,7 @@ def batch(seed: int, step: int, shape: Shape) -> Batch:
     rng = np.random.default_rng([seed, step, shape.length])
     tokens = np.full((shape.batch, shape.length), PAD, dtype=np.int64)
     answer = np.zeros_like(tokens)
-    hide = np.arange(shape.batch) < shape.hidden
+    hide = np.arange(shape.batch) < int(shape.hidden + rng.random())
     turns = []
     for b in range(shape.batch):
         row, marks, told = conversation(rng, shape.length, bool(hide[b]))
@@ -161,13 +163,13 @@ def conversation(rng: np.random.Generator, length: int, sparse: bool) -> tuple[l
 
     sparse: at most one record in each aligned block of 128 tokens, and recall alone is asked.
     """
-    call = not sparse and length >= 2 * len(preamble()) and rng.random() < 0.1
+    call = not sparse and length >= 2 * len(preamble()) and rng.random() < 0.3
     row = list(preamble()) if call else [BOS]
     kind = rng.random()
     records: dict[int, tuple[int, int]] = {}
     opening: list[int] = []
     if sparse or (not call and kind < 0.7):
-        share = rng.uniform(0.5, 0.8) if length <= 1024 else 1 - 256 / length
+        share = rng.uniform(0.5, 0.8) if length <= 1024 else max(0.75, 1 - 1024 / length)
         opening, records = haystack(rng, int(length * share), len(row) + 1, sparse)
     row, marks = [*row], [0] * len(row)
     turns: list[Turn] = []
@@ -220,7 +222,7 @@ def _turn(
     """The next turn; each record is asked for once. None when there is nothing left to ask."""
     if asked and (sparse or rng.random() < 0.75):
         key = int(asked.pop())
-        return Turn("recall", (key, *ids("?")), (records[key][0],))
+        return Turn("recall", (key, *ids("?")), (key, records[key][0]))
     if sparse:
         return None
     tasks = [copying, arithmetic, brackets, as_json, twice, *([tool_call] * 4 if call else [])]
@@ -229,7 +231,7 @@ def _turn(
 
 def copying(rng: np.random.Generator) -> Turn:
     """Repeat up to 24 words."""
-    chosen = tuple(rng.permutation(words().all)[: rng.integers(2, MAX_COPY + 1)].tolist())
+    chosen = tuple(rng.permutation(words().said)[: rng.integers(2, MAX_COPY + 1)].tolist())
     return Turn("copy", (*ids(" say"), *chosen), chosen)
 
 
@@ -275,7 +277,7 @@ def tool_call(rng: np.random.Generator) -> Turn:
 
 
 def _word(rng: np.random.Generator) -> int:
-    return int(words().all[rng.integers(len(words().all))])
+    return int(words().said[rng.integers(len(words().said))])
 
 
 def sglang_encoding() -> ModuleType:

@@ -7,24 +7,23 @@ straight-through gradients (`quantise`). Matrix products run in `Mode.dtype`; wh
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from training import quantise
+from training.sinkhorn import sinkhorn
 
 from sglang_sm120.reference.attention import hadamard, rms_norm, rotation
 from sglang_sm120.reference.config import HEAD_DIM, INDEX_HEAD_DIM, ROPE_DIM, WINDOW, ReferenceConfig
 from sglang_sm120.reference.layout import Parameter, Storage, parameters
 from sglang_sm120.reference.weights import draw
 
-SEGMENT = 1024
-"""Query tokens whose attention is computed, and recomputed in the backward pass, at a time: a multiple of 128."""
+SEGMENT = 2048
+"""Query tokens whose attention is computed at a time: a multiple of 128; earlier ones see fewer entries."""
 
 INDEX_TEMPERATURE = 32.0
 """Factor on index scores in the distillation loss: only their order counts when serving, the softmax needs range."""
@@ -83,88 +82,24 @@ def tables(config: ReferenceConfig, seed: int) -> Weights:
     return {name: table for p in hashed for name, table in draw(p, config, seed).items()}
 
 
-def initial(config: ReferenceConfig, seed: int) -> Weights:
-    """fp32 weights to start training from; equal seeds give equal values."""
-    weights = {}
-    for name, p in stacked(config).items():
-        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-        rng = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        weights[name] = _initial(name, p.shape, config, rng)
-    for name in list(weights):
-        if name.endswith("attn.wkv.weight"):
-            _align(weights, name.removesuffix("wkv.weight"), config)
-    return weights
-
-
-def _align(weights: Weights, prefix: str, config: ReferenceConfig) -> None:
-    """Let every other head, and all of the indexer's, look for tokens like the query's own.
-
-    Queries, keys and entries start from one projection, so that a key asked for finds its record from the first step:
-    from unrelated projections that circuit takes thousands of steps to appear.
-    """
-    if config.q_lora_rank != config.hidden_size:
-        return
-    wkv = weights[prefix + "wkv.weight"]
-    weights[prefix + "wq_a.weight"] = torch.eye(config.hidden_size) + 0.02 * weights[prefix + "wq_a.weight"]
-    heads = weights[prefix + "wq_b.weight"].view(-1, HEAD_DIM, config.q_lora_rank)
-    heads[::2] = wkv + 0.3 * heads[::2]
-    own = prefix + "compressor.wkv.weight"
-    if own in weights:
-        entries = weights[own].view(-1, HEAD_DIM, config.hidden_size)
-        entries[:] = wkv + 0.3 * entries
-    keys = prefix + "indexer.compressor.wkv.weight"
-    if keys in weights:
-        shared = weights[keys][-INDEX_HEAD_DIM:].clone()
-        for name in (keys, prefix + "indexer.wq_b.weight"):
-            parts = weights[name].view(-1, INDEX_HEAD_DIM, config.hidden_size)
-            parts[:] = shared + 0.3 * parts
-
-
-def _initial(name: str, shape: tuple[int, ...], config: ReferenceConfig, rng: torch.Generator) -> Tensor:
-    kind = name.rsplit(".", 2)
-    normal = torch.randn(shape, generator=rng)
-    n = config.hc_mult
-    if name.endswith("norm.weight"):
-        return torch.ones(shape)
-    if name.endswith(("attn_sink", "gate.bias")):
-        return torch.zeros(shape)
-    if name.endswith("hc_head_base"):
-        return torch.full(shape, -math.log(n - 1))
-    if name.endswith("_base"):
-        # The streams' mean is read, all are written, each keeps to itself; the noise tells them apart.
-        base = torch.cat((torch.full((n,), -math.log(n - 1)), torch.zeros(n), 4 * torch.eye(n).flatten()))
-        return base + 0.5 * normal
-    if name.endswith("_scale"):
-        return torch.full(shape, 0.1)
-    if name.endswith("ape"):
-        return 0.5 * normal
-    if name == "embed.weight":
-        return normal
-    # Into the streams, small: each layer starts near the identity. The head starts at the uniform distribution.
-    small = {"wo_b.weight": 0.3, "w2.weight": 0.3, "head.weight": 0.1}
-    gain = small.get(".".join(kind[-2:]), 1.0)
-    return normal * (gain / math.sqrt(shape[-1]))
-
-
 def served(weights: Weights, config: ReferenceConfig, mode: Mode) -> Weights:
     """The weights as a server reads them from the exported checkpoint, gradients straight through.
 
     FP8 and MXFP4 come in `mode.dtype`, everything else in fp32. fp32 tensors hold bf16 values, which halves what
     they add to the committed file.
     """
-    values = {}
-    for name, p in stacked(config).items():
-        w = weights[name]
-        quantised = p.storage in (Storage.FP8, Storage.MXFP4)
-        if mode.exact and p.storage is Storage.FP8:
-            w = quantise.fp8_weight(w, mode.levels)
-        elif mode.exact and p.storage is Storage.MXFP4:
-            w = quantise.mxfp4_weight(w)
-        elif mode.exact and w.dim() > 1:
-            w = quantise.bf16(w)
-        elif mode.exact and p.storage is Storage.BF16:
-            w = quantise.bf16(w)
-        values[name] = w.to(mode.dtype) if quantised else w
+    found = stacked(config)
+    fp8 = [n for n, p in found.items() if p.storage is Storage.FP8]
+    mxfp4 = [n for n, p in found.items() if p.storage is Storage.MXFP4]
+    if not mode.exact:
+        return {n: w.to(mode.dtype) if n in (*fp8, *mxfp4) else w for n, w in weights.items()}
+    short = [
+        n for n, p in found.items() if p.storage is Storage.BF16 or (p.storage is Storage.FP32 and len(p.shape) > 1)
+    ]
+    values = dict(weights)
+    values |= zip(fp8, quantise.fp8_weights([weights[n] for n in fp8], mode.levels, mode.dtype), strict=True)
+    values |= zip(mxfp4, quantise.mxfp4_weights([weights[n] for n in mxfp4], mode.dtype), strict=True)
+    values |= zip(short, quantise.bf16_weights([weights[n] for n in short]), strict=True)
     return values
 
 
@@ -230,7 +165,7 @@ class Model:
         pre, post, comb = (m * s + b for m, s, b in zip(parts, self._w(name + "scale"), bases, strict=True))
         x = self._round(((pre.sigmoid() + eps).unsqueeze(-1) * streams).sum(-2))
         x = self._norm(x, f"{prefix}{block}_norm.weight")
-        return x, 2 * post.sigmoid(), _Sinkhorn.apply(comb.unflatten(-1, (n, n)), self.config.hc_sinkhorn_iters, eps)
+        return x, 2 * post.sigmoid(), sinkhorn(comb.unflatten(-1, (n, n)), self.config.hc_sinkhorn_iters, eps)
 
     def _mhc_post(self, out: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
         return self._round(post.unsqueeze(-1) * out.unsqueeze(-2) + comb.mT @ streams.float())
@@ -276,10 +211,7 @@ class Model:
             part = (index[0][:, start:end], index[1][:, start:end], index[2][:, :seen]) if index else None
             select = self.mode.select and seen > self.config.index_topk
             run = _Segment(start, ratio, self.config.index_topk if select else 0, hide_c4 if ratio == 4 else None)
-            out, kl, mass = checkpoint(
-                run, q[:, start:end], blocks, entries[:, :seen], sink, part, use_reentrant=False,
-                preserve_rng_state=False,
-            )  # fmt: skip
+            out, kl, mass = run(q[:, start:end], blocks, entries[:, :seen], sink, part)
             outs.append(self._round(out))
             if index:
                 self._index_loss.append((kl, mass))
@@ -370,13 +302,13 @@ class _Segment(NamedTuple):
         rows = torch.arange(self.start, self.start + q.shape[1], device=q.device)
         heads = q.shape[2]
         blocked = q.unflatten(1, (-1, WINDOW)).flatten(2, 3)
-        near = (blocked @ pairs.mT).float().unflatten(2, (WINDOW, heads)).flatten(1, 2) * HEAD_DIM**-0.5
-        near = near.masked_fill(~self._window(rows).unsqueeze(1), -math.inf)
+        near = (blocked @ pairs.mT).unflatten(2, (WINDOW, heads)).flatten(1, 2)
         scores = _index_scores(*index) if index else None
         chosen = self._chosen(rows, entries.shape[1], scores)
-        far = (q.flatten(1, 2) @ entries.mT).float().unflatten(1, (-1, heads)) * HEAD_DIM**-0.5
-        far = far.masked_fill(~chosen.unsqueeze(2), -math.inf)
-        logits = torch.cat((near, far), dim=-1)
+        far = (q.flatten(1, 2) @ entries.mT).unflatten(1, (-1, heads))
+        seen = torch.cat((self._window(rows).expand(len(chosen), -1, -1), chosen), dim=-1)
+        logits = torch.cat((near, far), dim=-1).float() * HEAD_DIM**-0.5
+        logits = logits.masked_fill(~seen.unsqueeze(2), -math.inf)
         # The sink only scales: e^s / (e^lse + e^sink) = softmax * sigmoid(lse - sink).
         kept = (logits.logsumexp(-1) - sink).sigmoid().unsqueeze(-1)
         shares = logits.softmax(-1).to(q.dtype)
@@ -408,29 +340,6 @@ class _Segment(NamedTuple):
         if self.hide_c4 is not None:
             chosen = chosen & ~self.hide_c4[:, None, None]
         return chosen
-
-
-class _Sinkhorn(torch.autograd.Function):
-    """`reference.oracle.sinkhorn` with its own backward pass: a third of autograd's kernel launches."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, iterations: int, eps: float) -> Tensor:
-        share = logits.softmax(-1)
-        m, kept = share + eps, [share]
-        for i in range(2 * iterations - 1):
-            total = m.sum(-2 if i % 2 == 0 else -1, keepdim=True) + eps
-            m = m / total
-            kept += [total, m]
-        ctx.save_for_backward(*kept)
-        return m
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        share, *kept = ctx.saved_tensors
-        for i in reversed(range(len(kept) // 2)):
-            total, m = kept[2 * i : 2 * i + 2]
-            grad = (grad - (grad * m).sum(-2 if i % 2 == 0 else -1, keepdim=True)) / total
-        return share * (grad - (grad * share).sum(-1, keepdim=True)), None, None
 
 
 def _index_scores(q: Tensor, weight: Tensor, keys: Tensor) -> Tensor:

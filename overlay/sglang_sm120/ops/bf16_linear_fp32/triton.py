@@ -14,7 +14,7 @@ def _accepts(x: torch.Tensor, w: torch.Tensor) -> str | None:
     return refusal(w, None)
 
 
-@bf16_linear_fp32.provider("triton", runs_on="cpu sm80+", default_on="sm120 sm121", accepts=_accepts)
+@bf16_linear_fp32.provider("triton", runs_on="cpu sm90+", default_on="sm120 sm121", accepts=_accepts)
 def bf16_linear_fp32_triton(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """One group of `linear` without scales."""
     return linear("bf16_linear_fp32", x.unsqueeze(1), w.unsqueeze(0), None, torch.float32).squeeze(1)

@@ -14,7 +14,7 @@ def _accepts(o: torch.Tensor, w: torch.Tensor, scale: torch.Tensor) -> str | Non
     return refusal(w, scale)
 
 
-@fp8_grouped_linear.provider("triton", runs_on="cpu sm80+", default_on="sm120 sm121", accepts=_accepts)
+@fp8_grouped_linear.provider("triton", runs_on="cpu sm90+", default_on="sm120 sm121", accepts=_accepts)
 def fp8_grouped_linear_triton(o: torch.Tensor, w: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """`linear` as it is: the groups are a grid dimension."""
     return linear("fp8_grouped_linear", o, w, scale, torch.bfloat16)

@@ -14,7 +14,7 @@ def _accepts(x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor) -> str | Non
     return refusal(w, scale)
 
 
-@fp8_linear.provider("triton", runs_on="cpu sm80+", default_on="sm120 sm121", accepts=_accepts)
+@fp8_linear.provider("triton", runs_on="cpu sm90+", default_on="sm120 sm121", accepts=_accepts)
 def fp8_linear_triton(x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """One group of `linear`; leading dimensions become rows."""
     y = linear("fp8_linear", x.reshape(-1, 1, x.shape[-1]), w.unsqueeze(0), scale.unsqueeze(0), torch.bfloat16)

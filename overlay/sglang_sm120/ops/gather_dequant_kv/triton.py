@@ -68,7 +68,7 @@ def _accepts(pages: torch.Tensor, slots: torch.Tensor, lengths: torch.Tensor, pa
     return pool_refusal("pages", pages, page_size * (kv_page.ROW + kv_page.FOOTER))
 
 
-@gather_dequant_kv.provider("triton", runs_on="cpu sm80+", default_on="sm120 sm121", accepts=_accepts)
+@gather_dequant_kv.provider("triton", runs_on="cpu sm90+", default_on="sm120 sm121", accepts=_accepts)
 def gather_dequant_kv_triton(
     pages: torch.Tensor, slots: torch.Tensor, lengths: torch.Tensor, page_size: int
 ) -> torch.Tensor:

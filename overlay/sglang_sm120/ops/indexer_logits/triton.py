@@ -1,4 +1,4 @@
-"""Indexer scores: one row's heads against blocks of 128 keys on tensor cores, keys as the rows of the dot.
+"""Indexer scores: one row's heads against blocks of keys on tensor cores, keys as the rows of the dot.
 
 E4M3 is exact in fp16, so the dot is exact but for its fp32 sums. With keys as rows, relu, head weights and the sum over
 heads stay within a warp's registers and a few shuffles, and the key's scale is applied once per key, after that sum.
@@ -8,17 +8,17 @@ Programs of a row walk its blocks in strides, so that the grid depends on the ta
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from ... import kernels
+from ... import kernels, tuned
 from ...formats import indexer_page
 from .._pages_triton import pool_refusal
 from . import indexer_logits
 
-BLOCK = 128
-PROGRAMS_PER_SM = 4
 DIM: tl.constexpr = tl.constexpr(indexer_page.DIM)
 SCALE: tl.constexpr = tl.constexpr(indexer_page.SCALE)
 
@@ -108,6 +108,22 @@ def _score(
             tl.store(logits + entry, tl.full([BLOCK], float("-inf"), tl.float32), mask=entry < width)
 
 
+class Config(NamedTuple):
+    """Entries that a program scores at once, programs per processor, and warps."""
+
+    block: int = 128
+    programs_per_sm: int = 4
+    warps: int = 4
+
+
+def _tuned_refusal(shape: tuned.Shape, rows: int, c: Config) -> str | None:
+    return tuned.beyond(c, block=(16, 32, 64, 128, 256), programs_per_sm=range(1, 33), warps=(1, 2, 4, 8, 16))
+
+
+TUNED = tuned.Family("indexer_logits", ("width", "heads"), Config, _tuned_refusal)
+"""The width is rounded up to a power of two."""
+
+
 def score(
     q: torch.Tensor,
     weights: torch.Tensor,
@@ -121,8 +137,9 @@ def score(
     """Write the scores of `indexer_logits` to logits; with `least` only below lengths, and none of shorter rows."""
     rows, heads, _ = q.shape
     width = logits.shape[1]
-    blocks = -(-width // BLOCK)
-    spread = kernels.multiprocessors(q.device) * PROGRAMS_PER_SM // max(rows, 1)
+    c = TUNED.choose(q.device, (tuned.bucket(width), heads), rows, Config())
+    blocks = -(-width // c.block)
+    spread = kernels.multiprocessors(q.device) * c.programs_per_sm // max(rows, 1)
     programs = max(1, min(blocks, spread))
     kernels.launch(
         _score,
@@ -145,9 +162,9 @@ def score(
         HEADS=heads,
         PADDED=max(16, triton.next_power_of_2(heads)),
         PAGE=page_size,
-        BLOCK=BLOCK,
+        BLOCK=c.block,
         FILL=least is None,
-        num_warps=4,
+        num_warps=c.warps,
     )
 
 
@@ -175,7 +192,7 @@ def _accepts(
     return refusal(q, weights, pages, page_table, page_size)
 
 
-@indexer_logits.provider("triton", runs_on="cpu sm80+", default_on="sm120 sm121", accepts=_accepts)
+@indexer_logits.provider("triton", runs_on="cpu sm90+", default_on="sm120 sm121", accepts=_accepts)
 def indexer_logits_triton(
     q: torch.Tensor,
     weights: torch.Tensor,

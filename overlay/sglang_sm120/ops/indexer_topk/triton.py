@@ -33,7 +33,7 @@ def _accepts(
     return reason or selection_refusal(page_table.shape[1] * page_size, k)
 
 
-@indexer_topk.provider("triton", runs_on="cpu sm80+", default_on="sm120 sm121", accepts=_accepts)
+@indexer_topk.provider("triton", runs_on="cpu sm90+", default_on="sm120 sm121", accepts=_accepts)
 def indexer_topk_triton(
     q: torch.Tensor,
     weights: torch.Tensor,

@@ -14,7 +14,7 @@ def _accepts(f: torch.Tensor, x: torch.Tensor, post: torch.Tensor, comb: torch.T
     return contiguous(f=f, x=x, post=post, comb=comb)
 
 
-@mhc_post.provider("triton", runs_on="cpu sm80+", default_on="sm120 sm121", accepts=_accepts)
+@mhc_post.provider("triton", runs_on="cpu sm90+", default_on="sm120 sm121", accepts=_accepts)
 def mhc_post_triton(f: torch.Tensor, x: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> torch.Tensor:
     """One launch, each tensor read or written once."""
     return exit_block(f, x, post, comb)

@@ -23,7 +23,7 @@ def _accepts(
     return contiguous(f=f, x=x, post=post, comb=comb, fn=fn)
 
 
-@mhc_post_pre.provider("triton", runs_on="cpu sm80+", default_on="sm120 sm121", accepts=_accepts)
+@mhc_post_pre.provider("triton", runs_on="cpu sm90+", default_on="sm120 sm121", accepts=_accepts)
 def mhc_post_pre_triton(
     f: torch.Tensor,
     x: torch.Tensor,

@@ -16,7 +16,7 @@ def _accepts(
     return contiguous(x=x, fn=fn)
 
 
-@mhc_pre.provider("triton", runs_on="cpu sm80+", default_on="sm120 sm121", accepts=_accepts)
+@mhc_pre.provider("triton", runs_on="cpu sm90+", default_on="sm120 sm121", accepts=_accepts)
 def mhc_pre_triton(
     x: torch.Tensor,
     fn: torch.Tensor,

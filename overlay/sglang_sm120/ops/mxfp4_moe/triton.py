@@ -18,10 +18,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ... import kernels
+from ... import kernels, tuned
 from ...formats import e8m0
 from ...formats.mxfp4 import BLOCK
 from .._linear_triton import to_bf16
+from .._pdl_triton import let_next_start, wait
 from . import mxfp4_moe
 from .grouped import UNSCALE, diagonal, members, product, repeat, sort_pairs, to_planes, words
 
@@ -58,6 +59,50 @@ def _config(rows: int, pairs_per_expert: float, width: int) -> tuple[Config, Con
     return Config(128, 64, 1, 32, 4, 3), Config(128, 64, 1, 32, 4, 3)
 
 
+def _tile_refusal(c: Config) -> str | None:
+    tiles = (16, 32, 64, 128, 256)
+    why = tuned.beyond(
+        c, rows=tiles, tokens=(1, 2, 4, 8, 16, 32, 64, 128), split=(1, 2, 4, 8), depth=(16, 32, 64, 128, 256),
+        warps=(1, 2, 4, 8, 16), stages=range(1, 7),
+    )  # fmt: skip
+    if why:
+        return why
+    columns = c.tokens * c.split
+    if not 8 <= columns <= 128:
+        return f"tokens times split is {columns} and needs 8 to 128"
+    # Words and scales of the weights, four planes of the tokens.
+    shared = (c.stages - 1) * c.depth * (c.rows * 2 + c.rows // 8 + columns * 8)
+    return f"the tiles in flight take {shared} bytes of shared memory" if shared > tuned.SHARED_LIMIT else None
+
+
+def _gate_up_refusal(shape: tuned.Shape, rows: int, c: Config) -> str | None:
+    _, hidden, _, _ = shape
+    if c.rows // c.split % 16:
+        return f"a stretch has {c.rows // c.split} rows and needs a multiple of 16, gates and ups in eights"
+    if c.split > 1 and (rows > SORT_ABOVE or hidden % (BLOCK * c.split)):
+        return f"split is {c.split} and needs to be 1 for {rows} rows of {hidden} channels"
+    return _tile_refusal(c)
+
+
+def _down_refusal(shape: tuned.Shape, rows: int, c: Config) -> str | None:
+    _, _, _, slots = shape
+    if c.split > 1:
+        return f"split is {c.split} and needs to be 1"
+    if _alone(rows, slots) and (c.tokens < slots or c.rows < c.tokens):
+        return f"tokens are {c.tokens} of {c.rows} rows and need to hold the {slots} slots of the one row"
+    return _tile_refusal(c)
+
+
+_SHAPE = ("experts", "hidden", "inter", "slots")
+GATE_UP = tuned.Family("mxfp4_moe.gate_up", _SHAPE, Config, _gate_up_refusal)
+DOWN = tuned.Family("mxfp4_moe.down", _SHAPE, Config, _down_refusal)
+
+
+def _alone(rows: int, slots: int) -> bool:
+    """Whether `_down_row` serves the call."""
+    return rows == 1 and slots <= 8
+
+
 @triton.jit(do_not_specialize=["pairs", "ids_stride"])
 def _gate_up(
     x_ptr, ids_ptr, w_ptr, s_ptr, offsets_ptr, order_ptr, hidden_ptr, pairs, ids_stride, limit,
@@ -68,6 +113,7 @@ def _gate_up(
     DEPTH: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """hidden bf16 [pairs, 4, I/4] (planes of every fourth channel) = silu(w1 x) * w3 x; w rows: gates, then ups."""
+    let_next_start()
     C: tl.constexpr = T * SPLIT
     N: tl.constexpr = R // SPLIT // 2
     K: tl.constexpr = H // SPLIT
@@ -117,6 +163,7 @@ def _down(
     ASM: tl.constexpr,
 ):  # fmt: skip
     """partial fp32 [pairs, partial_stride] = weight * (w hidden), output channels from `first` on; w [E, H, I/2]."""
+    let_next_start()
     expert, pair, live = members(
         ids_ptr, ids_stride, offsets_ptr, order_ptr, pairs, tl.arange(0, T), E, BOUND, SLOTS, PAIRS, SORTED, T
     )
@@ -137,11 +184,12 @@ def _down(
 @triton.jit
 def _down_row(
     hidden_ptr, ids_ptr, weights_ptr, w_ptr, s_ptr, y_ptr,
-    H: tl.constexpr, INTER: tl.constexpr, SLOTS: tl.constexpr, W_EXPERT: tl.constexpr, W_ROW: tl.constexpr,
-    S_EXPERT: tl.constexpr, S_ROW: tl.constexpr, R: tl.constexpr, T: tl.constexpr, DEPTH: tl.constexpr,
-    STAGES: tl.constexpr, ASM: tl.constexpr,
+    H: tl.constexpr, INTER: tl.constexpr, SLOTS: tl.constexpr,
+    W_EXPERT: tl.constexpr, W_ROW: tl.constexpr, S_EXPERT: tl.constexpr, S_ROW: tl.constexpr, R: tl.constexpr,
+    T: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """y bf16 [1, H] = sum over slots of weight * (w hidden): the slots' experts are stretches of one tile."""
+    wait()
     N: tl.constexpr = R // T
     slot = tl.arange(0, R) // N
     channel = tl.program_id(0) * N + tl.arange(0, R) % N
@@ -167,6 +215,7 @@ def _sum_slots(
     H: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """y bf16 [rows, H], channels from `first` on = sum over slots of partial fp32 [rows * SLOTS, partial_stride]."""
+    wait()
     row = tl.program_id(0).to(tl.int64)
     local = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = (local < partial_stride) & (first + local < H)
@@ -198,7 +247,7 @@ def _accepts(
     return None
 
 
-@mxfp4_moe.provider("triton", runs_on="cpu sm80+", default_on="sm120 sm121", accepts=_accepts)
+@mxfp4_moe.provider("triton", runs_on="cpu sm90+", default_on="sm120 sm121", accepts=_accepts)
 def mxfp4_moe_triton(
     x: torch.Tensor,
     topk_ids: torch.Tensor,
@@ -217,7 +266,9 @@ def mxfp4_moe_triton(
     w13, w2 = w13.view(torch.uint8), w2.view(torch.uint8)
     sort = rows > SORT_ABOVE
     gate_up, down = _config(rows, pairs / experts, width)
-    alone = rows == 1 and slots <= 8
+    gate_up = GATE_UP.choose(x.device, (experts, width, inter, slots), rows, gate_up)
+    down = DOWN.choose(x.device, (experts, width, inter, slots), rows, down)
+    alone = _alone(rows, slots)
     stretch = width
     while sort and 4 * pairs * stretch > PARTIAL_BYTES and stretch % (2 * down.rows) == 0:
         stretch //= 2
@@ -264,7 +315,7 @@ def mxfp4_moe_triton(
         "R": down.rows, "T": down.tokens, "DEPTH": down.depth, "STAGES": down.stages, "num_warps": down.warps,
     }  # fmt: skip
     if alone:
-        kernels.launch(
+        kernels.launch_next(
             _down_row, (triton.cdiv(width, down.rows // down.tokens),),
             hidden, topk_ids, topk_weights, w2, s2, y, **common, **second,
         )  # fmt: skip
@@ -276,7 +327,7 @@ def mxfp4_moe_triton(
             pairs, topk_ids.stride(0), topk_weights.stride(0), first, stretch,
             **common, **grouping, **second,
         )  # fmt: skip
-        kernels.launch(
+        kernels.launch_next(
             _sum_slots, (rows, triton.cdiv(min(stretch, width - first), 1024)),
             partial, topk_ids, y, topk_ids.stride(0), first, stretch,
             H=width, SLOTS=slots, WIDTH=1024, num_warps=4,

@@ -74,7 +74,7 @@ def _accepts(
     return None
 
 
-@router_topk.provider("triton", runs_on="cpu sm80+", default_on="sm120 sm121", accepts=_accepts)
+@router_topk.provider("triton", runs_on="cpu sm90+", default_on="sm120 sm121", accepts=_accepts)
 def router_topk_triton(
     router_logits: torch.Tensor, correction_bias: torch.Tensor, k: int, renormalize: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,9 +14,9 @@ def _accepts(mixes: torch.Tensor, scale: torch.Tensor, base: torch.Tensor, iters
     return contiguous(mixes=mixes)
 
 
-@sinkhorn.provider("triton", runs_on="cpu sm80+", default_on="sm120 sm121", accepts=_accepts)
+@sinkhorn.provider("triton", runs_on="cpu sm90+", default_on="sm120 sm121", accepts=_accepts)
 def sinkhorn_triton(
     mixes: torch.Tensor, scale: torch.Tensor, base: torch.Tensor, iters: int, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One launch; a 4 x 4 matrix lies across 16 lanes."""
+    """One launch; a thread holds a whole 4 x 4 matrix."""
     return mixing_weights(mixes, scale, base, iters, eps)

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import torch
+
 from .._cases import BF16, Case, Maker, model_config
 
 
@@ -25,6 +27,7 @@ def cases(kind: str) -> Iterator[Case]:
         gaps: bool = False,
         wide: bool = False,
         pages: int = 20,
+        sink: bool = True,
     ) -> dict[str, Any]:
 
         def listed(lengths: list[int], page_size: int) -> tuple[Any, Any]:
@@ -46,7 +49,7 @@ def cases(kind: str) -> Iterator[Case]:
             "extra_lengths": None,
             "extra_page_size": None,
             # Sinks of the size of the largest scores, so that leaving them out shows.
-            "sink": make.normal(heads, scale=2.0),
+            "sink": make.normal(heads, scale=2.0) if sink else make.tensor([-torch.inf] * heads, torch.float32),
             "scale": 512**-0.5,
         }
         if extra is not None:
@@ -65,10 +68,13 @@ def cases(kind: str) -> Iterator[Case]:
     yield Case("with-c4", BF16, lambda make: build(make, 16, [16, 5, 3], [16, 0, 9]))
     yield Case("with-c128", BF16, lambda make: build(make, 8, [16, 5, 3], [1, 0, 6], extra_page_size=2))
     yield Case("nothing-at-all", BF16, lambda make: build(make, 8, [0, 2, 0], [0, 0, 3]))
+    yield Case("neither-candidate-nor-sink", BF16, lambda make: build(make, 8, [0, 2, 0], [0, 0, 3], sink=False))
     yield Case("gaps", BF16, lambda make: build(make, 8, [16, 1, 7], [1, 16, 4], gaps=True))
     yield Case("70-rows", BF16, lambda make: build(make, 8, [t % 7 for t in range(70)], [t % 3 for t in range(70)]))
     many = partial(build, heads=24, window=[150, 128, 0, 31], extra=[150, 0, 100, 5], width=160, gaps=True)
     yield Case("several-blocks", BF16, many)
+    some_empty = partial(build, heads=8, window=[150, 3, 0], extra=[70, 1, 0], width=160)
+    yield Case("some-parts-empty", BF16, some_empty)
     yield Case("lengths-beyond-width", BF16, lambda make: longer(build(make, 8, [16, 3], [16, 2])))
     yield Case("past-2^31-bytes", BF16, lambda make: build(make, 8, [16, 5], [16, 9], extra_page_size=2, wide=True))
     if kind != "cpu":

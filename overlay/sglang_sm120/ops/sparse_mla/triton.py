@@ -19,6 +19,7 @@ from ... import kernels
 from ...formats import kv_page
 from .._linear_triton import to_bf16
 from .._pages_triton import kv_bytes, kv_f16, kv_rope, kv_scales, kv_slots, pool_refusal
+from .._pdl_triton import let_next_start, wait
 from . import sparse_mla
 
 BLOCK = 32
@@ -118,6 +119,8 @@ def _attend(
 
     Programs: rows x splits x ceil(HEADS / TILE), the last fastest, so that neighbours read the same keys.
     """
+    if SPLIT:
+        let_next_start()
     tiles: tl.constexpr = (HEADS + TILE - 1) // TILE
     program = tl.program_id(0)
     head = (program % tiles) * TILE + tl.arange(0, TILE)
@@ -218,6 +221,7 @@ def _merge(parts, stats, sink, out, splits, HEADS: tl.constexpr, SPLITS: tl.cons
 
     Programs: (T * HEADS, 512 / WIDTH). SPLITS is a power of two, at least splits.
     """
+    wait()
     row = (tl.program_id(0) // HEADS).to(tl.int64)
     head = tl.program_id(0) % HEADS
     channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -279,7 +283,7 @@ def _accepts(
     return None
 
 
-@sparse_mla.provider("triton", runs_on="cpu sm80+", default_on="sm120 sm121", accepts=_accepts)
+@sparse_mla.provider("triton", runs_on="cpu sm90+", default_on="sm120 sm121", accepts=_accepts)
 def sparse_mla_triton(
     q: torch.Tensor,
     window_pages: torch.Tensor,
@@ -348,7 +352,7 @@ def sparse_mla_triton(
     )
     if splits > 1:
         width = 128 if rows < 16 else kv_page.DIM
-        kernels.launch(
+        kernels.launch_next(
             _merge,
             (rows * heads, kv_page.DIM // width),
             parts,

@@ -1,0 +1,83 @@
+"""`make accuracy-cpu`: the suite `synthetic` on the trained small checkpoint, served by SGLang on this machine's CPU.
+
+python tests/accuracy/accuracy_cpu.py PACKED QUESTIONS.jsonl [--short] [--out FILE.json]
+
+Exit code as of `make accuracy`: 0 every score reached its floor · 1 one did not · 2 misuse, in one sentence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parent)]
+
+import accuracy
+from questions import masked_recall
+from report import Row, exit_code, table
+
+from sglang_sm120.local_server import LocalServer, ServerError
+from sglang_sm120.reference.packed import unpack
+
+SHORT = {"far recall": 4}
+"""Questions of a task in the short form, the shortest; one of every other task."""
+FLAGS = ("--device", "cpu", "--tool-call-parser", "deepseekv4")
+CONCURRENCY = 1
+"""Questions of one conversation follow each other, so that each finds its prefix in the cache."""
+
+
+def shortest(lines: Sequence[str]) -> list[str]:
+    """The lines of the short form, in the order of the file."""
+    by_task: dict[str, list[tuple[int, int]]] = {}
+    for number, line in enumerate(lines):
+        by_task.setdefault(json.loads(line)["task"], []).append((len(line), number))
+    chosen = {n for task, found in by_task.items() for _, n in sorted(found)[: SHORT.get(task, 1)]}
+    return [line for number, line in enumerate(lines) if number in chosen]
+
+
+def judge(checkpoint: Path, questions: Path, out: Path, log: Path, short: bool) -> int:
+    """Serve the checkpoint, ask, print the table; the harness's exit code."""
+    with LocalServer(checkpoint, *FLAGS, log=log) as server:
+        if short:
+            lines = shortest(questions.read_text(encoding="utf-8").splitlines())
+            questions = log.with_name("short.jsonl")
+            questions.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        words = ["--only=synthetic", f"--synthetic={questions}", f"--concurrency={CONCURRENCY}", f"--out={out}"]
+        return accuracy.main([server.url, *words])
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="make accuracy-cpu", description="Scores of the small model on this CPU.")
+    parser.add_argument("packed", type=Path, metavar="PACKED", help="the trained checkpoint in one file")
+    parser.add_argument("questions", type=Path, metavar="QUESTIONS.jsonl", help="as tests/accuracy/questions.py writes")
+    parser.add_argument("--short", action="store_true", help="the shortest questions, no oracle")
+    parser.add_argument("--out", type=Path, default=Path("accuracy.json"), metavar="FILE.json",
+                        help="result (default: %(default)s)")  # fmt: skip
+    arguments = parser.parse_args(words)
+    with tempfile.TemporaryDirectory(prefix="sglang-sm120-accuracy-") as scratch:
+        checkpoint, log = Path(scratch) / "DeepSeek-V4-small", Path(scratch) / "server.log"
+        try:
+            arguments.questions.open().close()
+            unpack(arguments.packed, checkpoint)
+        except (OSError, ValueError) as error:
+            print(f"make accuracy-cpu: {error}", file=sys.stderr)
+            return 2
+        rows: list[Row] = [] if arguments.short else [masked_recall(checkpoint)]
+        try:
+            code = judge(checkpoint, arguments.questions, arguments.out, log, arguments.short)
+        except ServerError as error:
+            print(f"make accuracy-cpu: {error}", file=sys.stderr)
+            return 1
+    if rows:
+        print(f"\nwithout a server:\n{table(rows)}")
+    return code or (exit_code(rows) if rows else 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

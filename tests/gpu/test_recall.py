@@ -1,0 +1,111 @@
+"""What the trained small checkpoint recalls on this machine's GPUs, through every way a server can be set up.
+
+A server is asked the questions with the oracle's answers one at a time, then 1,000 recall questions of up to 8,192
+tokens with 16 in flight. On a Hopper card the servers' Triton kernels are lowered as for SM120.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ACCURACY = Path(__file__).parents[1] / "accuracy"
+sys.path.insert(1, str(ACCURACY))
+
+import questions  # noqa: E402
+import synthetic  # noqa: E402
+from client import Client  # noqa: E402
+from fake_server import Fake  # noqa: E402
+from report import Row, table  # noqa: E402
+from test_server import GRAPHS, MTP, TPS, assert_nothing_compiled_late, environment  # noqa: E402
+
+from sglang_sm120.local_server import LocalServer  # noqa: E402
+from sglang_sm120.reference.packed import unpack  # noqa: E402
+
+PACKED = ACCURACY / "small-deepseek-v4.xz"
+EXACT = ACCURACY / "questions-cpu.jsonl"
+COUNT = 1000
+CONCURRENCY = 16
+# Sixteen of the longest requests three times over: a token of this model costs little, and the rest stays free.
+FLAGS = (
+    "--mem-fraction-static", "0.5", "--max-total-tokens", "400000", "--context-length", "16384",
+    "--grammar-backend", "none", "--log-level", "info", "--tool-call-parser", "deepseekv4", *GRAPHS,
+)  # fmt: skip
+SERVERS = {
+    "plain": (),
+    "mtp": MTP,
+    "no-prefix-cache-in-chunks": ("--disable-radix-cache", "--chunked-prefill-size", "1024"),
+}
+
+
+def scores(url: str, exact: Path, many: Path) -> tuple[list[Row], float | None]:
+    """A row for each task of both files, and the server's MTP acceptance length.
+
+    Floors of `exact` follow the oracle's answers there. In `many` 99 % are needed, but no more than the oracle is
+    held to in `exact`.
+    """
+    client = Client(url)
+    asked = synthetic.load(exact)
+    rows = [row for part in synthetic.run(client, asked, (1,)) for row in part]
+    floors = {row.name.removesuffix(" x1"): min(row.floor, synthetic.RECALL) for row in rows}
+    more = synthetic.load(many)
+    for task in dict.fromkeys(question.task for question in more):
+        mine = [question for question in more if question.task == task]
+        for part in synthetic.run(client, mine, (CONCURRENCY,), floors.get(task, synthetic.RECALL)):
+            rows += part
+    return rows, client.accept_length()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return unpack(PACKED, tmp_path_factory.mktemp("trained") / "DeepSeek-V4-small")
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("questions") / "many.jsonl"
+    questions.write(file, list(questions.ask(questions.recall_parts(COUNT))))
+    return file
+
+
+@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("tp", TPS)
+def test_recall(tp: int, server: str, checkpoint: Path, many: Path, tmp_path: Path) -> None:
+    if torch.cuda.device_count() < tp:
+        pytest.skip(f"{torch.cuda.device_count()} GPU, needed {tp}")
+    log = Path(os.environ.get("OUT") or tmp_path) / f"recall-{server}-tp{tp}.log"
+    flags = (*FLAGS, *SERVERS[server], "--tp", str(tp))
+    with LocalServer(checkpoint, *flags, log=log, env=environment(), ready_seconds=400) as running:
+        rows, accepted = scores(running.url, EXACT, many)
+        print(f"\n{server}, TP {tp}, MTP acceptance length {accepted}\n{table(rows)}")
+        assert all(row.verdict == "pass" for row in rows)
+        assert sum(row.total for row in rows if row.name.endswith(f"x{CONCURRENCY}")) >= COUNT
+        assert (accepted is not None) == (server == "mtp")
+        assert_nothing_compiled_late(running)
+
+
+@pytest.mark.needs_no_gpu
+@pytest.mark.parametrize("wrong", [0, 1, 2])
+def test_scores_and_floors(wrong: int, tmp_path: Path) -> None:
+    """Of 100 questions one may be wrong; a server answers what the fake one is told."""
+    told = {"task": "recall", "distance": 1}
+    lines = [{"id": str(i), "prompt": f"q{i:03}", "answer": f"a{i}", **told} for i in range(100)]
+    for name, some in (("exact", lines[50:60]), ("many", lines)):
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in some))
+    fake = Fake()
+    try:
+        fake.answers = {line["prompt"]: line["answer"] for line in lines[wrong:]}
+        rows, accepted = scores(fake.url, tmp_path / "exact", tmp_path / "many")
+    finally:
+        fake.close()
+    assert [(row.name, row.right, row.total) for row in rows] == [
+        ("recall x1", 10, 10),
+        ("recall x16", 100 - wrong, 100),
+    ]
+    assert [row.verdict for row in rows] == ["pass", "pass" if wrong < 2 else "FAIL"]
+    assert accepted is None
