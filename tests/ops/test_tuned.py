@@ -226,7 +226,7 @@ def _close(got: torch.Tensor, expected: torch.Tensor) -> bool:
     return bool(error <= 1e-2 * expected.double().square().mean().sqrt())
 
 
-@pytest.mark.parametrize("turn", range(4))
+@pytest.mark.parametrize("turn", range(2))
 @pytest.mark.parametrize("op", ["fp8_linear", "mxfp4_moe", "topk_slots", "indexer_logits"])
 def test_no_accepted_configuration_gives_wrong_results(op: str, turn: int, seed: int) -> None:
     """At small sizes, without a GPU in the interpreter."""
