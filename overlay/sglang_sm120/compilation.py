@@ -75,7 +75,8 @@ class _Target:
         return self._target
 
 
-def _use_target(capability: int) -> None:
+def use_target(capability: int) -> None:
+    """Let Triton compile for this capability times ten in this process, which runs no kernel from then on."""
     # Read when kernels are defined: in the interpreter there is nothing to compile.
     os.environ.pop("TRITON_INTERPRET", None)
     from triton.runtime import driver
@@ -188,7 +189,7 @@ def compile_jobs(
     # Each imports torch, which more processes would spend their time on.
     workers = workers or min(32, len(os.sched_getaffinity(0)))
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _use_target, (capability,)) as pool:
+    with ProcessPoolExecutor(workers, context, use_target, (capability,)) as pool:
         with _blank_main():
             futures = {pool.submit(compile_job, job): job for job in jobs}
         for future in as_completed(futures):

@@ -1,9 +1,9 @@
 """`make demo`: a small DeepSeek-V4 checkpoint, the real SGLang server on CPU, and a few requests as a user sends them.
 
-    python -m sglang_sm120.demo [PACKED]
+    python -m sglang_sm120.demo PACKED
 
 PACKED is a trained checkpoint as `reference.packed` writes it: it has learned to recall words from far back, and the
-demo fails when it does not. Without it the weights are random, and what is said means nothing.
+demo fails when it does not.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from openai.types.chat import (
 
 from sglang_sm120.local_server import LocalServer, ServerError
 from sglang_sm120.reference.packed import unpack
-from sglang_sm120.reference.write import write_checkpoint
 
 REACH = 2048
 """Tokens behind the question up to which attention takes all compressed entries; beyond, the indexer chooses."""
@@ -75,7 +74,7 @@ def _answer(client: OpenAI, model: str, messages: list[ChatCompletionMessagePara
     return answer, chat.usage.prompt_tokens
 
 
-def _show_requests(url: str, trained: bool) -> None:
+def _show_requests(url: str) -> None:
     for path in ("/health", "/v1/models"):
         response = httpx.get(url + path, timeout=60)
         response.raise_for_status()
@@ -92,34 +91,30 @@ def _show_requests(url: str, trained: bool) -> None:
         answer, tokens = _answer(client, model, messages)
         if tokens <= REACH:
             raise ServerError(f"The prompt has {tokens} tokens, needed more than {REACH}.")
-        if trained and answer.split() != [key, RECORDS[key]]:
+        if answer.split() != [key, RECORDS[key]]:
             raise ServerError(f"The answer is {answer!r}, right is ' {key} {RECORDS[key]}'.")
         messages.append(ChatCompletionAssistantMessageParam(role="assistant", content=answer))
         text = ""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the demo; 0 when every request was answered, and rightly if trained, 1 with one sentence otherwise."""
+    """Run the demo; 0 when every request was answered, and rightly, 1 with one sentence otherwise."""
     parser = argparse.ArgumentParser(prog="python -m sglang_sm120.demo", description="A small DeepSeek-V4 on CPU.")
-    parser.add_argument("packed", type=Path, nargs="?", metavar="PACKED", help="a trained checkpoint in one file")
-    packed: Path | None = parser.parse_args(argv).packed
+    parser.add_argument("packed", type=Path, metavar="PACKED", help="a trained checkpoint in one file")
+    packed: Path = parser.parse_args(argv).packed
     # An exception, unlike the signal itself, stops the server on its way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with tempfile.TemporaryDirectory(prefix="sglang-sm120-demo-") as scratch:
         checkpoint = Path(scratch) / "DeepSeek-V4-small"
         log = Path(scratch) / "server.log"
         try:
-            if packed is not None:
-                _say(f"Unpacking the small trained DeepSeek-V4 of {packed} …")
-                unpack(packed, checkpoint)
-            else:
-                _say("Writing a small DeepSeek-V4 checkpoint with random weights …")
-                write_checkpoint(checkpoint)
+            _say(f"Unpacking the small trained DeepSeek-V4 of {packed} …")
+            unpack(packed, checkpoint)
             _say("Starting python -m sglang.launch_server --device cpu … (about a minute)")
             start = time.monotonic()
             with LocalServer(checkpoint, "--device", "cpu", log=log) as server:
                 _say(f"Server ready at {server.url} after {time.monotonic() - start:.0f} s.")
-                _show_requests(server.url, trained=packed is not None)
+                _show_requests(server.url)
         except (ServerError, OSError, ValueError, httpx.HTTPError, OpenAIError) as error:
             print(f"make demo failed: {error}", file=sys.stderr)
             return 1

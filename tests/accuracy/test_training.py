@@ -22,6 +22,7 @@ from sglang_sm120.reference import oracle
 from sglang_sm120.reference.checkpoint import Checkpoint
 from sglang_sm120.reference.config import ReferenceConfig
 from sglang_sm120.reference.oracle import LOGPROB_TOLERANCE, Oracle
+from sglang_sm120.reference.packed import stored_bytes, write_tensors
 
 CPU = torch.device("cpu")
 TINY = train.RECIPES["tiny"]
@@ -61,7 +62,7 @@ def export_random(config: ReferenceConfig, folder: Path, seed: int) -> Exported:
         w *= next((f for end, f in factors.items() if name.endswith(end)), 1.0)
         if w.dim() == 1:
             w += 0.1 * torch.randn(w.shape, generator=rng)
-    export.write_trained(folder, config, export.tensors_of(weights, tables, config, 7))
+    write_tensors(folder, config, export.tensors_of(weights, tables, config, 7))
     return Exported(config, weights, tables, Oracle(folder))
 
 
@@ -220,7 +221,7 @@ def test_mxfp4_values_are_the_formats(draw: int, size: float) -> None:
 def test_packed_is_bit_for_bit(tmp_path: Path, seed: int) -> None:
     made = export_random(ONE_C4, tmp_path / "checkpoint", seed)
     size = export.pack(tmp_path / "checkpoint", tmp_path / "packed")
-    assert size < export.stored_bytes(made.config)
+    assert size < stored_bytes(made.config)
     export.unpack(tmp_path / "packed", tmp_path / "again")
     names = sorted(path.name for path in (tmp_path / "checkpoint").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "again").iterdir())

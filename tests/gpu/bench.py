@@ -159,7 +159,7 @@ def traffic(call: Call) -> tuple[int, int]:
     return everything + _bytes(a.get("x")) // 4, 0
 
 
-def _rotation(call: Call, others: Callable[[int], Call]) -> list[dict[str, Any]]:
+def rotation(call: Call, others: Callable[[int], Call]) -> list[dict[str, Any]]:
     """Sets of arguments that together exceed the L2, so that a round finds none of its inputs there."""
     if call.op == "mxfp4_moe":
         # Other experts of the same weights.
@@ -233,7 +233,7 @@ def bench(
         if problem:
             row["failed"] = problem
         else:
-            sets = _rotation(call, nth)
+            sets = rotation(call, nth)
             us = microseconds([partial(function, **arguments) for arguments in sets])
             nbytes, flops = traffic(call)
             row |= {"time_us": round(us, 2), "bytes": nbytes, "flops": flops}

@@ -84,7 +84,7 @@ def _compiled() -> tuple[Any, ...]:
 
 def test_candidates_compile_and_fit() -> None:
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, compilation._use_target, (120,)) as pool:
+    with ProcessPoolExecutor(1, context, compilation.use_target, (120,)) as pool:
         jobs, scratch, orphans, said, too_large = pool.submit(_compiled).result()
     assert jobs > 80
     assert scratch["topk_slots"] >= 16384 // 1024 * 512 * 8
@@ -100,7 +100,7 @@ def sweep_of(
     """`tune.sweep` on meta tensors, with `cost(table)` for microseconds."""
     call = list(model_calls(model_config(), case.tp, case.rows, case.context, op=case.op))[case.position]
     monkeypatch.setattr(bench, "nth_call", lambda *_: call)
-    monkeypatch.setattr(bench, "_rotation", lambda call, _: [call.arguments] * 3)
+    monkeypatch.setattr(bench, "rotation", lambda call, _: [call.arguments] * 3)
     monkeypatch.setattr(bench, "traffic", lambda _: (1_000_000, 0))
     table = lambda: tuned.active(bench.DEVICE)  # noqa: E731
     monkeypatch.setattr(bench, "microseconds", lambda functions: cost(table()) if len(functions) == 3 else 0)

@@ -85,7 +85,7 @@ def attempt(job: Job) -> str | None:
 def compile_all(jobs: dict[str, Job], capability: int, workers: int, until: float) -> dict[str, str | None]:
     """What `attempt` says of each variant, in order, as far as time allows."""
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, compilation._use_target, (capability,))
+    pool = ProcessPoolExecutor(workers, context, compilation.use_target, (capability,))
     futures: dict[str, Future[str | None]] = {key: pool.submit(attempt, job) for key, job in jobs.items()}
     wait(futures.values(), max(1.0, until - time.monotonic()))
     pool.shutdown(cancel_futures=True)
@@ -127,7 +127,7 @@ def sweep(case: Case, usable: Callable[[tuned.Key, Any], bool], until: float) ->
     """Time the candidates of each key in turn, the others' best so far in force."""
     nth = partial(bench.nth_call, case.op, case.tp, case.rows, case.context, case.position)
     call = nth(0)
-    sets = bench._rotation(call, nth)
+    sets = bench.rotation(call, nth)
     function = registry.ops()[case.op].providers["triton"].function
     problem = checker(call)
     wrong: list[str] = []

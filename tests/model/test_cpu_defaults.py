@@ -145,7 +145,9 @@ def test_demo_fails_with_one_sentence_when_the_server_does(tmp_path: Path) -> No
         demo.LocalServer = Broken
         sys.exit(demo.main())
     """
-    result = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+    packed = Path(__file__).parents[1] / "accuracy/small-deepseek-v4.xz"
+    command = [sys.executable, "-c", textwrap.dedent(script), str(packed)]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr.startswith("make demo failed: The server exited")
     assert "out of order" in result.stderr and "Traceback" not in result.stderr

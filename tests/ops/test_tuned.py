@@ -201,7 +201,7 @@ def _unplanned(seed: int) -> tuple[int, list[str]]:
 
 
 def test_the_warm_up_plans_for_what_the_table_says(seed: int) -> None:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), compilation._use_target, (120,)) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), compilation.use_target, (120,)) as pool:
         changed, missing = pool.submit(_unplanned, seed).result()
     assert changed >= len(TABLE)
     assert not missing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
 import re
 from concurrent.futures import ProcessPoolExecutor
@@ -46,7 +47,7 @@ def test_keys_of_kernels_do_not_depend_on_the_order_they_are_met_in() -> None:
     orders = (list(warmup.SERVED), list(reversed(warmup.SERVED)))
     found = []
     for order in orders:
-        with ProcessPoolExecutor(1, context, compilation._use_target, (120,)) as pool:
+        with ProcessPoolExecutor(1, context, compilation.use_target, (120,)) as pool:
             found.append(pool.submit(_keys, order).result())
     assert found[0] == found[1]
 
@@ -63,7 +64,7 @@ def _late(only: str) -> tuple[list[str], list[str]]:
 
 
 def test_a_compilation_after_freeze_is_counted() -> None:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), compilation._use_target, (120,)) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), compilation.use_target, (120,)) as pool:
         before, after = pool.submit(_late, "router_topk").result()
     assert before == []
     (line,) = after
@@ -71,12 +72,32 @@ def test_a_compilation_after_freeze_is_counted() -> None:
     assert "rows=i32" in line and "EXPERTS=256" in line and line.endswith("warps=1, stages=3)")
 
 
+def _early(pdl: str) -> tuple[set[str], set[str]]:
+    """Kernels launched dependently, and the others, with SGLANG_SM120_PDL set so."""
+    os.environ["SGLANG_SM120_PDL"] = pdl
+    launches = warmup.variants(model_config(), 2, 1, 1, 65_536, ["sparse_mla", "mxfp4_moe", "mhc_pre"], 188).launches
+    early = {kernel.fn.__name__ for kernel, _, options in launches.values() if options.get("launch_pdl")}
+    return early, {kernel.fn.__name__ for kernel, _, _ in launches.values()} - early
+
+
+def test_second_kernels_start_early_if_asked_for() -> None:
+    found = {}
+    for pdl in ("0", "1", "yes"):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), compilation.use_target, (120,)) as pool:
+            found[pdl] = pool.submit(_early, pdl)
+    first, second = {"_attend", "_gate_up", "_mix"}, {"_merge", "_down_row", "_finish"}
+    assert found["0"].result() == (set(), first | second)
+    assert found["1"].result() == (second, first)
+    with pytest.raises(ValueError, match="SGLANG_SM120_PDL is 'yes' and needs 0 or 1"):
+        found["yes"].result()
+
+
 @pytest.mark.parametrize(("tp", "sms"), [(1, 132), (2, 188), (4, 48)])
 def test_no_step_launches_a_kernel_that_was_not_compiled(tp: int, sms: int, seed: int) -> None:
     rng = random.Random(seed)
     rows = [rng.choice([rng.randrange(1, 70), int(2 ** rng.uniform(0, 13))]) for _ in range(40)]
     steps = [(r, int(2 ** rng.uniform(0, 20))) for r in rows]
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), compilation._use_target, (120,)) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), compilation.use_target, (120,)) as pool:
         count, missing = pool.submit(_missing, tp, rng.choice([32, 100, 160]), sms, steps).result()
     assert count > 100
     assert not missing

@@ -22,9 +22,7 @@ from training.quantise import coarse
 from sglang_sm120.formats import fp8_block, mxfp4
 from sglang_sm120.reference.config import ReferenceConfig
 from sglang_sm120.reference.layout import Parameter, Storage, parameters
-from sglang_sm120.reference.packed import pack, unpack
-from sglang_sm120.reference.packed import stored_bytes as stored_bytes
-from sglang_sm120.reference.packed import write_tensors as write_trained
+from sglang_sm120.reference.packed import pack, unpack, write_tensors
 
 
 def tensors_of(weights: Weights, tables: Weights, config: ReferenceConfig, levels: int) -> Weights:
@@ -56,7 +54,7 @@ def write_run(run: Path, out: Path) -> Path:
     progress, weights, _ = state.load(run)
     recipe = train.RECIPES[progress.size]
     tables = initial_tables(recipe.config, progress.seed)
-    return write_trained(out, recipe.config, tensors_of(weights, tables, recipe.config, recipe.levels))
+    return write_tensors(out, recipe.config, tensors_of(weights, tables, recipe.config, recipe.levels))
 
 
 def main(argv: list[str] | None = None) -> int:

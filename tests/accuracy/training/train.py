@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from training import data, state
-from training.export import stored_bytes
 from training.model import Mode, Model, Weights, served, stacked, tables
 from training.start import initial
 
 from sglang_sm120.reference.config import HEAD_DIM, INDEX_HEAD_DIM, WINDOW, ReferenceConfig
+from sglang_sm120.reference.packed import stored_bytes
 
 EVAL_SEED = 1 << 30
 """Evaluation data: no training step draws from this seed."""
