@@ -2,6 +2,7 @@
 
 python tests/accuracy/questions.py OUT.jsonl --oracle CHECKPOINT    64 questions for a CPU, with the oracle's answers
 python tests/accuracy/questions.py OUT.jsonl --count 1000           recall alone, up to 8,192 tokens, for a GPU
+python tests/accuracy/questions.py OUT.json --count 1000 --oracle CHECKPOINT --wrong    what the oracle misses there
 
 A question is a turn of a conversation after the turns before it, answered rightly: the model was trained on that, and
 questions of one conversation share a prefix. The oracle therefore looks at a conversation once: it is right where each
@@ -11,6 +12,7 @@ token of the answer, and the end after it, is its most probable one; otherwise `
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -178,20 +180,46 @@ def write(out: Path, asked: list[Asked], oracle: list[str] | None = None) -> Non
     out.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines), encoding="utf-8")
 
 
+def digest(asked: Iterable[Asked]) -> str:
+    """SHA-256 of what is asked."""
+    return hashlib.sha256("".join(json.dumps(q.line) for q in asked).encode()).hexdigest()
+
+
+def write_wrong(out: Path, asked: list[Asked], said: list[str]) -> None:
+    """Write what the oracle does not answer rightly, in a file that a thousand long questions would not fit."""
+    wrong = {q.line["id"]: answer for q, answer in zip(asked, said, strict=True) if answer != q.line["answer"]}
+    facts = {"questions": len(asked), "sha256": digest(asked), "wrong": wrong}
+    out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def read_wrong(file: Path, asked: list[Asked]) -> list[str]:
+    """The oracle's answers to the questions that `write_wrong` was given; raises ValueError for others."""
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    if facts["sha256"] != digest(asked):
+        raise ValueError(f"{file} is of other questions: write it again with --wrong")
+    return [facts["wrong"].get(q.line["id"], q.line["answer"]) for q in asked]
+
+
 def main(words: list[str] | None = None) -> int:
     """Command line; 0 when written, 1 when it failed, 2 for misuse."""
     parser = argparse.ArgumentParser(prog="questions.py", description="Write questions with exact answers.")
     parser.add_argument("out", type=Path, metavar="OUT.jsonl")
     parser.add_argument("--count", type=int, metavar="N", help="recall questions, at least; without it the CPU's set")
     parser.add_argument("--oracle", type=Path, metavar="CHECKPOINT", help="add what the oracle answers")
+    parser.add_argument("--wrong", action="store_true", help="write only what the oracle misses")
     arguments = parser.parse_args(words)
+    if arguments.wrong and not arguments.oracle:
+        parser.error("--wrong has no oracle, needed --oracle CHECKPOINT")
     if arguments.count is not None and arguments.count < 1:
         parser.error(f"--count is {arguments.count}, needed at least 1")
     asked = list(ask(CPU_PARTS if arguments.count is None else recall_parts(arguments.count)))
     began = time.monotonic()
     try:
         said = answers(Oracle(arguments.oracle), asked) if arguments.oracle else None
-        write(arguments.out, asked, said)
+        if said and arguments.wrong:
+            write_wrong(arguments.out, asked, said)
+        else:
+            write(arguments.out, asked, said)
     except (OSError, ValueError, KeyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -161,6 +161,21 @@ def test_the_oracles_answer_ends_with_its_first_wrong_token(task: str, seed: int
     assert questions.answers(oracle_saying(said), [asked]) != [asked.line["answer"]]
 
 
+def test_what_the_oracle_misses_is_kept_with_its_questions(seed: int, tmp_path: Path) -> None:
+    found = list(questions.ask(FEW, seed))
+    said = [" no" if i % 3 == 0 else question.line["answer"] for i, question in enumerate(found)]
+    questions.write_wrong(tmp_path / "wrong.json", found, said)
+    assert questions.read_wrong(tmp_path / "wrong.json", found) == said
+    with pytest.raises(ValueError, match="is of other questions: write it again with --wrong"):
+        questions.read_wrong(tmp_path / "wrong.json", list(questions.ask(FEW, seed + 1)))
+
+
+def test_misses_need_an_oracle(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        questions.main(["out.json", "--wrong"])
+    assert caught.value.code == 2 and "needed --oracle CHECKPOINT" in capsys.readouterr().err
+
+
 def test_one_forward_pass_for_a_conversation(seed: int) -> None:
     found = list(questions.ask(FEW, seed))
     passes = []

@@ -9,7 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import sglang_sm120
 
@@ -22,6 +25,7 @@ from sglang.srt.layers.moe.utils import initialize_moe_config  # noqa: E402
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch  # noqa: E402
 from sglang.srt.managers.tp_worker import TpModelWorker  # noqa: E402
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode  # noqa: E402
+from sglang.srt.models import deepseek_v4  # noqa: E402
 from sglang.srt.sampling.sampling_params import SamplingParams  # noqa: E402
 from sglang.srt.server_args import PortArgs, ServerArgs, set_global_server_args_for_scheduler  # noqa: E402
 from sglang.srt.speculative.eagle_info import EagleDraftInput, EagleVerifyInput  # noqa: E402
@@ -169,6 +173,37 @@ class Conversation:
             self.table[row, length : length + width] = slots.int()
 
 
+class Forked(Exception):
+    """Instead of CUDA streams, which a CPU lacks."""
+
+
+def before_streams_part(target: TpModelWorker) -> list[str]:
+    """What an attention layer does inside a CUDA graph up to where its streams part."""
+    events: list[str] = []
+
+    def fork(*_: object) -> None:
+        events.append("streams")
+        raise Forked
+
+    layer = target.model_runner.model.model.layers[0].self_attn
+    layer.alt_streams, layer._multi_stream_bs_limit, layer._forward_prepare_multi_stream = [], 1, fork
+    backend = SimpleNamespace(_maybe_upgrade_forward_metadata=lambda: events.append("metadata"))
+    with patch.object(deepseek_v4, "get_is_capture_mode", lambda: True), suppress(Forked):
+        layer(torch.zeros(1, 8), torch.zeros(1), SimpleNamespace(attn_backend=backend))
+    return events
+
+
+def ended(accepted: list[int], limit: int, end: int) -> tuple[list[int], str | None]:
+    """Tokens and reason of a request that a verification gave `accepted`, if `limit` or the token `end` ends it."""
+    sampling = SamplingParams(max_new_tokens=limit)
+    sampling.normalize(None)
+    request = Req("0", "", [1], sampling, eos_token_ids={end}, vocab_size=100)
+    request.output_ids = accepted
+    request.check_finished(len(accepted))
+    reason = request.finished_reason
+    return list(request.output_ids_through_stop), None if reason is None else reason.to_json()["type"]
+
+
 def main(checkpoint: str, script: Path, out: Path) -> None:
     plan = json.loads(script.read_text())
     target, draft, warnings = workers(checkpoint, len(plan["steps"][0]["drafts"][0]))
@@ -177,7 +212,9 @@ def main(checkpoint: str, script: Path, out: Path) -> None:
         results = [conversation.prefill(plan["following"])]
         results += [conversation.verify(**step) for step in plan["steps"]]
     sizes = {name: parameter.numel() for name, parameter in draft.model_runner.model.named_parameters()}
-    torch.save({"results": results, "warnings": warnings, "sizes": sizes}, out)
+    saved = {"results": results, "warnings": warnings, "sizes": sizes}
+    saved |= {"ended": [ended(**case) for case in plan["endings"]], "order": before_streams_part(target)}
+    torch.save(saved, out)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,17 @@ LENGTHS = (119, 250)
 ACCEPTED = ((2, 1), (1, 2), (3, 4), (4, 1))
 
 
+END = 7
+# Accepted tokens, the limit; what is returned and why.
+ENDINGS = (
+    ([5, END, 9], 3, [5, END], "stop"),
+    ([5, END, 9], 2, [5, END], "stop"),
+    ([5, 6, END, 9], 2, [5, 6], "length"),
+    ([5, 6, 9, 8], 3, [5, 6, 9], "length"),
+    ([5, 6], 3, [5, 6], None),
+)
+
+
 def script(prompt_of: PromptOf) -> dict[str, Any]:
     """What `mtp_probe.py` is to do: two prompts, then verifications in which the first few drafts are accepted."""
     prompts = [prompt_of(length, i) for i, length in enumerate(LENGTHS)]
@@ -46,7 +57,9 @@ def script(prompt_of: PromptOf) -> dict[str, Any]:
             at[r] += count
             bonus.append(accepted_tokens[r][at[r]])
         steps.append({"drafts": drafts, "accepted": list(counts), "bonus": bonus})
-    return {"prompts": prompts, "following": [tokens[0] for tokens in accepted_tokens], "steps": steps}
+    endings = [{"accepted": accepted, "limit": limit, "end": END} for accepted, limit, _, _ in ENDINGS]
+    following = [tokens[0] for tokens in accepted_tokens]
+    return {"prompts": prompts, "following": following, "steps": steps, "endings": endings}
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +149,11 @@ def test_more_drafts_than_can_be_taken_back_are_refused() -> None:
     require_kept(MAX_DRAFT_TOKENS)
     with pytest.raises(ValueError, match="is 11, .* take back 10 tokens: use --speculative-num-steps 9 or fewer"):
         require_kept(MAX_DRAFT_TOKENS + 1)
+
+
+def test_an_end_token_ends_the_answer_where_the_limit_is_reached(served: dict[str, Any]) -> None:
+    assert served["ended"] == [(tokens, reason) for _, _, tokens, reason in ENDINGS]
+
+
+def test_metadata_is_made_before_streams_part(served: dict[str, Any]) -> None:
+    assert served["order"] == ["metadata", "streams"]
