@@ -379,6 +379,7 @@ def test_topologies_parse(kind: str, flags: Flags, capsys: pytest.CaptureFixture
         assert [server[server.index("--disaggregation-mode") + 1] for server in servers] == ["prefill", "decode"]
         assert {"http://left:30000", "http://right:30000", "8998"} <= set(commands[2])
         assert nodes[2]["plan"] is None
+        assert all("MC_FORCE_TCP=1" in command for command in commands[:2])
     assert cli.main([*words[:-1]]) == 0
     assert "left" in capsys.readouterr().out
 
