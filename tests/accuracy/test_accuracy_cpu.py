@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,9 +34,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return unpack(PACKED, tmp_path_factory.mktemp("trained") / "DeepSeek-V4-small")
 
 
-def test_short_form_reaches_its_floors(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_short_form_reaches_its_floors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "accuracy.json"
-    code = accuracy_cpu.judge(checkpoint, QUESTIONS, out, tmp_path / "server.log", short=True)
+    code = accuracy_cpu.main([str(PACKED), str(QUESTIONS), "--short", "--out", str(out)])
     print(capsys.readouterr().out)
     assert code == 0
     rows = {row["name"]: row for row in json.loads(out.read_text())["rows"]}
@@ -85,9 +86,12 @@ def test_the_cpus_set_asks_what_it_should() -> None:
     far = [line["distance"] for line in lines if line["task"] == "far recall"]
     assert min(far) > questions.REACH and max(far) > 5000
     assert all(0 < line["distance"] <= questions.REACH for line in lines if line["task"] == "recall")
-    short = [json.loads(line) for line in accuracy_cpu.shortest([json.dumps(line) for line in lines])]
+    written = [json.dumps(line) for line in lines]
+    short = [json.loads(line) for line in accuracy_cpu.shortest(written, sys.maxsize)]
     assert {line["task"] for line in short} == tasks and len(short) == len(tasks) + 3
     assert sum(len(line.get("prompt", ())) > questions.REACH for line in short) == 4
+    near = [json.loads(line) for line in accuracy_cpu.shortest(written, 400)]
+    assert near == [line for line in short if len(line["prompt"]) <= 400] and "recall" in {q["task"] for q in near}
     assert max(len(line.get("prompt", ())) for line in short) <= 3072
 
 
