@@ -80,14 +80,14 @@ def _prefill_decode(hosts: list[str], wanted: Wanted) -> list[Node]:
             "host": ("0.0.0.0", "the router is on another machine"),
             "port": (SERVER_PORT, "SGLang's default"),
         }
-        moved = plan
+        base = plan
         if wanted.machine.rdma:
             devices = ",".join(entry.split(":")[0] for entry in wanted.machine.rdma)
             extra["disaggregation-ib-device"] = (devices, "RDMA devices whose network interface is up")
         else:
             tcp = env("MC_FORCE_TCP", "1", "no RDMA device is up: mooncake moves the cache over TCP")
-            moved = replace(plan, settings=(tcp, *plan.settings))
-        made.append(_node(mode, host, _with(moved, extra)))
+            base = replace(plan, settings=(tcp, *plan.settings))
+        made.append(_node(mode, host, _with(base, extra)))
     router = ["python", "-m", "sglang_router.launch_router", "--pd-disaggregation"]
     router += ["--prefill", f"http://{hosts[0]}:{SERVER_PORT}", str(BOOTSTRAP_PORT)]
     router += ["--decode", f"http://{hosts[1]}:{SERVER_PORT}", "--host", "0.0.0.0", "--port", str(ROUTER_PORT)]

@@ -26,7 +26,8 @@ from sglang_sm120.reference.packed import unpack
 
 SHORT = {"far recall": 4}
 """Questions of a task in the short form, the shortest; one of every other task."""
-FLAGS = ("--device", "cpu", "--tool-call-parser", "deepseekv4")
+FLAGS = ("--device", "cpu", "--tool-call-parser", "deepseekv4", "--watchdog-timeout", "3600")
+"""SGLang ends a server whose forward pass takes five minutes, as a prefill in Triton's interpreter may."""
 READY_SECONDS = 900
 """With Triton kernels in Triton's interpreter the server's own first request takes minutes."""
 CONCURRENCY = 1
