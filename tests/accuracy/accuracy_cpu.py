@@ -24,8 +24,8 @@ from report import Row, exit_code, table
 from sglang_sm120.local_server import LocalServer, ServerError
 from sglang_sm120.reference.packed import unpack
 
-SHORT = {"far recall": 4}
-"""Questions of a task in the short form, the shortest; one of every other task."""
+SHORT = {"far recall": 4, "call": 0}
+"""Questions of a task in the short form, the shortest; one of every other task. A call is 107 tokens one by one."""
 FLAGS = ("--device", "cpu", "--tool-call-parser", "deepseekv4", "--watchdog-timeout", "3600")
 """SGLang ends a server whose forward pass takes five minutes, as a prefill in Triton's interpreter may."""
 READY_SECONDS = 900
@@ -39,7 +39,7 @@ def shortest(lines: Sequence[str], longest: int) -> list[str]:
     by_task: dict[str, list[tuple[int, int]]] = {}
     for number, line in enumerate(lines):
         question = json.loads(line)
-        if len(question["prompt"]) <= longest:
+        if len(question.get("prompt", ())) <= longest:
             by_task.setdefault(question["task"], []).append((len(line), number))
     chosen = {n for task, found in by_task.items() for _, n in sorted(found)[: SHORT.get(task, 1)]}
     return [line for number, line in enumerate(lines) if number in chosen]

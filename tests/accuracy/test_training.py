@@ -137,11 +137,11 @@ def test_indexer_learns_from_attention_alone(seed: int) -> None:
 
 
 def test_it_learns(seed: int) -> None:
-    recipe = dataclasses.replace(TINY, stages=(train.Stage(1.0, Shape(128, 4, 0)),), warm_up=5, peak=2e-3)
+    recipe = dataclasses.replace(TINY, stages=(train.Stage(1.0, (Shape(128, 4, 0),)),), warm_up=5, peak=2e-3)
     trainer = train.Trainer(recipe, state.Progress(seed=seed), CPU)
     losses = []
     for i in range(12):
-        batch = data.batch(seed, i, recipe.stages[0].shape)
+        batch = data.batch(seed, i, recipe.stages[0].shapes[0])
         losses.append(trainer.step(batch, recipe.stages[0], i / 32)[0])
     uniform = math.log(data.VOCAB)
     last = sum(loss.answer.item() for loss in losses[-3:]) / 3
@@ -244,8 +244,8 @@ def run(out: Path, *options: str) -> int:
 
 
 def test_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    shape = Shape(128, 2, 0)
-    monkeypatch.setitem(train.RECIPES, "tiny", dataclasses.replace(TINY, stages=(train.Stage(1.0, shape),)))
+    stages = (train.Stage(1.0, (Shape(128, 2, 0),)),)
+    monkeypatch.setitem(train.RECIPES, "tiny", dataclasses.replace(TINY, stages=stages))
     monkeypatch.setattr(train, "LOG_EVERY", 1)
     assert run(tmp_path, "--steps", "2") == 0
     assert [path.name for path in tmp_path.glob("state*")] == ["state-000002"]
@@ -305,10 +305,31 @@ def test_batches_repeat(seed: int) -> None:
 
 
 def test_batches_made_ahead_are_the_same(seed: int) -> None:
-    shapes = [Shape(512, 2, 1)] * 3 + [Shape(256, 2, 0)] * 2
+    long, short = Shape(512, 2, 1), Shape(256, 2, 0)
+    mixed, last = train.Stage(0.5, (long, long, short)), train.Stage(1.0, (short,))
+    expected = [(mixed, short), (mixed, long), (mixed, long), (mixed, short), (last, short), (last, short)]
     ahead = train.Feed(seed, 2)
-    for step, shape in enumerate(shapes, 5):
-        assert np.array_equal(ahead.next(step, shape).tokens, data.batch(seed, step, shape).tokens)
+    for step, (stage, shape) in enumerate(expected, 5):
+        assert np.array_equal(ahead.next(step, stage).tokens, data.batch(seed, step, shape).tokens)
+
+
+def test_every_shape_is_seen_with_and_without_selection() -> None:
+    for stage in train.RECIPES["two"].stages:
+        seen = {(step % len(stage.shapes), step % 2) for step in range(12)}
+        assert not stage.select or len(seen) == 2 * len(stage.shapes)
+
+
+def test_half_of_a_call_is_its_word(seed: int) -> None:
+    steps = (data.batch(seed, step, Shape(4096, 1, 0)) for step in range(100))
+    batch = next(b for b in steps if any(t.task == "call" for t in b.turns[0]))
+    answers = train._answers(batch, torch.from_numpy(batch.tokens))
+    number = torch.from_numpy(batch.answer)[answers.row, answers.position]
+    shares = [answers.weight[number == n].sum().item() for n in range(1, len(batch.turns[0]) + 1)]
+    assert np.allclose(shares, 1 / len(shares), rtol=1e-4)
+    for n, turn in enumerate(batch.turns[0], 1):
+        if turn.task == "call":
+            word = answers.weight[(number == n) & (answers.target == turn.question[-1])]
+            assert len(word) == 1 and 0.4 < word.item() * len(shares) < 0.6
 
 
 def test_answers_lie_where_the_marks_say(seed: int) -> None:

@@ -2,7 +2,7 @@
 
 Few rows are a question of bytes in flight, many rows one of conversions per tensor-core instruction:
 
-    1 row           `_gemv`: a program owns whole weight rows and asks for all their bytes at once, 128 per thread;
+    1 row           `_gemv`: a program owns whole weight rows and asks for all their bytes at once, 64 per thread;
                     nothing is staged, the sums are plain FMAs, and no second pass is needed (also a few rows of a
                     weight so small that L2 serves it again)
     2 … 16 rows     `_few_rows`: the same ownership on tensor cores: the weight is the A operand, each warp has its
@@ -35,8 +35,8 @@ UNSCALED: tl.constexpr = tl.constexpr(0)
 E8M0: tl.constexpr = tl.constexpr(1)
 FP32: tl.constexpr = tl.constexpr(2)
 
-THREAD_BYTES = 128
-"""Weight bytes one thread of `_gemv` asks for at once: eight loads of 16 bytes."""
+THREAD_BYTES = 64
+"""Weight bytes one thread of `_gemv` asks for at once: four loads of 16 bytes."""
 GEMV_K = 16_384
 """Longest row, in bytes, that a program of `_gemv` takes whole."""
 SMALL = 1 << 25
@@ -79,18 +79,27 @@ def config(rows: int, groups: int, n: int, k: int, size: int, sms: int) -> Confi
     # A small weight with few rows of its own keeps few programs busy: rather read it once per row, from L2.
     small = groups * triton.cdiv(n, 16) * 2 < sms and triton.next_power_of_2(rows) * groups * n * k * size <= SMALL
     if (rows <= 1 or (rows <= FEW_ROWS and small)) and kp * size <= GEMV_K:
-        bn = max(1, 32 * 4 * THREAD_BYTES // (kp * size))
+        warps = 2 if kp * size <= 2048 else 4
+        bn = max(1, 32 * warps * THREAD_BYTES // (kp * size))
         while bn > 1 and groups * triton.cdiv(n, bn) < 2 * sms:
             bn //= 2
-        return Config("gemv", 1, min(bn, fp8_block.BLOCK), kp, 1, 1, 1, 4)
+        # One row reads each weight once; of several, the next one finds it in L2.
+        return Config("gemv", 1, min(bn, fp8_block.BLOCK), kp, 1, 1, 1, warps, evict_first=rows <= 1)
     blocks_k = triton.cdiv(k, fp8_block.BLOCK)
     if rows <= FEW_ROWS:
         bm = 8 if rows <= 8 else 16
-        bn = 16 if bm == 8 or groups * triton.cdiv(n, 32) < sms else 32
-        warps_k = 8 if groups * triton.cdiv(n, bn) < sms and blocks_k >= 16 and size == 1 else 4
-        warps_k = min(warps_k, triton.next_power_of_2(blocks_k))
+        bn = 16 if groups * triton.cdiv(n, 32) < (3 * sms if bm == 8 else sms) else 32
+        programs = groups * triton.cdiv(n, bn)
+        warps_k = min(4, triton.next_power_of_2(blocks_k))
+        if bm == 16 and programs < sms and blocks_k >= 16 and size == 1:
+            warps_k = 8
+        elif bm == 8 and 8 <= blocks_k < 16:
+            warps_k = 2
+        steps = triton.cdiv(blocks_k, warps_k)
+        # A processor's only tile, or one whose steps are then all in flight, gains from a third step ahead.
+        deep = 3 if bm == 8 and bn == 16 and (programs < sms or steps <= 4) else 2
         stage = warps_k * fp8_block.BLOCK * (bn * size + bm * 2)
-        stages = 1 + min(2, STAGING_BYTES // stage, triton.cdiv(blocks_k, warps_k))
+        stages = 1 + min(deep, STAGING_BYTES // stage, steps)
         return Config("few", bm, bn, fp8_block.BLOCK, warps_k, 1, stages, warps_k)
     bm = 32 if rows <= 32 else 64 if rows <= 64 else 128
     bn, bk, warps = (128, 64, 8) if bm == 128 else (64, 128, 4)
