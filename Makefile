@@ -79,12 +79,13 @@ lint: setup
 	$(VENV) -m ruff check overlay patches launch tests
 	$(VENV) -m mypy overlay/sglang_sm120 patches launch/sglang_sm120_launch
 
-# The tests of the patches fork pytest at every step, which the other tests would have made large.
+# Two processes for CI's two cores. The tests of the patches fork pytest at every step, which the other tests would have
+# made large, so they have one of their own.
 test: setup
 	@$(VENV) patches/patchset.py apply
 	$(MAKE) --no-print-directory PYTHON= lint
 	$(VENV) -m pytest tests/patches
-	exec $(VENV) -m pytest tests --ignore tests/patches
+	exec $(VENV) -m pytest tests --ignore tests/patches -n 2 --dist loadfile
 
 test-sm120: setup
 	@$(VENV) patches/patchset.py apply
@@ -140,8 +141,7 @@ image:
 	exit 2
 
 # uv repeats tool.uv.environments behind every requirement; setup refuses other interpreters, so drop it again.
-AARCH64 := python_full_version < '3.13' and platform_machine == 'aarch64' and sys_platform == 'linux'
-X86_64 := python_full_version < '3.13' and platform_machine == 'x86_64' and sys_platform == 'linux'
+LINUX := (platform_machine == 'aarch64' and sys_platform == 'linux') or (platform_machine == 'x86_64' and sys_platform == 'linux')
 
 lock:
 	@if ! command -v uv > /dev/null; then
@@ -155,7 +155,7 @@ lock:
 	    --prerelease allow --only-binary :all: --generate-hashes --no-header --no-annotate --quiet
 	{
 	    echo "# Made by \`make lock\` from requirements.in: Python 3.11 and 3.12, Linux on x86_64 and aarch64."
-	    sed "s/ ; ($(AARCH64)) or ($(X86_64)) / /" $$draft
+	    sed "s/ ; python_full_version < '3.13' and ($(LINUX)) / /" $$draft
 	} > requirements.lock
 
 clean:

@@ -362,10 +362,12 @@ def plot(log: Path, picture: Path) -> None:
     right = left.twinx()
     right.plot(minutes, [r["right"] for r in rows], color="black", linewidth=1, label="answer tokens right")
     right.set(ylabel="share", ylim=(0, 1.02))
-    for before, after in zip(rows, rows[1:], strict=False):
-        if before["length"] != after["length"]:
-            left.axvline(after["seconds"] / 60, color="grey", linewidth=0.5)
-            left.annotate(str(after["length"]), (after["seconds"] / 60, 1), xycoords=("data", "axes fraction"))
+    longest = rows[0]["length"]
+    for row in rows:
+        if row["length"] > longest:
+            longest = row["length"]
+            left.axvline(row["seconds"] / 60, color="grey", linewidth=0.5)
+            left.annotate(str(longest), (row["seconds"] / 60, 1), xycoords=("data", "axes fraction"))
     figure.legend(loc="outside upper center", ncols=4)
     figure.savefig(picture, metadata={"Date": None} if picture.suffix == ".svg" else None)
 
