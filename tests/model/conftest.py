@@ -16,8 +16,7 @@ from sglang_sm120.reference.oracle import Oracle
 from sglang_sm120.reference.prompts import prompt
 from sglang_sm120.reference.write import write_checkpoint
 
-PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
-torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // PROCESSES))
+torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
 @pytest.fixture(scope="session")

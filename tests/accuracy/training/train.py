@@ -176,7 +176,8 @@ class _Answers(NamedTuple):
 
 
 def _answers(batch: data.Batch, tokens: Tensor) -> _Answers:
-    """Where answers are predicted. A turn weighs the same however long its answer, HIDDEN_WEIGHT with c4 hidden."""
+    """Where answers are predicted. A turn weighs the same however long its answer, HIDDEN_WEIGHT with c4 hidden; of a
+    call's weight about half lies on its word."""
     marks = torch.from_numpy(batch.answer)
     row, position = marks.nonzero(as_tuple=True)
     target = torch.from_numpy(batch.tokens)[row, position + 1]
