@@ -79,14 +79,14 @@ lint: setup
 	$(VENV) -m ruff check overlay patches launch tests
 	$(VENV) -m mypy overlay/sglang_sm120 patches launch/sglang_sm120_launch
 
-# Kernels in the interpreter keep one core busy each; servers want both, and one at a time. The tests of the patches fork
-# pytest at every step, which the other tests would have made large.
+# Kernels in the interpreter keep one core busy each; servers want both, and one at a time: of the folders that share the
+# cores, accuracy starts one. The tests of the patches fork pytest at every step, which the other tests would have made large.
 test: setup
 	@$(VENV) patches/patchset.py apply
 	$(MAKE) --no-print-directory PYTHON= lint
 	$(VENV) -m pytest tests/patches
-	$(VENV) -m pytest tests/gpu tests/ops tests/sm120 -n 2 --dist loadfile
-	exec $(VENV) -m pytest tests/accuracy tests/launch tests/model
+	$(VENV) -m pytest tests/accuracy tests/gpu tests/ops tests/sm120 -n 2 --dist loadfile
+	exec $(VENV) -m pytest tests/launch tests/model
 
 test-sm120: setup
 	@$(VENV) patches/patchset.py apply
