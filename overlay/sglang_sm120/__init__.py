@@ -11,6 +11,7 @@ Environment variables (all of them):
 |---|---|---|
 | `SGLANG_SM120_PROVIDER` | `torch`, or `op=provider,…` | provider for all ops, or for single ops |
 | `SGLANG_SM120_FORCE` | `1` | activate on any CUDA device, non-torch providers first (tests) |
+| `SGLANG_SM120_PDL` | `0` | no programmatic dependent launches |
 """
 
 from __future__ import annotations
@@ -144,3 +145,12 @@ def ready() -> None:
 def active() -> bool:
     """Whether redirected call sites use the overlay in this process; False until `activate`."""
     return _active
+
+
+def launches_dependently() -> bool:
+    """Whether the overlay is active and its kernels may start while the one before still runs."""
+    if not _active:
+        return False
+    from . import kernels
+
+    return kernels.dependent()

@@ -54,7 +54,12 @@ def rehearse(rehearsal: Rehearsal) -> Iterator[Rehearsal]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """`kernel[grid](*args, **options)`; an empty grid launches nothing but is still compiled in a rehearsal."""
+    """`kernel[grid](*args, **options)`; an empty grid launches nothing but is still compiled in a rehearsal.
+
+    Unless SGLANG_SM120_PDL is 0 it may start while the kernel before it still runs (`ops._pdl_triton`).
+    """
+    if dependent():
+        options["launch_pdl"] = True
     rehearsal = _rehearsal.get()
     if rehearsal is not None:
         rehearsal.compile(kernel, args, options)
@@ -62,20 +67,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         kernel[grid](*args, **options)
 
 
-def launch_next(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """`launch` for a kernel right behind another of the same op: with SGLANG_SM120_PDL=1 it may start beside that one.
-
-    See `ops._pdl_triton` for what such a kernel must do.
-    """
-    launch(kernel, grid, *args, **options, **({"launch_pdl": True} if _dependent_launch() else {}))
-
-
 @cache
-def _dependent_launch() -> bool:
-    """Whether SGLANG_SM120_PDL asks for dependent launches; the interpreter runs one kernel after the other."""
+def dependent() -> bool:
+    """Whether SGLANG_SM120_PDL allows dependent launches; the interpreter runs one kernel after the other."""
     from triton import knobs
 
-    value = os.environ.get("SGLANG_SM120_PDL", "0")
+    value = os.environ.get("SGLANG_SM120_PDL", "1")
     if value not in ("0", "1"):
         raise ValueError(f"SGLANG_SM120_PDL is {value!r} and needs 0 or 1.")
     return value == "1" and not knobs.runtime.interpret

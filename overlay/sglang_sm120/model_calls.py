@@ -18,7 +18,7 @@ C4_PAGE, C128_PAGE, WINDOW_PAGE = 64, 2, 256
 """Entries per page of the three caches at SGLang's page size of 256 tokens."""
 PAGED_OPS = ("sparse_mla", "gather_dequant_kv", "indexer_logits", "indexer_topk", "topk_slots")
 """The ops whose calls depend on the context."""
-FP8_LINEARS = ("wqkv_a", "wq_b", "wo_b", "indexer.wq_b", "shared.w13", "shared.w2", "mtp.proj")
+FP8_LINEARS = ("wqkv_a", "wq_b", "wo_b", "indexer.wq_b", "shared.w13", "shared.w2", "mtp.e_proj", "mtp.h_proj")
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,7 @@ def fp8_linear_shapes(c: dict[str, Any], tp: int) -> dict[str, tuple[int, int]]:
         (2 * inter // tp, hidden),
         (hidden, inter // tp),
         (hidden, hidden),
+        (hidden, hidden),
     )
     return dict(zip(FP8_LINEARS, shapes, strict=True))
 
@@ -142,7 +143,9 @@ def _fp8_linear(make: Inputs, c: dict[str, Any], tp: int, rows: int, context: in
     for label, (n, k) in fp8_linear_shapes(c, tp).items():
         # SGLang keeps the scales of linear layers in fp32.
         scale = make.e8m0(-(-n // 128), -(-k // 128)).float()
-        yield label, {"x": make.bf16(rows, k), "w": make.fp8(n, k), "scale": scale}
+        # The draft layer projects each token's residual streams.
+        inputs = rows * c["hc_mult"] if label == "mtp.h_proj" else rows
+        yield label, {"x": make.bf16(inputs, k), "w": make.fp8(n, k), "scale": scale}
 
 
 def _fp8_grouped_linear(make: Inputs, c: dict[str, Any], tp: int, rows: int, context: int) -> _Calls:
@@ -163,6 +166,20 @@ def _bf16_linear_fp32(make: Inputs, c: dict[str, Any], tp: int, rows: int, conte
     }
     for label, n in shapes.items():
         yield label, {"x": make.bf16(rows, hidden), "w": make.bf16(n, hidden, scale=hidden**-0.5)}
+
+
+def _rms_norm(make: Inputs, c: dict[str, Any], tp: int, rows: int, context: int) -> _Calls:
+    width = c["q_lora_rank"]
+    x = make.bf16(rows, width + c["head_dim"])[:, :width]
+    yield "q_lora", {"x": x, "weight": make.bf16(width), "eps": c["rms_norm_eps"]}
+
+
+def _rope(make: Inputs, c: dict[str, Any], tp: int, rows: int, context: int) -> _Calls:
+    heads, width = c["num_attention_heads"] // tp, c["qk_rope_head_dim"]
+    x = make.bf16(rows, heads, c["head_dim"])[..., -width:]
+    freqs = torch.view_as_complex(make.normal(max(rows, context), width // 2, 2))
+    positions = make.integers(0, max(rows, context), rows, dtype=torch.int64)
+    yield "inverse", {"x": x, "freqs_cis": freqs, "positions": positions, "inverse": True}
 
 
 def _router_topk(make: Inputs, c: dict[str, Any], tp: int, rows: int, context: int) -> _Calls:
@@ -317,6 +334,8 @@ _CALLS = {
     "fp8_linear": _fp8_linear,
     "fp8_grouped_linear": _fp8_grouped_linear,
     "bf16_linear_fp32": _bf16_linear_fp32,
+    "rms_norm": _rms_norm,
+    "rope": _rope,
     "router_topk": _router_topk,
     "mxfp4_moe": _mxfp4_moe,
     "sparse_mla": _sparse_mla,

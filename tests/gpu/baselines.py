@@ -25,7 +25,7 @@ Arguments = dict[str, Any]
 Run = Callable[[], Any]
 ROWS_COMPARED = 64
 ROW_ARGUMENTS = frozenset(
-    "x q o f post comb mixes topk_ids topk_weights weights page_table lengths logits slots router_logits "
+    "x q o f post comb mixes topk_ids topk_weights weights page_table lengths logits slots router_logits positions "
     "window_slots window_lengths extra_slots extra_lengths".split()
 )
 """Arguments whose first dimension is the rows of the step."""
@@ -396,9 +396,16 @@ def _tilelang_pre(a: Arguments) -> Run:
 
 
 def _tilelang_post(a: Arguments) -> Run:
-    from sglang.srt.layers.mhc import mhc_post
+    # `mhc_post` around it wants a server's arguments.
+    from sglang.srt.layers.mhc import mhc_post_tilelang
 
-    return lambda: mhc_post(a["f"], a["x"], a["post"], a["comb"])
+    out = torch.empty_like(a["x"])
+
+    def run() -> torch.Tensor:
+        mhc_post_tilelang(a["comb"], a["x"], a["post"], a["f"], out, *out.shape[1:])
+        return out
+
+    return run
 
 
 def _tilelang_post_pre(a: Arguments) -> Run:

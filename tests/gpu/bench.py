@@ -31,7 +31,7 @@ import baselines
 import torch
 import triton
 import triton.language as tl
-from calls import DEVICE, calls_of, triton_ops
+from calls import DEVICE, calls_of, triton_ops, triton_result
 
 from sglang_sm120 import kernels, registry, tuned
 from sglang_sm120.compilation import Job, compile_jobs, rehearse_job, variant_key
@@ -156,6 +156,8 @@ def traffic(call: Call) -> tuple[int, int]:
         return _bytes(a["logits"]) + a["lengths"].numel() * a["k"] * 4, 0
     if call.op in ("mhc_post", "mhc_post_pre"):
         return everything + _bytes(a["x"]) + _bytes(a["f"]), 0
+    if call.op in ("rms_norm", "rope"):
+        return 2 * _bytes(a["x"]), 0
     return everything + _bytes(a.get("x")) // 4, 0
 
 
@@ -178,7 +180,7 @@ def target_of(call: Call, tp: int, rows: int, context: int) -> tuple[str, float]
             ("copy_share", 0.65) if 8 <= rows <= 64 else None
         )
     if call.op == "fp8_linear":
-        large = call.arguments["w"].numel() >= 16 << 20
+        large, rows = call.arguments["w"].numel() >= 16 << 20, call.arguments["x"].shape[0]
         return ("copy_share", 0.6) if rows <= 8 and large else ("mma_share", 0.6) if rows == 4096 else None
     if call.op == "sparse_mla":
         extra = call.arguments["extra_slots"]
@@ -229,7 +231,7 @@ def bench(
         nth = partial(nth_call, op, tp, rows, context, position)
         call = nth(0)
         row: dict[str, Any] = {"op": op, "call": label, "tp": tp, "rows": rows, "context": context}
-        problem = baselines.own_problem(call, function(**call.arguments))
+        problem = baselines.own_problem(call, triton_result(call))
         if problem:
             row["failed"] = problem
         else:

@@ -102,7 +102,8 @@ def _linear(shape: tuned.Shape, rows: int, h: Any) -> Iterator[Any]:
             for stages in (2, 3) if rows > 1 else (3,):
                 yield few._replace(bn=bn, warps_k=warps, warps=warps, stages=stages)
         if rows > 1:
-            others = ((16, 2, 4), (16, 4, 4), (16, 4, 1), (16, 8, 1), (32, 2, 3), (32, 4, 1), (64, 4, 2))
+            others = ((16, 2, 4), (16, 4, 4), (16, 4, 1), (16, 8, 1), (32, 2, 3), (32, 2, 5), (32, 4, 1), (32, 4, 4),
+                      (32, 4, 5), (64, 4, 2), (64, 4, 3))  # fmt: skip
             for bn, warps, stages in others:
                 yield few._replace(bn=bn, warps_k=warps, warps=warps, stages=stages)
             yield few._replace(warps_k=2, stages=4, warps=4)
@@ -121,6 +122,8 @@ def _linear(shape: tuned.Shape, rows: int, h: Any) -> Iterator[Any]:
     if rows > 128:
         for bm, bn, bk, stages, warps in itertools.product((64, 128), (64, 128), (32, 64), (3, 4), (4, 8)):
             yield linear.Config("many", bm, bn, bk, 1, 1, stages, warps)
+        for bm, bn, stages in itertools.product((64, 128), (64, 128), (2, 3)):
+            yield linear.Config("many", bm, bn, 128, 1, 1, stages, 4 * bm * bn // 8192)
 
 
 def _gate_up(shape: tuned.Shape, rows: int, h: Any) -> Iterator[Any]:

@@ -251,6 +251,10 @@ def q_norm_rope(q, eps, freqs_cis, positions, out=None):
     return y if out is None else out.copy_(y)
 
 
+def rms_norm(x, weight, eps):
+    return out([bf16(norm(f64(row), f64(weight), eps)) for row in x]).view(x.shape)
+
+
 def rope(x, freqs_cis, positions, inverse=False):
     for t in range(x.shape[0]):
         rows = x[t].view(-1, 64) if x[t].is_contiguous() else x[t]
@@ -439,6 +443,7 @@ NAIVE: dict[str, Callable[..., Any]] = {
         mhc_pre,
         mxfp4_moe,
         q_norm_rope,
+        rms_norm,
         rope,
         router_topk,
         silu_mul_clamp,

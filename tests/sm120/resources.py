@@ -65,6 +65,29 @@ def races(ptx: str) -> list[str]:
     return found
 
 
+def read_before_wait(ptx: str) -> set[int]:
+    """Numbers of the parameters that addresses read before the wait for the kernel before derive from."""
+    before = ptx.partition("griddepcontrol.wait;")[0]
+    # Comments, directives and labels end without a semicolon.
+    before = re.sub(r"//.*|^\s*(?:\..*|[$\w]+:)", "", before, flags=re.MULTILINE)
+    sources: dict[str, set[int]] = {}
+    found = set()
+    for instruction in before.split(";"):
+        opcode, _, operands = re.sub(r"^[\s{]*(?:@!?%?\w+\s)?\s*", "", instruction).partition(" ")
+        names = re.findall(r"[%$\w]+", operands)
+        if not names:
+            continue
+        number = re.search(r"_param_(\d+)\b", operands) if opcode.startswith("ld.param") else None
+        used = {int(number[1])} if number else set().union(*(sources.get(name, set()) for name in names))
+        if re.match(r"(?:ld(?:\.\w+)*\.global|cp\.async|prefetch)\b", opcode):
+            found |= used
+        written = re.match(r"\s*\{([^}]*)\}", operands)
+        for name in re.findall(r"[%$\w]+", written[1]) if written else names[:1]:
+            # Written under a predicate, it may keep what it held.
+            sources[name] = sources.get(name, set()) | used
+    return found
+
+
 def assemble(ptx: str, target: str) -> tuple[bytes | None, str]:
     """The cubin ptxas makes of `ptx` for `target`, None where it refuses, and what it printed."""
     with tempfile.TemporaryDirectory() as folder:

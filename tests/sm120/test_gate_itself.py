@@ -13,7 +13,7 @@ from gate import Compiled, kernels_defined, uncovered
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_table import Key, Table, compare, key, parse, text, worst
-from resources import SHARED_LIMIT, TARGET, Resources, assemble, races, read_resources, refusals
+from resources import SHARED_LIMIT, TARGET, Resources, assemble, races, read_before_wait, read_resources, refusals
 
 from sglang_sm120 import registry
 
@@ -111,6 +111,35 @@ def test_a_kernel_that_could_race_is_seen(body: str, why: str) -> None:
 
 def test_reading_constants_before_the_wait_is_allowed() -> None:
     assert not races(f"ld.global.b32 r0, [d0]; st.shared.b32 [s], r0; {WAIT} st.global.b32 [d0], r0; ret;")
+
+
+def test_what_is_read_before_the_wait_is_seen() -> None:
+    ptx = f"""
+.visible .entry k(.param .u64 k_param_0, .param .u64 k_param_1, .param .u32 k_param_2, .param .u64 k_param_3)
+{{
+\t.reg .b64 \t%rd<9>;
+$L__func_begin0:
+\t.loc\t1 20 0
+\tld.param.b64 \t%rd1, [k_param_0];
+\tld.param.b64 \t%rd2, [k_param_1];
+\tld.param.b32 \t%r1, [k_param_2];
+\tld.param.b64 \t%rd3, [k_param_3];
+$L__tmp0:
+\tmad.wide.s32 \t%rd4, %r1, 4, %rd2;
+\t// begin inline asm
+\tmov.u32 %r2, 0x0;
+\t@%p1 ld.global.L1::evict_first.v2.b32 {{ %r2, %r3 }}, [ %rd4 + 0 ];
+\t// end inline asm
+\tmul.wide.s32 \t%rd5, %r3, 8;
+\tst.shared.b64 \t[%r9], %rd3;
+@BEFORE@
+\t{WAIT} // dummy %r8
+\tld.global.b32 \t%r4, [%rd3];
+"""
+    assert read_before_wait(ptx.replace("@BEFORE@", "")) == {1, 2}
+    through = "\tadd.s64 \t%rd6, %rd5, %rd1;\n\tcp.async.cg.shared.global [ %r5 + 0 ], [ %rd6 + 0 ], 0x10;"
+    assert read_before_wait(ptx.replace("@BEFORE@", through)) == {0, 1, 2}
+    assert read_before_wait(ptx.replace("@BEFORE@", "\tprefetch.global.L2 [%rd3];")) == {1, 2, 3}
 
 
 def test_spills_are_seen(compiled: Compiled) -> None:

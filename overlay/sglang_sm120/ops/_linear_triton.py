@@ -26,7 +26,7 @@ import triton.language as tl
 
 from .. import kernels, tuned
 from ..formats import e8m0, fp8_block
-from ._pdl_triton import INTERPRETED, let_next_start, wait
+from ._pdl_triton import INTERPRETED, wait
 
 __all__ = ["Config", "config", "linear", "refusal"]
 
@@ -42,6 +42,8 @@ GEMV_K = 16_384
 SMALL = 1 << 25
 """Bytes that rows times weights may come to for `_gemv` to take several rows."""
 FEW_ROWS = 16
+WIDE = 1 << 21
+"""Results from which on an FP8 weight's tiles need no splitting of K."""
 STAGING_BYTES = 98_304
 """Shared memory for tiles in flight; the rest of the 101,376 bytes is for the results' way out."""
 PARTS_BYTES = 256 << 20
@@ -102,13 +104,16 @@ def config(rows: int, groups: int, n: int, k: int, size: int, sms: int) -> Confi
         stages = 1 + min(deep, STAGING_BYTES // stage, steps)
         return Config("few", bm, bn, fp8_block.BLOCK, warps_k, 1, stages, warps_k)
     bm = 32 if rows <= 32 else 64 if rows <= 64 else 128
-    bn, bk, warps = (128, 64, 8) if bm == 128 else (64, 128, 4)
+    bn, bk, warps, stages = (128, 64, 8, 4) if bm == 128 else (64, 128, 4, 3)
+    if bm == 128 and size == 1 and triton.next_power_of_2(rows) * groups * n >= WIDE:
+        # 32 x 64 per warp: two warps convert the same weight, not four; and a scale serves a whole step.
+        bm, bk, warps, stages = 64, 128, 4, 2
     # Rounded up to a power of two, so that neighbouring row counts share a kernel.
     tiles = triton.next_power_of_2(triton.cdiv(rows, bm)) * triton.cdiv(n, bn) * groups
     split = 1
-    while tiles * split * 2 <= (sms if bm == 128 else sms * 3 // 2) and blocks_k // (split * 2) >= 4:
+    while tiles * split * 2 <= (sms if rows > 64 else sms * 3 // 2) and blocks_k // (split * 2) >= 4:
         split *= 2
-    return Config("many", bm, bn, bk, 1, split, 4 if bm == 128 else 3, warps)
+    return Config("many", bm, bn, bk, 1, split, stages, warps)
 
 
 def _tuned_refusal(shape: tuned.Shape, rows: int, c: Config) -> str | None:
@@ -198,7 +203,7 @@ def linear(op: str, x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor | None
     kernels.launch(_many_rows, tiles, x, w, s, parts, rows, *strides, **model, **tile, num_warps=c.warps)
     total = math.prod(y.shape)
     grid = (triton.cdiv(total, 1024),)
-    kernels.launch_next(_add_parts, grid, parts, y, total, SPLIT=c.split, BLOCK=1024, num_warps=4)
+    kernels.launch(_add_parts, grid, parts, y, total, SPLIT=c.split, BLOCK=1024, num_warps=4)
     return y
 
 
@@ -271,7 +276,7 @@ def _gemv(
     n = first + tl.arange(0, BN)
     k = tl.arange(0, KP)
     at = w + group * (N * K) + (tl.minimum(n, N - 1)[:, None] * K + k[None, :])
-    # The weights first: they come from far away, x and the scales are in L2.
+    # The weights first, and before the wait: they come from far away and no kernel writes them.
     if K == KP:
         weight = tl.load(at, eviction_policy=POLICY)
     else:
@@ -283,6 +288,7 @@ def _gemv(
     if SCALE != UNSCALED:
         s = tl.load(scale + group * (NB * KB) + first // BLOCK * KB + block, mask=block < KB, other=0)
     x_at = x + (row * x_row + group * x_group) * X_UNIT + k * X_STEP
+    wait()
     value = tl.load(x_at, mask=k < K, other=0.0).to(tl.float32)
     if SCALE != UNSCALED:
         value = tl.reshape(tl.reshape(value, PB, BLOCK) * _scale_value(s, SCALE)[:, None], KP)
@@ -313,6 +319,7 @@ def _few_rows(
     s_at = scale + group * (NB * KB) + first // BLOCK * KB
     if SCALE != UNSCALED:
         s_next = tl.load(s_at + tl.minimum(part, KB - 1))
+    wait()
     acc = tl.zeros([KW, BN, BM], tl.float32)
     for start in tl.range(0, K, STEP, num_stages=STAGES):
         if EVEN:
@@ -342,8 +349,6 @@ def _many_rows(
     SPLIT: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, s, g): a tile [BM, BN] of group g over part s of K, into y [SPLIT, rows, G, N]."""
-    if SPLIT > 1:
-        let_next_start()
     group = tl.program_id(2).to(tl.int64)
     # Neighbouring programs share weights and GROUP_M blocks of rows, so that both stay in L2.
     n_blocks: tl.constexpr = (N + BN - 1) // BN
@@ -369,6 +374,7 @@ def _many_rows(
     s_at = scale + group * (NB * KB) + first // BLOCK * KB
     if SCALE != UNSCALED:
         s_next = tl.load(s_at + tl.minimum(low // BLOCK, KB - 1))
+    wait()
     acc = tl.zeros([BM, BN], tl.float32)
     for start in tl.range(low, high, BK, num_stages=STAGES):
         if EVEN:

@@ -22,7 +22,7 @@ import triton.language as tl
 
 from .. import kernels
 from ._linear_triton import dot, scaled_sum, to_bf16
-from ._pdl_triton import INTERPRETED, LINE, let_next_start, prefetch, wait
+from ._pdl_triton import INTERPRETED, LINE, prefetch, wait
 from ._sinkhorn_triton import four_columns, plus_dot, sinkhorn
 
 __all__ = ["Config", "config", "contiguous", "enter", "exit_block", "mixing_weights"]
@@ -104,7 +104,7 @@ def enter(
         num_warps=c.warps,
     )
     tiles = 0 if head else triton.cdiv(rows, c.sinkhorn_rows)
-    kernels.launch_next(
+    kernels.launch(
         _finish,
         (tiles + rows,),
         *(out, parts, scale, base, norm_weight if norm_weight is not None else x, y, post, comb),
@@ -247,7 +247,6 @@ def _mix(
 ):  # fmt: skip
     """Program (p, i): columns p PART … of all four streams, rows i R …: out, and in parts [rows, PARTS, 32] the sum of
     squares at 7, then the products with fn [N, 4 H]."""
-    let_next_start()
     m = tl.program_id(1) * R + tl.arange(0, R)
     live = m < rows
     row = tl.where(live, m, 0).to(tl.int64)
@@ -255,10 +254,11 @@ def _mix(
     n = tl.arange(0, NP)
     h = tl.arange(0, B)
     low = part * PART
-    # One step: fn first, which comes from farther away.
+    # One step: fn first, which comes from farther away and which no kernel writes.
     if PART == B:
         w0, w1, w2, w3 = _fn_tile(fn, low, n, h, H, N, B)
         w0, w1, w2, w3 = _two_bf16(w0), _two_bf16(w1), _two_bf16(w2), _two_bf16(w3)
+    wait(True)
     if EXIT:
         p0, p1, p2, p3 = _four(post + row * 4, live)
         c00, c01, c02, c03 = _four(comb + row * 16, live)
@@ -424,6 +424,7 @@ def _finish(
 @triton.jit
 def _exit(f, x, post, comb, out, H: tl.constexpr, B: tl.constexpr):
     """Program (t, i): columns i B … of the four streams of row t."""
+    wait()
     row = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * B + tl.arange(0, B)
     inside = h < H
@@ -444,6 +445,7 @@ def _exit(f, x, post, comb, out, H: tl.constexpr, B: tl.constexpr):
 @triton.jit(do_not_specialize=["rows", "eps"])
 def _weights(mixes, scale, base, pre, post, comb, rows, eps, R: tl.constexpr, ITERS: tl.constexpr):
     """Program i: the three outputs of rows i R …"""
+    wait()
     m = tl.program_id(0) * R + tl.arange(0, R)
     live = m < rows
     row = tl.where(live, m, 0).to(tl.int64)

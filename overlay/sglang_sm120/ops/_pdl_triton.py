@@ -1,9 +1,10 @@
 """Programmatic dependent launch: a kernel's blocks start while the kernel before still runs, and wait inside.
 
-Only between the kernels of one op, where `kernels.launch_next` launches the second one: its blocks `wait` before they
-read what another kernel may have written and before they write anything; constants may be read before that. What
-follows an op is launched as ever, since SGLang's own kernels return early without waiting where there is nothing to do:
-one that ended would not imply that ours before it has. The instructions exist from sm_90 on, and so do the providers.
+Every kernel of the overlay is launched so (`kernels.launch`) unless SGLANG_SM120_PDL is 0. Each calls `wait` once, in
+every block, before it reads what another kernel may have written and before it writes anything. Before that it may read
+constants: weights, scales. What SGLang launches in between must not end without having waited, or the end of that
+kernel would not imply the end of ours before it: patch 35 launches those of its kernels as ever that do. The
+instructions exist from sm_90 on, and so do the providers; in a kernel launched as ever they do nothing.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -14,23 +15,25 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+SMALL_GRID: tl.constexpr = tl.constexpr(4)
+"""Programs of a kernel beside which the next one finds the processors evenly free."""
 LINE: tl.constexpr = tl.constexpr(128)
 """Bytes that one prefetch brings into the L2."""
 
 
 @triton.jit
-def wait():
-    """Wait until the kernels before have ended and what they wrote is visible."""
+def wait(NEXT_IS_SMALL: tl.constexpr = False):
+    """Wait until the kernels before have ended and what they wrote is visible, then maybe let the next one's blocks
+    start: beside a small kernel, or if the next one is known to be small.
+
+    Blocks of a large kernel that start beside another crowd on the processors it leaves first, which costs more than
+    their early start gains. They do not start before this kernel has waited, so that the next one, too, may rely on the
+    end of all kernels but this one.
+    """
     if not INTERPRETED:
         gdc_wait()
-
-
-@triton.jit
-def let_next_start():
-    """Blocks of the next kernel, one by `kernels.launch_next`, may start once all of this one's have come here or
-    ended."""
-    if not INTERPRETED:
-        gdc_launch_dependents()
+        if NEXT_IS_SMALL or tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2) <= SMALL_GRID:
+            gdc_launch_dependents()
 
 
 @triton.jit

@@ -98,7 +98,7 @@ _KERNELS = (
     ),
     Mutation(
         "indexer off by one block", "Triton", "ops/topk_slots/triton.py",
-        (("logits_row + entry, mask=live,", "logits_row + entry - 1, mask=live & (entry > 0),"),), INDEXER,
+        (("logits + entry, mask=live,", "logits + entry - 1, mask=live & (entry > 0),"),), INDEXER,
     ),
     Mutation(
         "scale of an index key dropped", "Triton", "ops/indexer_logits/triton.py",
@@ -189,7 +189,7 @@ _KERNELS = (
     ),
     Mutation(
         "stale scratch", "tournament reads what no tile handed on, Triton", "ops/topk_slots/triton.py",
-        (("live = (handed_on // K * TILE + handed_on % K) < length", "live = handed_on < best_row"),), INDEXER,
+        (("    live = (own // K * TILE + own % K) < length", "    live = own < tiles * K"),), INDEXER,
     ),
 )  # fmt: skip
 

@@ -12,6 +12,7 @@ import triton.language as tl
 from ... import kernels
 from ...formats import kv_page
 from .._pages_triton import e8m0_f32, kv_bytes, kv_rope, kv_scale_bytes, kv_scales, kv_slots, pool_refusal
+from .._pdl_triton import wait
 from . import gather_dequant_kv
 
 BLOCK = 32
@@ -47,6 +48,7 @@ def _gather(
     BLOCK: tl.constexpr,
 ):
     """slots int32 [T, width] -> out bf16 [T, width, 512]. Programs: T x blocks of BLOCK slots, blocks fastest."""
+    wait()
     row = (tl.program_id(0) // blocks).to(tl.int64)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     length = tl.minimum(tl.load(lengths + row).to(tl.int32), width)

@@ -17,6 +17,7 @@ import triton.language as tl
 from ... import kernels, tuned
 from ...formats import indexer_page
 from .._pages_triton import pool_refusal
+from .._pdl_triton import wait
 from . import indexer_logits
 
 DIM: tl.constexpr = tl.constexpr(indexer_page.DIM)
@@ -74,6 +75,7 @@ def _score(
     Programs: T x programs, those of a row adjacent. Rows of up to `least` entries are left out. With FILL, what lies at
     and beyond lengths becomes -inf.
     """
+    wait()
     row = (tl.program_id(0) // programs).to(tl.int64)
     first = tl.program_id(0) % programs
     length = tl.minimum(tl.load(lengths + row).to(tl.int32), width)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ... import kernels
+from ... import kernels, tuned
 from ..indexer_logits.triton import refusal as scoring_refusal
 from ..indexer_logits.triton import score
 from ..topk_slots.triton import choose, output
@@ -48,7 +48,8 @@ def indexer_topk_triton(
     """Contract in `indexer_topk`."""
     rows, width = q.shape[0], page_table.shape[1] * page_size
     out = output(out, raw_out, rows, k, q.device)
-    step = max(1, min(rows, LOGITS_BYTES // (4 * max(1, width))))
+    # By the power of two that a width belongs to, for which the selection's kernels are compiled.
+    step = max(1, min(rows, LOGITS_BYTES // (4 * tuned.bucket(width))))
     (logits,) = kernels.scratch("indexer_topk", q.device, ((step, width), torch.float32))
     for first in range(0, max(1, rows), step):
         part = slice(first, min(first + step, rows))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .._pdl_triton import wait
 from . import LARGEST_SCALE_BYTE as _LARGEST_SCALE_BYTE
 
 LARGEST_SCALE_BYTE = tl.constexpr(_LARGEST_SCALE_BYTE)
@@ -201,6 +202,7 @@ def repeat(values, T: tl.constexpr, TIMES: tl.constexpr):
 @triton.jit
 def to_planes(x_ptr, planes_ptr, K: tl.constexpr, X_STRIDE: tl.constexpr, BLOCK: tl.constexpr):
     """planes bf16 [rows, 4, K/4]: channels 0, 4, 8, … of x [rows, K], then 1, 5, 9, … and so on."""
+    wait()
     row = tl.program_id(0).to(tl.int64)
     word = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = word < K // 4
@@ -218,6 +220,7 @@ def sort_pairs(
 
     One program per expert counts the pairs of the experts before it, then writes its own behind them, in order.
     """
+    wait()
     expert = tl.program_id(0)
     less = tl.zeros((BLOCK,), tl.int32)
     equal = tl.zeros((BLOCK,), tl.int32)

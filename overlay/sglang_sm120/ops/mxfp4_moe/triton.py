@@ -22,7 +22,7 @@ from ... import kernels, tuned
 from ...formats import e8m0
 from ...formats.mxfp4 import BLOCK
 from .._linear_triton import to_bf16
-from .._pdl_triton import let_next_start, wait
+from .._pdl_triton import wait
 from . import mxfp4_moe
 from .grouped import UNSCALE, diagonal, members, product, repeat, sort_pairs, to_planes, words
 
@@ -43,14 +43,19 @@ class Config(NamedTuple):
     stages: int
 
 
-def _config(rows: int, pairs_per_expert: float, width: int) -> tuple[Config, Config]:
+def _config(rows: int, pairs: int, experts: int, width: int, inter: int) -> tuple[Config, Config]:
     """Tiles of the gate/up and the down kernel."""
+    pairs_per_expert = pairs / experts
     if rows <= SORT_ABOVE:
-        split = 2 if rows <= 4 else 1
+        # One row: 32 rows of weights per warp, whose share of x then serves two tiles.
+        narrow = pairs * inter > 8192
+        split = 2 if rows <= 4 and (rows > 1 or narrow) else 4 if rows == 1 else 1
         while width % (BLOCK * split):  # a stretch begins with a scale
             split //= 2
+        if rows == 1 and narrow:
+            return Config(64, 8 // split, split, 64, 2, 3), Config(128, 8, 1, 128, 4, 3)
         if rows == 1:
-            return Config(64, 8 // split, split, 64, 4, 3), Config(64, 8, 1, 64, 4, 3)
+            return Config(128, 8 // split, split, 64, 4, 3), Config(64, 8, 1, 64, 4, 3)
         return Config(128, 8 // split, split, 64, 4, 3), Config(128, 8, 1, 64, 4, 3)
     if pairs_per_expert <= 12:
         return Config(128, 16, 1, 64, 4, 3), Config(128, 16, 1, 64, 4, 3)
@@ -113,7 +118,7 @@ def _gate_up(
     DEPTH: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """hidden bf16 [pairs, 4, I/4] (planes of every fourth channel) = silu(w1 x) * w3 x; w rows: gates, then ups."""
-    let_next_start()
+    wait()
     C: tl.constexpr = T * SPLIT
     N: tl.constexpr = R // SPLIT // 2
     K: tl.constexpr = H // SPLIT
@@ -163,7 +168,7 @@ def _down(
     ASM: tl.constexpr,
 ):  # fmt: skip
     """partial fp32 [pairs, partial_stride] = weight * (w hidden), output channels from `first` on; w [E, H, I/2]."""
-    let_next_start()
+    wait()
     expert, pair, live = members(
         ids_ptr, ids_stride, offsets_ptr, order_ptr, pairs, tl.arange(0, T), E, BOUND, SLOTS, PAIRS, SORTED, T
     )
@@ -201,9 +206,9 @@ def _down_row(
     s = s_ptr + expert * S_EXPERT + weight_row * S_ROW
     column = tl.arange(0, T)
     live = tl.load(ids_ptr + column, mask=column < SLOTS, other=-1) >= 0
+    weight = tl.load(weights_ptr + column, mask=live, other=0.0).to(tl.float32)
     x = hidden_ptr + tl.minimum(column, SLOTS - 1) * INTER
     acc = product(w, s, x, chosen, live, R, T, INTER, DEPTH, INTER // 4, True, STAGES, ASM)
-    weight = tl.load(weights_ptr + column, mask=live, other=0.0).to(tl.float32)
     y = tl.reshape(diagonal(acc * (weight * UNSCALE)[None, :], R, 1, T), (N,))
     channel = tl.program_id(0) * N + tl.arange(0, N)
     tl.store(y_ptr + channel, to_bf16(y), mask=channel < H)
@@ -265,7 +270,7 @@ def mxfp4_moe_triton(
     s13, s2 = e8m0.scale_bytes(s13), e8m0.scale_bytes(s2)
     w13, w2 = w13.view(torch.uint8), w2.view(torch.uint8)
     sort = rows > SORT_ABOVE
-    gate_up, down = _config(rows, pairs / experts, width)
+    gate_up, down = _config(rows, pairs, experts, width, inter)
     gate_up = GATE_UP.choose(x.device, (experts, width, inter, slots), rows, gate_up)
     down = DOWN.choose(x.device, (experts, width, inter, slots), rows, down)
     alone = _alone(rows, slots)
@@ -315,7 +320,7 @@ def mxfp4_moe_triton(
         "R": down.rows, "T": down.tokens, "DEPTH": down.depth, "STAGES": down.stages, "num_warps": down.warps,
     }  # fmt: skip
     if alone:
-        kernels.launch_next(
+        kernels.launch(
             _down_row, (triton.cdiv(width, down.rows // down.tokens),),
             hidden, topk_ids, topk_weights, w2, s2, y, **common, **second,
         )  # fmt: skip
@@ -327,7 +332,7 @@ def mxfp4_moe_triton(
             pairs, topk_ids.stride(0), topk_weights.stride(0), first, stretch,
             **common, **grouping, **second,
         )  # fmt: skip
-        kernels.launch_next(
+        kernels.launch(
             _sum_slots, (rows, triton.cdiv(min(stretch, width - first), 1024)),
             partial, topk_ids, y, topk_ids.stride(0), first, stretch,
             H=width, SLOTS=slots, WIDTH=1024, num_warps=4,

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from ... import kernels
+from .._pdl_triton import wait
 from . import router_topk
 
 __all__ = ["router_topk_triton"]
@@ -40,9 +41,11 @@ def _route(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     expert = tl.arange(0, LANES)
     live = (row < rows)[:, None] & (expert < EXPERTS)[None, :]
+    bias = tl.load(bias_ptr + expert, mask=expert < EXPERTS, other=0.0)
+    wait()
     logits = tl.load(logits_ptr + row.to(tl.int64)[:, None] * stride + expert[None, :], mask=live, other=0.0)
     scores = _sqrt_softplus(logits)
-    biased = scores + tl.load(bias_ptr + expert, mask=expert < EXPERTS, other=0.0)[None, :]
+    biased = scores + bias[None, :]
     biased = tl.where(live, biased, -float("inf"))
     place = tl.arange(0, WIDTH)
     weights = tl.zeros((ROWS, WIDTH), tl.float32)

@@ -19,7 +19,7 @@ from ... import kernels
 from ...formats import kv_page
 from .._linear_triton import to_bf16
 from .._pages_triton import kv_bytes, kv_f16, kv_rope, kv_scales, kv_slots, pool_refusal
-from .._pdl_triton import let_next_start, wait
+from .._pdl_triton import wait
 from . import sparse_mla
 
 BLOCK = 32
@@ -119,8 +119,7 @@ def _attend(
 
     Programs: rows x splits x ceil(HEADS / TILE), the last fastest, so that neighbours read the same keys.
     """
-    if SPLIT:
-        let_next_start()
+    wait()
     tiles: tl.constexpr = (HEADS + TILE - 1) // TILE
     program = tl.program_id(0)
     head = (program % tiles) * TILE + tl.arange(0, TILE)
@@ -221,9 +220,10 @@ def _merge(parts, stats, sink, out, splits, HEADS: tl.constexpr, SPLITS: tl.cons
 
     Programs: (T * HEADS, 512 / WIDTH). SPLITS is a power of two, at least splits.
     """
-    wait()
     row = (tl.program_id(0) // HEADS).to(tl.int64)
     head = tl.program_id(0) % HEADS
+    bias = tl.load(sink + head).to(tl.float32)
+    wait()
     channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     part = tl.arange(0, SPLITS)
     at = (row * splits + part) * HEADS + head
@@ -236,14 +236,15 @@ def _merge(parts, stats, sink, out, splits, HEADS: tl.constexpr, SPLITS: tl.cons
     shrink = tl.exp2(top - pivot)
     total = tl.sum(total * shrink, 0)
     merged = tl.sum(values * shrink[:, None], 0)
-    merged *= _normaliser(peak, total, tl.load(sink + head).to(tl.float32))
+    merged *= _normaliser(peak, total, bias)
     tl.store(out + (row * HEADS + head) * DIM + channel, to_bf16(merged))
 
 
-def _splits(programs: int, blocks: int, sms: int) -> int:
-    """Into how many programs to split `programs` rows x head tiles with up to `blocks` blocks of candidates each."""
-    # At least 8 multiprocessors, for the interpreter, whose one would never split.
-    slots = max(sms, 8) * PROGRAMS_PER_SM
+def _splits(programs: int, blocks: int, slots: int) -> int:
+    """Into how many programs to split `programs` rows x head tiles with up to `blocks` blocks of candidates each.
+
+    slots: programs that run at once.
+    """
 
     def cost(splits: int) -> float:
         """In units of one block's time: waves of programs, each with a start; then the merge and its traffic."""
@@ -251,7 +252,7 @@ def _splits(programs: int, blocks: int, sms: int) -> int:
         merge = 2 + 2 * programs * splits / slots if splits > 1 else 0.0
         return waves * (-(-blocks // splits) + 1) + merge
 
-    # Scratch grows with the programs, 32 KiB each: one wave of them is 12 MiB on 188 multiprocessors.
+    # No more than run at once, for which the scratch is made.
     most = min(blocks, MAX_SPLITS, slots // max(programs, 1))
     return min(range(1, max(1, most) + 1), key=cost)
 
@@ -309,14 +310,18 @@ def sparse_mla_triton(
             raise ValueError("extra_pages came without its slots, lengths or page size; pass all or none.")
         blocks += -(-extra_slots.shape[1] // BLOCK)
     tiles = -(-heads // TILE)
-    splits = _splits(rows * tiles, blocks, kernels.multiprocessors(q.device))
+    # At least 8 multiprocessors, for the interpreter, whose one would never split.
+    at_once = max(8, kernels.multiprocessors(q.device)) * PROGRAMS_PER_SM
+    splits = _splits(rows * tiles, blocks, at_once)
     parts, stats = out, sink
     if splits > 1:
+        # The same for every number of rows, since the largest need is at none that stands out: 12 MiB on 188
+        # multiprocessors.
         parts, stats = kernels.scratch(
             "sparse_mla",
             q.device,
-            ((rows, splits, heads, kv_page.DIM), torch.float32),
-            ((rows, splits, heads, 2), torch.float32),
+            ((at_once // tiles, heads, kv_page.DIM), torch.float32),
+            ((at_once // tiles, heads, 2), torch.float32),
         )
     kernels.launch(
         _attend,
@@ -352,7 +357,7 @@ def sparse_mla_triton(
     )
     if splits > 1:
         width = 128 if rows < 16 else kv_page.DIM
-        kernels.launch_next(
+        kernels.launch(
             _merge,
             (rows * heads, kv_page.DIM // width),
             parts,

@@ -51,6 +51,10 @@ def cases(kind: str) -> Iterator[Case]:
     # More entries than one program takes.
     yield Case("long", EXACT, lambda make: build(make, [20480, 100, 16385, 64], 64, columns=320))
     yield Case("long-ties", EXACT, lambda make: build(make, [20480, 17000], 64, columns=320, ties=True))
+    # Few rows, in several programs each.
+    yield Case("shared", EXACT, lambda make: build(make, [9000, 2100], 64, columns=320, odd=True))
+    yield Case("shared-buffers", EXACT, lambda make: build(make, [20480], 64, columns=320, buffers=70),
+               lambda inputs, result: (result, inputs["out"], inputs["raw_out"]), ("out", "raw_out"))  # fmt: skip
     yield Case("70-rows", EXACT, lambda make: build(make, [(7 * t) % 130 for t in range(70)], 16, columns=3))
     yield Case(
         "buffers",

@@ -5,7 +5,8 @@ or above either cut, both in one sum: four instructions per key and step where a
 between values rather than bit patterns, and an end as soon as a count equals k, leave about 8 steps for ordinary
 scores. One prefix sum over (greater, equal) packed in an int32 then gives every chosen entry its place in ascending
 order.
-Rows longer than a tile are a tournament: tiles hand their k best on in order, and a second launch chooses among those.
+Rows longer than a tile are a tournament: tiles hand their k best on in order, and a second launch chooses among those,
+few rows in several programs each, which share the work of finding places.
 Rows of at most k entries are listed without reading a score; rows of one tile end in the first launch.
 """
 
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 
 from ... import kernels, tuned
-from .._pdl_triton import let_next_start, wait
+from .._pdl_triton import wait
 from . import topk_slots
 
 LARGEST_TILE = 16384
@@ -26,6 +27,12 @@ LARGEST_TILE = 16384
 WARPS = {1024: 4, 2048: 4, 4096: 8, 8192: 16, 16384: 32}
 SCRATCH_BYTES = 32 << 20
 """For what the tiles of long rows hand on; more rows than fit go one block of rows after the other."""
+LEAST_PART = 512
+MOST_PARTS = 8
+"""Programs that share a tile: each searches all of it, since finding places costs more, and places its part."""
+MOST_PROGRAMS = 64
+"""Up to which tiles are shared, so that each program has a processor of its own."""
+STEP: tl.constexpr = tl.constexpr(512)
 LOWEST: tl.constexpr = tl.constexpr(-(2**31))
 FLIP: tl.constexpr = tl.constexpr(0x7FFFFFFF)
 
@@ -50,9 +57,10 @@ def _value(key):
 
 @triton.jit
 def _kth_largest(keys, live, K: tl.constexpr):
-    """A key t, int32, such that the K largest of more than K live keys are all those above t and some equal to t."""
+    """(t, n) of more than K live keys: the K largest are the n above t and K - n that equal t."""
     low = tl.min(tl.where(live, keys, FLIP), 0)
     high = tl.max(keys, 0)
+    greater = 0
     step = 0
     while low < high:
         # The thirds between the two values, or, should they prove slow or be none, a quarter and half of the keys.
@@ -67,42 +75,65 @@ def _kth_largest(keys, live, K: tl.constexpr):
         # Two counts in one sum.
         counts = tl.sum((keys >= less).to(tl.int32) + ((keys >= more).to(tl.int32) << 16), 0)
         below, above = counts & 0xFFFF, counts >> 16
+        greater = tl.where(above >= K, greater, tl.where(below >= K, above, below))
+        high = tl.where(above >= K, high, tl.where(below >= K, more - 1, less - 1))
         low = tl.where(above >= K, more, tl.where(below >= K, less, low))
-        exact = tl.where(above >= K, above == K, below == K)
-        high = tl.where(exact, low, tl.where(above >= K, high, tl.where(below >= K, more - 1, less - 1)))
+        if (below == K) | (above == K):
+            # All from low on, which are those above the key before it.
+            low -= 1
+            high = low
+            greater = K
         step += 1
-    return low
+    return low, greater
 
 
 @triton.jit
-def _places(keys, live, K: tl.constexpr):
-    """Which of more than K live keys are the K largest, ties to the first, and their places in order."""
-    threshold = _kth_largest(keys, live, K)
-    above = keys > threshold
-    equal = keys == threshold
-    packed = above.to(tl.int32) + (equal.to(tl.int32) << 16)
-    before = tl.cumsum(packed, 0) - packed
-    allowed = K - tl.sum(above.to(tl.int32), 0)
+def _compared(keys, threshold):
+    """1 where a key is above the threshold, 2^16 where it equals it, as int32: sums count both."""
+    return (keys > threshold).to(tl.int32) + ((keys == threshold).to(tl.int32) << 16)
+
+
+@triton.jit
+def _places(keys, before, threshold, allowed):
+    """Which keys are above the threshold or, the first `allowed` of them, equal to it, and their places in order.
+
+    before sums what `_compared` gives for keys that lie before these.
+    """
+    compared = _compared(keys, threshold)
+    before += tl.cumsum(compared, 0) - compared
     equals = before >> 16
-    chosen = above | (equal & (equals < allowed))
+    chosen = (keys > threshold) | ((keys == threshold) & (equals < allowed))
     return chosen, (before & 0xFFFF) + tl.minimum(equals, allowed)
 
 
 @triton.jit
-def _finish(table, out, out_width, raw, raw_width, count, LISTED: tl.constexpr, PAGE: tl.constexpr, K: tl.constexpr):
-    """Write a row's slots and entries and -1 beyond count. The entries are those that out holds, or 0 ... if LISTED."""
-    STEP: tl.constexpr = 512
-    if not LISTED:
-        tl.debug_barrier()
-    for start in tl.range(0, tl.maximum(out_width, raw_width), STEP):
+def _page(table, entry, live, PAGE: tl.constexpr):
+    return tl.load(table + entry // PAGE, mask=live, other=0)
+
+
+@triton.jit
+def _put(out, out_width, raw, raw_width, place, entry, page, chosen, PAGE: tl.constexpr):
+    """Write chosen entries and their slots to their places."""
+    tl.store(out + place, page * PAGE + entry % PAGE, mask=chosen & (place < out_width))
+    tl.store(raw + place, entry, mask=chosen & (place < raw_width))
+
+
+@triton.jit
+def _list(table, out, out_width, raw, raw_width, count, PAGE: tl.constexpr):
+    """Entries 0 … count - 1."""
+    for start in tl.range(0, count, STEP):
+        entry = start + tl.arange(0, STEP)
+        live = entry < count
+        _put(out, out_width, raw, raw_width, entry, entry, _page(table, entry, live, PAGE), live, PAGE)
+
+
+@triton.jit
+def _fill(out, out_width, raw, raw_width, count):
+    """-1 from place `count` on."""
+    for start in tl.range(count, tl.maximum(out_width, raw_width), STEP):
         column = start + tl.arange(0, STEP)
-        live = column < count
-        entry = column
-        if not LISTED:
-            entry = tl.load(out + column, mask=live, other=0)
-        slot = tl.load(table + entry // PAGE, mask=live, other=0) * PAGE + entry % PAGE
-        tl.store(out + column, tl.where(live, slot, -1), mask=column < out_width)
-        tl.store(raw + column, tl.where(live, entry, -1), mask=column < raw_width)
+        tl.store(out + column, -1, mask=column < out_width)
+        tl.store(raw + column, -1, mask=column < raw_width)
 
 
 @triton.jit(
@@ -115,7 +146,6 @@ def _finish(table, out, out_width, raw, raw_width, count, LISTED: tl.constexpr, 
         "raw_row",
         "raw_width",
         "tiles",
-        "best_row",
     ],
     do_not_specialize_on_alignment=["lengths", "table", "out", "raw"],
 )
@@ -134,51 +164,64 @@ def _choose(
     raw_width,
     best_keys,
     best_entries,
-    best_row,
     tiles,
     K: tl.constexpr,
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """logits fp32 [T, width] -> out and raw int32 [T, >= K] for rows of up to TILE entries; for longer ones
     best_keys and best_entries int32 [T, tiles, K], the K best of each tile in order.
 
-    Programs: T x tiles, the tiles of a row adjacent. raw_width is 0 if raw is not wanted. No row starts where Triton
-    knows it to be aligned, so that loads take the one layout that the scattered stores can have: converting pointers
-    between two layouts costs more than wider loads save.
+    Programs: T x tiles x PARTS, the last fastest. Each finds its tile's threshold, then the places of its own part.
+    raw_width is 0 if raw is not wanted. No row starts where Triton knows it to be aligned, so that loads take the one
+    layout that the scattered stores can have: converting pointers between two layouts costs more than wider loads save.
     """
-    if tiles > 1:
-        let_next_start()
-    row = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
+    wait(True)
+    part = tl.program_id(0) % PARTS
+    tile = tl.program_id(0) // PARTS % tiles
+    row = (tl.program_id(0) // PARTS // tiles).to(tl.int64)
     length = tl.minimum(tl.load(lengths + row).to(tl.int32), width)
     start = tile * TILE
+    OWN: tl.constexpr = TILE // PARTS
     table += row * table_row
     out += row * out_row
     raw += row * raw_row
-    if length <= K:
-        if tile == 0:
-            _finish(table, out, out_width, raw, raw_width, length, True, PAGE, K)
-    elif start < length:
-        place = tl.arange(0, TILE)
-        entry = start + place
+    if (tile == 0) & (part == 0):
+        _list(table, out, out_width, raw, raw_width, tl.where(length <= K, length, 0), PAGE)
+        _fill(out, out_width, raw, raw_width, tl.minimum(length, K))
+    if (length > K) & (start < length):
+        entry = start + part * OWN + tl.arange(0, OWN)
         live = entry < length
-        score = tl.load(logits + row * logits_row + entry, mask=live, other=0.0)
-        keys = tl.where(live, _key(score), LOWEST)
-        chosen = live
+        logits += row * logits_row
+        keys = _row_keys(logits, entry, live)
+        chosen, place = live, entry - start
         if length - start > K:
-            chosen, place = _places(keys, live, K)
+            if PARTS == 1:
+                threshold, greater = _kth_largest(keys, live, K)
+                chosen, place = _places(keys, 0, threshold, K - greater)
+            else:
+                index = tl.arange(0, TILE)
+                all_live = start + index < length
+                all_keys = _row_keys(logits, start + index, all_live)
+                threshold, greater = _kth_largest(all_keys, all_live, K)
+                before = tl.sum(tl.where(index < part * OWN, _compared(all_keys, threshold), 0), 0)
+                chosen, place = _places(keys, before, threshold, K - greater)
         if length <= TILE:
-            tl.store(out + place, entry, mask=chosen)
-            _finish(table, out, out_width, raw, raw_width, K, False, PAGE, K)
+            _put(out, out_width, raw, raw_width, place, entry, _page(table, entry, chosen, PAGE), chosen, PAGE)
         else:
-            best = row * best_row + tile * K
+            best = (row * tiles + tile) * K
             tl.store(best_keys + best + place, keys, mask=chosen)
             tl.store(best_entries + best + place, entry, mask=chosen)
 
 
+@triton.jit
+def _row_keys(logits, entry, live):
+    return tl.where(live, _key(tl.load(logits + entry, mask=live, other=0.0)), LOWEST)
+
+
 @triton.jit(
-    do_not_specialize=["width", "table_row", "out_row", "out_width", "raw_row", "raw_width", "tiles", "best_row"],
+    do_not_specialize=["width", "table_row", "out_row", "out_width", "raw_row", "raw_width", "tiles"],
     do_not_specialize_on_alignment=["lengths", "table", "out", "raw"],
 )
 def _choose_again(
@@ -194,28 +237,43 @@ def _choose_again(
     raw_width,
     best_keys,
     best_entries,
-    best_row,
     tiles,
     K: tl.constexpr,
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
     AGAIN: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """What `_choose` left in best_keys and best_entries -> out and raw. Programs: T. AGAIN is at least tiles * K."""
+    """What `_choose` left in best_keys and best_entries -> out and raw. AGAIN is at least tiles * K.
+
+    Programs: T x PARTS, as in `_choose`.
+    """
     wait()
-    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(0) % PARTS
+    row = (tl.program_id(0) // PARTS).to(tl.int64)
     length = tl.minimum(tl.load(lengths + row).to(tl.int32), width)
     if (length > K) & (length > TILE):
-        handed_on = tl.arange(0, AGAIN)
+        best_keys += row * tiles * K
+        best_entries += row * tiles * K
+        OWN: tl.constexpr = AGAIN // PARTS
+        own = part * OWN + tl.arange(0, OWN)
         # Each full tile handed on K, the last one at most as many as it had.
-        live = (handed_on // K * TILE + handed_on % K) < length
-        best = row * best_row
-        keys = tl.load(best_keys + best + handed_on, mask=live, other=LOWEST)
-        chosen, place = _places(keys, live, K)
-        out += row * out_row
-        entry = tl.load(best_entries + best + handed_on, mask=chosen, other=0)
-        tl.store(out + place, entry, mask=chosen)
-        _finish(table + row * table_row, out, out_width, raw + row * raw_row, raw_width, K, False, PAGE, K)
+        live = (own // K * TILE + own % K) < length
+        keys = tl.load(best_keys + own, mask=live, other=LOWEST)
+        entry = tl.load(best_entries + own, mask=live, other=0)
+        # Of all, not of the chosen alone: so it is here when they are known.
+        page = _page(table + row * table_row, entry, live, PAGE)
+        before = 0
+        if PARTS == 1:
+            threshold, greater = _kth_largest(keys, live, K)
+        else:
+            index = tl.arange(0, AGAIN)
+            all_live = (index // K * TILE + index % K) < length
+            all_keys = tl.load(best_keys + index, mask=all_live, other=LOWEST)
+            threshold, greater = _kth_largest(all_keys, all_live, K)
+            before = tl.sum(tl.where(index < part * OWN, _compared(all_keys, threshold), 0), 0)
+        chosen, place = _places(keys, before, threshold, K - greater)
+        _put(out + row * out_row, out_width, raw + row * raw_row, raw_width, place, entry, page, chosen, PAGE)
 
 
 class Config(NamedTuple):
@@ -233,11 +291,16 @@ def tile_size(rows: int, width: int, k: int, sms: int) -> int:
     rows a row's tile is as long as the row, so that most need no second launch.
     """
     whole = min(max(triton.next_power_of_2(width), 1024), LARGEST_TILE)
-    if 4 * rows > sms or whole <= 4096:
+    if 4 * tuned.bucket(rows) > sms or whole <= 4096:
         return whole
     handed_on = triton.next_power_of_2(-(-width * k // LARGEST_TILE))
     small = max(2048, handed_on, triton.next_power_of_2(2 * k))
     return LARGEST_TILE if small > 4096 or -(-width // small) * k > LARGEST_TILE else small
+
+
+def _parts(searches: int, size: int) -> int:
+    """Programs that share each of `searches` searches of `size` entries: a power of two."""
+    return max(1, min(size // LEAST_PART, MOST_PARTS, MOST_PROGRAMS // triton.next_power_of_2(max(searches, 1))))
 
 
 def _handed_on(width: int, k: int, tile: int) -> int:
@@ -276,10 +339,15 @@ def choose(
 ) -> None:
     """Launch the selection: `topk_slots` with its output given."""
     rows, width = logits.shape
-    c = config(rows, width, k, kernels.multiprocessors(logits.device))
+    # At least 8, for the interpreter, whose one would never share a row.
+    sms = max(8, kernels.multiprocessors(logits.device))
+    c = config(rows, width, k, sms)
     c = TUNED.choose(logits.device, (tuned.bucket(width), k), rows, c)
     tile = c.tile
     tiles = max(1, -(-width // tile))
+    again = _handed_on(width, k, tile)
+    parts = _parts(rows * tiles, tile) if tiles > 1 else 1
+    parts_again = _parts(rows, again)
     step = max(1, SCRATCH_BYTES // (8 * tiles * k)) if tiles > 1 else max(1, rows)
     best_keys = best_entries = out
     if tiles > 1:
@@ -291,10 +359,10 @@ def choose(
         part = slice(first, first + step)
         slots, raw = out[part], out[part] if raw_out is None else raw_out[part]
         given = (lengths[part], page_table[part], page_table.stride(0), slots, slots.stride(0), slots.shape[1])
-        given += (raw, raw.stride(0), 0 if raw_out is None else raw.shape[1], best_keys, best_entries, tiles * k, tiles)
+        given += (raw, raw.stride(0), 0 if raw_out is None else raw.shape[1], best_keys, best_entries, tiles)
         kernels.launch(
             _choose,
-            (slots.shape[0] * tiles,),
+            (slots.shape[0] * tiles * parts,),
             logits[part],
             logits.stride(0),
             width,
@@ -302,18 +370,20 @@ def choose(
             K=k,
             PAGE=page_size,
             TILE=tile,
+            PARTS=parts,
             num_warps=c.warps,
         )
         if tiles > 1:
-            kernels.launch_next(
+            kernels.launch(
                 _choose_again,
-                (slots.shape[0],),
+                (slots.shape[0] * parts_again,),
                 width,
                 *given,
                 K=k,
                 PAGE=page_size,
                 TILE=tile,
-                AGAIN=_handed_on(width, k, tile),
+                AGAIN=again,
+                PARTS=parts_again,
                 num_warps=c.warps_again,
             )
 
