@@ -145,7 +145,12 @@ def _fp8_linear(make: Inputs, c: dict[str, Any], tp: int, rows: int, context: in
         scale = make.e8m0(-(-n // 128), -(-k // 128)).float()
         # The draft layer projects each token's residual streams.
         inputs = rows * c["hc_mult"] if label == "mtp.h_proj" else rows
-        yield label, {"x": make.bf16(inputs, k), "w": make.fp8(n, k), "scale": scale}
+        arguments = {"x": make.bf16(inputs, k), "w": make.fp8(n, k), "scale": scale}
+        if label.endswith("wq_b"):
+            # Columns of the joint projection to queries and keys, whose norm comes first.
+            arguments["x"] = make.bf16(rows, k + c["head_dim"])[:, :k]
+            arguments |= {"norm_weight": make.bf16(k), "eps": c["rms_norm_eps"]}
+        yield label, arguments
 
 
 def _fp8_grouped_linear(make: Inputs, c: dict[str, Any], tp: int, rows: int, context: int) -> _Calls:
@@ -165,21 +170,8 @@ def _bf16_linear_fp32(make: Inputs, c: dict[str, Any], tp: int, rows: int, conte
         "indexer.weights_proj": c["index_n_heads"],
     }
     for label, n in shapes.items():
-        yield label, {"x": make.bf16(rows, hidden), "w": make.bf16(n, hidden, scale=hidden**-0.5)}
-
-
-def _rms_norm(make: Inputs, c: dict[str, Any], tp: int, rows: int, context: int) -> _Calls:
-    width = c["q_lora_rank"]
-    x = make.bf16(rows, width + c["head_dim"])[:, :width]
-    yield "q_lora", {"x": x, "weight": make.bf16(width), "eps": c["rms_norm_eps"]}
-
-
-def _rope(make: Inputs, c: dict[str, Any], tp: int, rows: int, context: int) -> _Calls:
-    heads, width = c["num_attention_heads"] // tp, c["qk_rope_head_dim"]
-    x = make.bf16(rows, heads, c["head_dim"])[..., -width:]
-    freqs = torch.view_as_complex(make.normal(max(rows, context), width // 2, 2))
-    positions = make.integers(0, max(rows, context), rows, dtype=torch.int64)
-    yield "inverse", {"x": x, "freqs_cis": freqs, "positions": positions, "inverse": True}
+        arguments = {"x": make.bf16(rows, hidden), "w": make.bf16(n, hidden, scale=hidden**-0.5)}
+        yield label, arguments | ({"dtype": torch.bfloat16} if label == "indexer.weights_proj" else {})
 
 
 def _router_topk(make: Inputs, c: dict[str, Any], tp: int, rows: int, context: int) -> _Calls:
@@ -220,6 +212,8 @@ def _sparse_mla(make: Inputs, c: dict[str, Any], tp: int, rows: int, context: in
         "window_page_size": WINDOW_PAGE,
         "sink": make.normal(heads),
         "scale": head**-0.5,
+        "freqs_cis": torch.view_as_complex(make.normal(max(rows, context), c["qk_rope_head_dim"] // 2, 2)),
+        "positions": make.integers(0, max(rows, context), rows, dtype=torch.int64),
     }
     none = dict.fromkeys(("extra_pages", "extra_slots", "extra_lengths", "extra_page_size"))
     yield "window", {**arguments, **none}
@@ -334,8 +328,6 @@ _CALLS = {
     "fp8_linear": _fp8_linear,
     "fp8_grouped_linear": _fp8_grouped_linear,
     "bf16_linear_fp32": _bf16_linear_fp32,
-    "rms_norm": _rms_norm,
-    "rope": _rope,
     "router_topk": _router_topk,
     "mxfp4_moe": _mxfp4_moe,
     "sparse_mla": _sparse_mla,

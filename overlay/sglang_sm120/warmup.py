@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 SERVED = (
     "bf16_linear_fp32", "fp8_grouped_linear", "fp8_linear", "indexer_topk", "mhc_head", "mhc_post", "mhc_post_pre",
-    "mhc_pre", "mxfp4_moe", "rms_norm", "rope", "router_topk", "sparse_mla",
+    "mhc_pre", "mxfp4_moe", "router_topk", "sparse_mla",
 )  # fmt: skip
 """The ops that the patches call on a GPU."""
 CONTEXTS = {"sparse_mla": 2, "indexer_topk": 1}

@@ -136,7 +136,7 @@ def _quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _deep_gemm_linear(a: Arguments) -> Run:
     import deep_gemm
 
-    x, weight = a["x"], (a["w"], _fp32_scale(a["scale"]))
+    x, weight = a["x"].contiguous(), (a["w"], _fp32_scale(a["scale"]))
 
     def run() -> torch.Tensor:
         y = torch.empty(x.shape[0], weight[0].shape[0], dtype=torch.bfloat16, device=x.device)
@@ -149,8 +149,8 @@ def _deep_gemm_linear(a: Arguments) -> Run:
 def _sglang_triton_linear(a: Arguments) -> Run:
     from sglang.srt.layers.quantization.fp8_utils import triton_w8a8_block_fp8_linear
 
-    scale = _fp32_scale(a["scale"])
-    return lambda: triton_w8a8_block_fp8_linear(a["x"], a["w"], [128, 128], scale)
+    x, scale = a["x"].contiguous(), _fp32_scale(a["scale"])
+    return lambda: triton_w8a8_block_fp8_linear(x, a["w"], [128, 128], scale)
 
 
 def _dequantised_groups(a: Arguments) -> torch.Tensor:
@@ -261,8 +261,12 @@ def _sglang_torch_logits(a: Arguments) -> Run:
     return lambda: fp8_paged_mqa_logits_torch(q, pages, a["weights"], a["lengths"], table, None, width, False)
 
 
-def _without_sink(a: Arguments) -> Arguments:
-    return {**a, "sink": torch.full_like(a["sink"], -torch.inf)}
+def _without(*names: str) -> Callable[[Arguments], Arguments]:
+    return lambda a: {name: value for name, value in a.items() if name not in names}
+
+
+def _without_sink_and_turn(a: Arguments) -> Arguments:
+    return {**a, "sink": torch.full_like(a["sink"], -torch.inf), "freqs_cis": None, "positions": None}
 
 
 FLASH_MLA_HEADS = 64
@@ -452,9 +456,9 @@ def _torch_baseline(op: str) -> Baseline:
 
 _OTHERS = [
     Baseline("deep_gemm", "fp8_linear", f"fp8_gemm_nt; {_QUANTISES}", _deep_gemm_linear, FP8_ACTIVATIONS, _GEMM,
-             compiles=True),
+             computes=_without("norm_weight", "eps"), compiles=True),
     Baseline("sglang_triton", "fp8_linear", f"w8a8_block_fp8_matmul, untuned; {_QUANTISES}", _sglang_triton_linear,
-             FP8_ACTIVATIONS, ("sglang",), compiles=True, lowered=True),
+             FP8_ACTIVATIONS, ("sglang",), computes=_without("norm_weight", "eps"), compiles=True, lowered=True),
     Baseline("deep_gemm", "fp8_grouped_linear", f"fp8_gemm_nt once per group; {_QUANTISES}", _deep_gemm_grouped,
              FP8_ACTIVATIONS, _GEMM, compiles=True),
     Baseline("deep_gemm_bf16", "fp8_grouped_linear", "einsum bhr,hdr->bhd with bf16 weights", _deep_gemm_einsum, BF16,
@@ -462,7 +466,7 @@ _OTHERS = [
     Baseline("sglang_torch", "fp8_grouped_linear", "einsum with bf16 weights, SGLang's path on Hopper",
              _einsum_grouped, BF16),
     Baseline("cublas", "bf16_linear_fp32", "bf16 GEMM with fp32 result, what SGLang's linear_bf16_fp32 calls",
-             _cublas_linear, CUBLAS),
+             _cublas_linear, CUBLAS, computes=_without("dtype")),
     Baseline("deep_gemm", "indexer_logits", "fp8_paged_mqa_logits, its plan made outside", _deep_gemm_logits,
              FP8_SUMS, ("deep_gemm",), compiles=True),
     Baseline("sglang_torch", "indexer_logits", "fp8_paged_mqa_logits_torch, a loop over rows", _sglang_torch_logits,
@@ -474,8 +478,8 @@ _OTHERS = [
     Baseline("sglang_torch", "topk_slots", "topk_transform_512_pytorch_vectorized", _sglang_torch_topk, EXACT,
              ("sglang",), captured=False),
     Baseline("sglang_cuda", "router_topk", "moe_fused_gate", _sglang_gate, FP32, ("sglang",), compiles=True),
-    Baseline("flash_mla", "sparse_mla", "sgl_kernel sparse decode: one cache, no sink, 64 heads", _flash_mla,
-             BF16_STEPS, ("sgl_kernel",), computes=_without_sink),
+    Baseline("flash_mla", "sparse_mla", "sgl_kernel sparse decode: one cache, no sink, no RoPE, 64 heads", _flash_mla,
+             BF16_STEPS, ("sgl_kernel",), computes=_without_sink_and_turn),
     Baseline("marlin", "mxfp4_moe", "SGLang's Marlin MXFP4 MoE", _marlin, BF16_STEPS, ("sglang",), compiles=True),
     Baseline("deep_gemm", "mhc_pre", "tf32_hc_prenorm_gemm, the rest in torch",
              lambda a: lambda: _deep_gemm_mix(a["x"], a), TF32, ("deep_gemm",), compiles=True),

@@ -137,7 +137,8 @@ def traffic(call: Call) -> tuple[int, int]:
     if call.op in ("fp8_linear", "fp8_grouped_linear", "bf16_linear_fp32"):
         rows = next(iter(a.values())).shape[0]
         n = a["w"].numel() // a["w"].shape[-1]
-        return everything + rows * n * (4 if call.op == "bf16_linear_fp32" else 2), 2 * rows * a["w"].numel()
+        fp32 = call.op == "bf16_linear_fp32" and "dtype" not in a
+        return everything + rows * n * (4 if fp32 else 2), 2 * rows * a["w"].numel()
     if call.op == "mxfp4_moe":
         experts = int(a["topk_ids"].unique().numel())
         one = sum(_bytes(a[name][0]) for name in ("w13", "s13", "w2", "s2"))
@@ -156,8 +157,6 @@ def traffic(call: Call) -> tuple[int, int]:
         return _bytes(a["logits"]) + a["lengths"].numel() * a["k"] * 4, 0
     if call.op in ("mhc_post", "mhc_post_pre"):
         return everything + _bytes(a["x"]) + _bytes(a["f"]), 0
-    if call.op in ("rms_norm", "rope"):
-        return 2 * _bytes(a["x"]), 0
     return everything + _bytes(a.get("x")) // 4, 0
 
 
@@ -225,10 +224,15 @@ def bench(
 ) -> list[dict[str, Any]]:
     """Write one line per call of `op`, and return them."""
     function = registry.ops()[op].providers["triton"].function
-    labels = [call.label for call in model_calls(model_config(), tp, rows, context, op=op)]
+    calls = list(enumerate(model_calls(model_config(), tp, rows, context, op=op)))
+    listed = [(position, call.label, False) for position, call in calls]
+    if op == "fp8_linear" and rows > 1:
+        # There a norm is a kernel of its own.
+        normed = [(position, call.label) for position, call in calls if "norm_weight" in call.arguments]
+        listed += [(position, f"{label} alone", True) for position, label in normed]
     found = []
-    for position, label in enumerate(labels):
-        nth = partial(nth_call, op, tp, rows, context, position)
+    for position, label, alone in listed:
+        nth = partial(nth_call, op, tp, rows, context, position, alone=alone)
         call = nth(0)
         row: dict[str, Any] = {"op": op, "call": label, "tp": tp, "rows": rows, "context": context}
         problem = baselines.own_problem(call, triton_result(call))
@@ -244,7 +248,7 @@ def bench(
             if aim := target_of(call, tp, rows, context):
                 row |= {"target": f"{aim[0]} {'<=' if aim[0] == 'time_us' else '>='} {aim[1]:g}"}
                 row["miss_by"] = miss_by(us if aim[0] == "time_us" else row[aim[0]], *aim)
-            others = [time_baseline(b, call, sets) for b in baselines.baselines(op, chosen)]
+            others = [time_baseline(b, call, sets) for b in baselines.baselines(op, [] if alone else chosen)]
             timed = [other for other in others if "us" in other]
             if timed:
                 best = min(timed, key=lambda other: other["us"])
@@ -305,9 +309,13 @@ def build_baseline(op: str, name: str, tp: int, rows: int, context: int, positio
         return
 
 
-def nth_call(op: str, tp: int, rows: int, context: int, position: int, seed: int) -> Call:
-    """The `position`th of the model's calls of `op`."""
-    return next(islice(calls_of(op, tp, rows, context, seed), position, None))
+def nth_call(op: str, tp: int, rows: int, context: int, position: int, seed: int, alone: bool = False) -> Call:
+    """The `position`th of the model's calls of `op`; alone: without the norm before it."""
+    call = next(islice(calls_of(op, tp, rows, context, seed), position, None))
+    if not alone:
+        return call
+    kept = {name: value for name, value in call.arguments.items() if name not in ("norm_weight", "eps")}
+    return Call(op, call.label, kept)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -181,6 +181,27 @@ def test_200_sampled_requests(server: LocalServer) -> None:
     sampled(server, 200)
 
 
+def test_unfiltered_samples_follow_the_distribution(server: LocalServer) -> None:
+    """At a temperature that gives the likeliest token a half, it and the second come as often as they should."""
+    prompt, count = prompts()[LENGTHS.index(300)], 400
+    one = {"max_new_tokens": 1, "temperature": 0}
+    meta = generate(server, {"input_ids": prompt, "sampling_params": one, "return_logprob": True,
+                             "top_logprobs_num": 64})["meta_info"]  # fmt: skip
+    scores = torch.tensor([entry[0] for entry in meta["output_top_logprobs"][0]], dtype=torch.float64)
+    ids = [entry[1] for entry in meta["output_top_logprobs"][0]]
+    low, high = 1e-4, 10.0
+    for _ in range(60):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if (scores / middle).softmax(0)[0] > 0.5 else (low, middle)
+    expected = (scores / low).softmax(0)
+    one = {"max_new_tokens": 1, "temperature": low}
+    replies = generate(server, {"input_ids": [prompt] * count, "sampling_params": one})
+    tokens = [reply["output_ids"][0] for reply in replies]
+    for token, share in list(zip(ids, expected.tolist(), strict=True))[:2]:
+        # Five standard deviations.
+        assert abs(tokens.count(token) / count - share) < 5 * (share * (1 - share) / count) ** 0.5, (token, share)
+
+
 def test_no_kernel_that_sm120_lacks(server: LocalServer, logs: Path) -> None:
     folder = logs / "trace"
     folder.mkdir(exist_ok=True)

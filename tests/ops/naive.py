@@ -141,8 +141,12 @@ def block_weight(w, scale):
     return values * scales[rows // 128, columns // 128]
 
 
-def fp8_linear(x, w, scale):
-    return rounded(f64(x) @ block_weight(w, scale).T)
+def fp8_linear(x, w, scale, norm_weight=None, eps=0.0):
+    values = f64(x)
+    if norm_weight is not None:
+        rows = [bf16(norm(row, f64(norm_weight), eps)) for row in values]
+        values = np.stack(rows) if rows else values
+    return rounded(values @ block_weight(w, scale).T)
 
 
 def fp8_grouped_linear(o, w, scale):
@@ -150,8 +154,9 @@ def fp8_grouped_linear(o, w, scale):
     return rounded(np.stack(y, 1))
 
 
-def bf16_linear_fp32(x, w):
-    return out(f64(x) @ f64(w).T)
+def bf16_linear_fp32(x, w, dtype=torch.float32):
+    y = f64(x) @ f64(w).T
+    return out(y) if dtype == torch.float32 else rounded(y)
 
 
 def mxfp4_moe(x, topk_ids, topk_weights, w13, s13, w2, s2, limit):
@@ -198,6 +203,8 @@ def sparse_mla(
     extra_page_size,
     sink,
     scale,
+    freqs_cis=None,
+    positions=None,
 ):
     y = np.zeros(q.shape)
     for t in range(q.shape[0]):
@@ -210,6 +217,8 @@ def sparse_mla(
             total = sum(weights) + math.exp(float(sink[head]))
             for weight, key in zip(weights, keys, strict=True):
                 y[t, head] += weight / total * key
+            if freqs_cis is not None:
+                y[t, head] = turned(y[t, head], freqs_cis, int(positions[t]), True)
     return rounded(y)
 
 
@@ -249,17 +258,6 @@ def q_norm_rope(q, eps, freqs_cis, positions, out=None):
         for head in range(q.shape[1]):
             y[t, head] = torch.from_numpy(turned(norm(f64(q[t, head]), None, eps), freqs_cis, int(positions[t])))
     return y if out is None else out.copy_(y)
-
-
-def rms_norm(x, weight, eps):
-    return out([bf16(norm(f64(row), f64(weight), eps)) for row in x]).view(x.shape)
-
-
-def rope(x, freqs_cis, positions, inverse=False):
-    for t in range(x.shape[0]):
-        rows = x[t].view(-1, 64) if x[t].is_contiguous() else x[t]
-        for row in rows.unsqueeze(0) if rows.dim() == 1 else rows:
-            row.copy_(torch.from_numpy(turned(f64(row), freqs_cis, int(positions[t]), inverse)))
 
 
 def k_norm_rope_store(kv, weight, eps, freqs_cis, positions, slots, pages, page_size):
@@ -443,8 +441,6 @@ NAIVE: dict[str, Callable[..., Any]] = {
         mhc_pre,
         mxfp4_moe,
         q_norm_rope,
-        rms_norm,
-        rope,
         router_topk,
         silu_mul_clamp,
         sinkhorn,

@@ -51,26 +51,38 @@ def test_hadamard_is_its_own_inverse_and_keeps_norms(seed: int) -> None:
 
 def test_rope_inverse_undoes_it(seed: int) -> None:
     make = Maker(seed, CPU)
-    x, table, positions = make.bf16(9, 3, 64), make.freqs_cis(), make.integers(0, 512, 9)
-    turned = x.clone()
-    ops.rope(turned, table, positions)
-    pairs = x.float().unflatten(-1, (-1, 2)).norm(dim=-1)
-    torch.testing.assert_close(turned.float().unflatten(-1, (-1, 2)).norm(dim=-1), pairs, atol=0, rtol=2**-7)
-    ops.rope(turned, table, positions, inverse=True)
-    # Two roundings to bf16, of numbers up to sqrt(2) times the pair's larger member.
-    torch.testing.assert_close(turned.float(), x.float(), atol=float(x.abs().max()) * 2**-7, rtol=0)
-    still = x.clone()
-    ops.rope(still, table, torch.zeros(9, dtype=torch.int64))
-    assert torch.equal(still, x)
+    x, table, positions = make.normal(9, 3, 64), make.freqs_cis(), make.integers(0, 512, 9)
+    turned = _math.rotate(x, table, positions)
+    pairs = x.unflatten(-1, (-1, 2)).norm(dim=-1)
+    torch.testing.assert_close(turned.unflatten(-1, (-1, 2)).norm(dim=-1), pairs)
+    torch.testing.assert_close(_math.rotate(turned, table, positions, inverse=True), x)
+    assert torch.equal(_math.rotate(x, table, torch.zeros(9, dtype=torch.int64)), x)
 
 
 def test_rope_pairs_are_interleaved() -> None:
-    x = torch.zeros(1, 64).bfloat16()
+    x = torch.zeros(1, 64)
     x[0, 6] = 1
     table = torch.ones(1, 32, dtype=torch.complex64)
     table[0, 3] = 1j
-    ops.rope(x, table, torch.tensor([0]))
-    assert x[0].nonzero().flatten().tolist() == [7] and x[0, 7] == 1
+    y = _math.rotate(x, table, torch.tensor([0]))
+    assert y[0].nonzero().flatten().tolist() == [7] and y[0, 7] == 1
+
+
+def test_attention_takes_the_rope_of_keys_from_the_result(seed: int) -> None:
+    """Of one key, wherever it and the query are, what is left is the key as it was before it was turned."""
+    make = Maker(seed, CPU)
+    key, table = make.normal(1, 512), make.freqs_cis()
+    slots = torch.zeros(1, 1, dtype=torch.int32)
+    for position in (0, 1, 300):
+        at = torch.tensor([position])
+        pages = torch.zeros(1, kv_page.page_bytes(1), dtype=torch.uint8)
+        kv_page.store(pages, slots[0].long(), _math.rotate_tail(key, table, at), 1)
+        y = ops.sparse_mla(
+            make.bf16(1, 2, 512), pages, slots, torch.ones(1, dtype=torch.int32), 1, None, None, None, None,
+            torch.full((2,), -torch.inf), 1.0, table, at,
+        )  # fmt: skip
+        # The key is stored in bf16 and the result rounded once more.
+        torch.testing.assert_close(y[0, :, 448:].float(), key[:, 448:].expand(2, 64), atol=0.03, rtol=0)
 
 
 @SOME

@@ -26,8 +26,6 @@ from .mhc_post_pre import mhc_post_pre
 from .mhc_pre import mhc_pre
 from .mxfp4_moe import mxfp4_moe
 from .q_norm_rope import q_norm_rope
-from .rms_norm import rms_norm
-from .rope import rope
 from .router_topk import router_topk
 from .silu_mul_clamp import silu_mul_clamp
 from .sinkhorn import sinkhorn
@@ -54,8 +52,6 @@ __all__ = [
     "mhc_pre",
     "mxfp4_moe",
     "q_norm_rope",
-    "rms_norm",
-    "rope",
     "router_topk",
     "silu_mul_clamp",
     "sinkhorn",

@@ -2,7 +2,7 @@
 
 Few rows are a question of bytes in flight, many rows one of conversions per tensor-core instruction:
 
-    1 row           `_gemv`: a program owns whole weight rows and asks for all their bytes at once, 64 per thread;
+    1 row           `_gemv`: a program owns whole weight rows and asks for all their bytes at once, 128 per thread;
                     nothing is staged, the sums are plain FMAs, and no second pass is needed (also a few rows of a
                     weight so small that L2 serves it again)
     2 … 16 rows     `_few_rows`: the same ownership on tensor cores: the weight is the A operand, each warp has its
@@ -35,8 +35,8 @@ UNSCALED: tl.constexpr = tl.constexpr(0)
 E8M0: tl.constexpr = tl.constexpr(1)
 FP32: tl.constexpr = tl.constexpr(2)
 
-THREAD_BYTES = 64
-"""Weight bytes one thread of `_gemv` asks for at once: four loads of 16 bytes."""
+THREAD_BYTES = 128
+"""Weight bytes one thread of `_gemv` asks for at once: eight loads of 16 bytes."""
 GEMV_K = 16_384
 """Longest row, in bytes, that a program of `_gemv` takes whole."""
 SMALL = 1 << 25
@@ -159,10 +159,17 @@ def refusal(w: torch.Tensor, scale: torch.Tensor | None) -> str | None:
     return None
 
 
-def linear(op: str, x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+def linear(
+    op: str,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    scale: torch.Tensor | None,
+    dtype: torch.dtype,
+    norm: tuple[torch.Tensor, float] | None = None,
+) -> torch.Tensor:
     """x bf16 [T, G, K] of any strides, w [G, N, K], scale [G, ceil(N/128), ceil(K/128)] or None → dtype [T, G, N].
 
-    `op` owns the scratch.
+    With norm, (weight bf16 [K], eps), x [T, 1, K] is normalised first. `op` owns the scratch.
     """
     rows = x.shape[0]
     groups, n, k = w.shape
@@ -178,6 +185,9 @@ def linear(op: str, x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor | None
     # At least 8 processors, for the interpreter, whose one would never split K.
     c = config(rows, groups, n, k, w.element_size(), max(8, kernels.multiprocessors(x.device)))
     c = TUNED.choose(x.device, (groups, n, k, w.element_size()), rows, c)
+    norm_weight, eps = (w, 0.0) if norm is None else norm
+    if norm is not None and c.kernel != "gemv":
+        x = _normalised(x, norm_weight, eps)
     # A dimension of size 1 has a stride that means nothing.
     x_row, x_group = (x.stride(0) if rows > 1 else 0), (x.stride(1) if groups > 1 else 0)
     unit = 8 if x_row % 8 == 0 and x_group % 8 == 0 else 1
@@ -186,7 +196,10 @@ def linear(op: str, x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor | None
     policy = "evict_first" if c.evict_first else ""
     if c.kernel == "gemv":
         grid = (rows, triton.cdiv(n, c.bn), groups)
-        kernels.launch(_gemv, grid, x, w, s, y, *strides, **model, POLICY=policy, BN=c.bn, KP=c.bk, num_warps=c.warps)
+        kernels.launch(
+            _gemv, grid, x, norm_weight, eps, w, s, y, *strides, **model,
+            NORM=norm is not None, POLICY=policy, BN=c.bn, KP=c.bk, num_warps=c.warps,
+        )  # fmt: skip
         return y
     if c.kernel == "few":
         grid = (triton.cdiv(n, c.bn), groups)
@@ -204,6 +217,16 @@ def linear(op: str, x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor | None
     total = math.prod(y.shape)
     grid = (triton.cdiv(total, 1024),)
     kernels.launch(_add_parts, grid, parts, y, total, SPLIT=c.split, BLOCK=1024, num_warps=4)
+    return y
+
+
+def _normalised(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    rows, _, k = x.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    padded = triton.next_power_of_2(k)
+    kernels.launch(
+        _norm, (rows,), x, x.stride(0), weight, y, eps, N=k, X_STEP=x.stride(2) if k > 1 else 1, NP=padded, num_warps=4
+    )
     return y
 
 
@@ -264,12 +287,34 @@ def _store(at, value, mask):
         tl.store(at, value, mask=mask)
 
 
+@triton.jit
+def _rms_norm(value, weight, eps, K: tl.constexpr):
+    """bf16 [KP] of a row and its norm's weight, both fp32 [KP] and 0 beyond K."""
+    return to_bf16(value * tl.rsqrt(tl.sum(value * value, 0) / K + eps) * weight)
+
+
+@triton.jit
+def _norm(x, x_row, weight, y, eps, N: tl.constexpr, X_STEP: tl.constexpr, NP: tl.constexpr):
+    """y bf16 [T, N] = each row's norm, a program each."""
+    column = tl.arange(0, NP)
+    inside = column < N
+    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    wait()
+    row = tl.program_id(0).to(tl.int64)
+    value = tl.load(x + row * x_row + column * X_STEP, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + row * N + column, _rms_norm(value, w, eps, N), mask=inside)
+
+
 @triton.jit(do_not_specialize=["x_row", "x_group"])
 def _gemv(
-    x, w, scale, y, x_row, x_group, G: tl.constexpr, N: tl.constexpr, K: tl.constexpr, X_STEP: tl.constexpr,
-    X_UNIT: tl.constexpr, SCALE: tl.constexpr, POLICY: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr,
+    x, norm_weight, eps, w, scale, y, x_row, x_group, G: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    X_STEP: tl.constexpr, X_UNIT: tl.constexpr, SCALE: tl.constexpr, NORM: tl.constexpr, POLICY: tl.constexpr,
+    BN: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
-    """Program (t, i, g): outputs i BN … of row t and group g, from whole weight rows padded to KP."""
+    """Program (t, i, g): outputs i BN … of row t and group g, from whole weight rows padded to KP.
+
+    NORM: every program normalises the row for itself, which is less than the wait for a kernel that does.
+    """
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(2).to(tl.int64)
     first = tl.program_id(1) * BN
@@ -287,9 +332,13 @@ def _gemv(
     block = tl.arange(0, PB)
     if SCALE != UNSCALED:
         s = tl.load(scale + group * (NB * KB) + first // BLOCK * KB + block, mask=block < KB, other=0)
+    if NORM:
+        norm = tl.load(norm_weight + k, mask=k < K, other=0.0).to(tl.float32)
     x_at = x + (row * x_row + group * x_group) * X_UNIT + k * X_STEP
     wait()
     value = tl.load(x_at, mask=k < K, other=0.0).to(tl.float32)
+    if NORM:
+        value = _rms_norm(value, norm, eps, K).to(tl.float32)
     if SCALE != UNSCALED:
         value = tl.reshape(tl.reshape(value, PB, BLOCK) * _scale_value(s, SCALE)[:, None], KP)
     out = tl.sum(weight.to(tl.float32) * value[None, :], 1)

@@ -73,6 +73,7 @@ PAGES = _ops("sparse_mla or gather_dequant_kv or indexer or page")
 INDEXER = _ops("indexer or topk_slots")
 MIXING = _ops("mhc or sinkhorn")
 EXPERTS = _ops("mxfp4 or router")
+LINEARS = _ops("linear")
 ROTATION = _ops("rope")
 COMPRESSOR = _ops("compress")
 SCALES = _ops("test_by_hand or test_formats or linear or mxfp4")
@@ -168,6 +169,18 @@ _KERNELS = (
         (('scores * (scale * LOG2E), float("-inf"))', "scores * (scale * LOG2E), 0.0)"),), ATTENTION,
     ),
     Mutation(
+        "inverse RoPE missing", "Triton turns forwards", "ops/sparse_mla/triton.py",
+        (("+ imaginary * sin, imaginary * cos - real", "- imaginary * sin, imaginary * cos + real"),), ATTENTION,
+    ),
+    Mutation(
+        "query norm missing", "one row, Triton", "ops/_linear_triton.py",
+        (("value = _rms_norm(value, norm, eps, K).to(tl.float32)", "value = value * norm"),), LINEARS,
+    ),
+    Mutation(
+        "query norm missing", "more rows, Triton", "ops/_linear_triton.py",
+        (('if norm is not None and c.kernel != "gemv":', "if False:"),), LINEARS,
+    ),
+    Mutation(
         "window off by one", "last slot of a list, Triton", "ops/sparse_mla/triton.py",
         (("(offset < count)", "(offset < count - 1)"),), ATTENTION,
     ),
@@ -217,8 +230,12 @@ _REFERENCES = (
         ROTATION,
     ),
     Mutation(
-        "inverse RoPE missing", "torch reference turns forwards", "ops/rope/__init__.py",
-        (("rotate(x, freqs_cis, positions, inverse)", "rotate(x, freqs_cis, positions)"),), ROTATION,
+        "query norm missing", "torch reference", "ops/fp8_linear/__init__.py",
+        (("if norm_weight is not None:", "if False:"),), LINEARS,
+    ),
+    Mutation(
+        "inverse RoPE missing", "torch reference turns forwards", "ops/sparse_mla/__init__.py",
+        (("positions[rows], inverse=True)", "positions[rows])"),), ATTENTION,
     ),
     Mutation(
         "comb transposed", "torch reference", "ops/mhc_post/__init__.py",

@@ -1,4 +1,4 @@
-"""Linear layer with bf16 weights whose result stays fp32 (compressors, expert gate)."""
+"""Linear layer with bf16 weights and fp32 sums (compressors, expert gate, the indexer's head weights)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ __all__ = ["bf16_linear_fp32"]
 
 
 @Op
-def bf16_linear_fp32(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """y = x wᵀ: x bf16 [T, K], w bf16 [N, K], fp32 products and sums. Returns fp32 [T, N]."""
-    return x.float() @ w.float().T
+def bf16_linear_fp32(x: torch.Tensor, w: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """y = x wᵀ: x bf16 [T, K], w bf16 [N, K], fp32 products and sums. Returns [T, N], fp32 or rounded once to bf16."""
+    return (x.float() @ w.float().T).to(dtype)

@@ -6,15 +6,26 @@ import torch
 
 from ...formats import fp8_block
 from ...registry import Op
+from .._math import rms_norm
 
 __all__ = ["fp8_linear"]
 
 
 @Op
-def fp8_linear(x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def fp8_linear(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    scale: torch.Tensor,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 0.0,
+) -> torch.Tensor:
     """y = x wᵀ with w dequantised exactly, fp32 sums, y rounded once to bf16.
 
     x bf16 [..., K], w float8_e4m3fn [N, K], scale fp32 or float8_e8m0fnu [ceil(N/128), ceil(K/128)] as in
     `formats.fp8_block`. Activations are not quantised. Returns bf16 [..., N].
+
+    With norm_weight bf16 [K], x is normalised first: x / sqrt(mean(x²) + eps) * norm_weight in fp32, rounded to bf16.
     """
+    if norm_weight is not None:
+        x = rms_norm(x, norm_weight, eps).bfloat16()
     return (x.float() @ fp8_block.dequantise(w, scale).T).bfloat16()

@@ -17,7 +17,8 @@ def model_shapes(tp: int) -> list[tuple[int, int]]:
 
 
 def cases(kind: str) -> Iterator[Case]:
-    """Partial blocks, both scale dtypes, leading dimensions, each kernel's row counts; the model's shapes on a GPU."""
+    """Partial blocks, both scale dtypes, norms, leading dimensions, each kernel's row counts; the model's shapes on a
+    GPU."""
 
     def build(make: Maker, shape: tuple[int, ...], n: int, fp32_scale: bool = False) -> dict[str, Any]:
         w, scale = make.fp8_weight(n, shape[-1])
@@ -55,6 +56,15 @@ def cases(kind: str) -> Iterator[Case]:
         bits[0, 0], bits[1, 0] = 0, 255
         return {"x": make.bf16(tokens, 256), "w": w, "scale": e8m0.from_bytes(bits)}
 
+    def build_normed(make: Maker, tokens: int, zeros: bool = False) -> dict[str, Any]:
+        inputs = {**build_sliced(make, tokens), "norm_weight": make.bf16(136), "eps": 1e-6}
+        if zeros:
+            inputs["x"][0] = 0
+        return inputs
+
+    yield Case("no-rows-normed", BF16, partial(build_normed, tokens=0))
     for tokens in (1, 3, 33):
+        yield Case(f"{tokens}-normed", BF16, partial(build_normed, tokens=tokens))
+        yield Case(f"{tokens}-normed-zeros", BF16, partial(build_normed, tokens=tokens, zeros=True))
         yield Case(f"{tokens}-sliced-input", BF16, partial(build_sliced, tokens=tokens))
         yield Case(f"{tokens}-smallest-and-nan-scale", BF16, partial(build_unusual, tokens=tokens))

@@ -74,6 +74,12 @@ def cases(kind: str) -> Iterator[Case]:
     yield Case("one-expert-takes-all", BF16, lambda make: build(make, 9, k=1, experts=2))
     yield Case("absent-experts", BF16, lambda make: build(make, 7, absent=True))
     yield Case("one-row-absent-expert", BF16, lambda make: build(make, 2, k=4, absent=True, rows=slice(0, 1)))
+    # With six slots of 256 words the expert changes in the middle of a stretch.
+    alone = {"one-row-one-slot": (1, 128), "one-row-four-slots": (4, 128), "one-row-six-slots": (6, 1024)}
+    for name, (k, inter) in alone.items():
+        yield Case(name, BF16, partial(build, tokens=1, k=k, inter=inter, experts=7))
+        absent = partial(build, tokens=2, k=k, inter=inter, experts=7, absent=True, rows=slice(0, 1))
+        yield Case(f"{name}-absent-expert", BF16, absent)
     yield Case("one-row-nine-slots", BF16, lambda make: build(make, 1, k=9, experts=10))
     yield Case("many-rows-absent-experts", BF16, lambda make: build(make, 67, absent=True))
     yield Case("one-expert-takes-all-many-rows", BF16, lambda make: build(make, 66, k=1, experts=2))

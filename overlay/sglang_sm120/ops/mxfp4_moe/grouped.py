@@ -114,27 +114,34 @@ def product(
         else:
             packed = tl.load(w[:, None] + word[None, :])
             exponent = tl.load(s[:, None] + block[None, :])
-        exponent = exponent.to(tl.int32)
-        scale = tl.where(exponent > LARGEST_SCALE_BYTE, 0, (exponent + 63) << 7) * 0x10001
-        scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (R, DEPTH // 8, 8)), (R, DEPTH))
-        w0, w1, w2, w3 = dequantise(packed, scale, ASM)
-        place = x[None, :] + word[:, None]
-        if PLANE:
-            x0 = tl.load(place, mask=x_mask, other=0.0)
-            x1 = tl.load(place + PLANE, mask=x_mask, other=0.0)
-            x2 = tl.load(place + 2 * PLANE, mask=x_mask, other=0.0)
-            x3 = tl.load(place + 3 * PLANE, mask=x_mask, other=0.0)
-        else:
-            four = tl.load(place, mask=x_mask, other=0)
-            x0 = _bf16(four)
-            x1 = _bf16(four >> 16)
-            x2 = _bf16(four >> 32)
-            x3 = _bf16(four >> 48)
-        acc = _dot(w0, x0, acc, ASM)
-        acc = _dot(w1, x1, acc, ASM)
-        acc = _dot(w2, x2, acc, ASM)
-        acc = _dot(w3, x3, acc, ASM)
+        acc = add_step(acc, packed, exponent, x[None, :] + word[:, None], x_mask, R, DEPTH, PLANE, ASM)
     return acc
+
+
+@triton.jit
+def add_step(
+    acc, packed, exponent, x, x_mask, R: tl.constexpr, DEPTH: tl.constexpr, PLANE: tl.constexpr, ASM: tl.constexpr
+):
+    """acc + weights times tokens, as `product`: packed [R, DEPTH], exponent [R, DEPTH / 8], x at [DEPTH, C]."""
+    exponent = exponent.to(tl.int32)
+    scale = tl.where(exponent > LARGEST_SCALE_BYTE, 0, (exponent + 63) << 7) * 0x10001
+    scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (R, DEPTH // 8, 8)), (R, DEPTH))
+    w0, w1, w2, w3 = dequantise(packed, scale, ASM)
+    if PLANE:
+        x0 = tl.load(x, mask=x_mask, other=0.0)
+        x1 = tl.load(x + PLANE, mask=x_mask, other=0.0)
+        x2 = tl.load(x + 2 * PLANE, mask=x_mask, other=0.0)
+        x3 = tl.load(x + 3 * PLANE, mask=x_mask, other=0.0)
+    else:
+        four = tl.load(x, mask=x_mask, other=0)
+        x0 = _bf16(four)
+        x1 = _bf16(four >> 16)
+        x2 = _bf16(four >> 32)
+        x3 = _bf16(four >> 48)
+    acc = _dot(w0, x0, acc, ASM)
+    acc = _dot(w1, x1, acc, ASM)
+    acc = _dot(w2, x2, acc, ASM)
+    return _dot(w3, x3, acc, ASM)
 
 
 @triton.jit

@@ -12,6 +12,7 @@ Sums over slots run in slot order, through fp32 scratch except at one row.
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -21,10 +22,10 @@ import triton.language as tl
 from ... import kernels, tuned
 from ...formats import e8m0
 from ...formats.mxfp4 import BLOCK
-from .._linear_triton import to_bf16
+from .._linear_triton import scaled_sum, to_bf16
 from .._pdl_triton import wait
 from . import mxfp4_moe
-from .grouped import UNSCALE, diagonal, members, product, repeat, sort_pairs, to_planes, words
+from .grouped import UNSCALE, add_step, diagonal, members, product, repeat, sort_pairs, to_planes, words
 
 SORT_ABOVE = 64
 """Rows above which sorting the pairs by expert pays for a launch."""
@@ -52,10 +53,13 @@ def _config(rows: int, pairs: int, experts: int, width: int, inter: int) -> tupl
         split = 2 if rows <= 4 and (rows > 1 or narrow) else 4 if rows == 1 else 1
         while width % (BLOCK * split):  # a stretch begins with a scale
             split //= 2
-        if rows == 1 and narrow:
-            return Config(64, 8 // split, split, 64, 2, 3), Config(128, 8, 1, 128, 4, 3)
         if rows == 1:
-            return Config(128, 8 // split, split, 64, 4, 3), Config(64, 8, 1, 64, 4, 3)
+            depth = 128 if narrow else 64
+            if _alone(rows, pairs, inter):
+                depth = math.gcd(depth, inter // 4)
+            if narrow:
+                return Config(64, 8 // split, split, 64, 2, 3), Config(128, 8, 1, depth, 4, 3)
+            return Config(128, 8 // split, split, 64, 4, 3), Config(64, 8, 1, depth, 4, 3)
         return Config(128, 8 // split, split, 64, 4, 3), Config(128, 8, 1, 64, 4, 3)
     if pairs_per_expert <= 12:
         return Config(128, 16, 1, 64, 4, 3), Config(128, 16, 1, 64, 4, 3)
@@ -90,11 +94,14 @@ def _gate_up_refusal(shape: tuned.Shape, rows: int, c: Config) -> str | None:
 
 
 def _down_refusal(shape: tuned.Shape, rows: int, c: Config) -> str | None:
-    _, _, _, slots = shape
+    _, _, inter, slots = shape
     if c.split > 1:
         return f"split is {c.split} and needs to be 1"
-    if _alone(rows, slots) and (c.tokens < slots or c.rows < c.tokens):
-        return f"tokens are {c.tokens} of {c.rows} rows and need to hold the {slots} slots of the one row"
+    if _alone(rows, slots, inter):
+        if c.tokens < slots or c.rows < c.tokens:
+            return f"tokens are {c.tokens} of {c.rows} rows and need to hold the {slots} slots of the one row"
+        if inter // 4 % c.depth:
+            return f"depth is {c.depth} and needs to divide the {inter // 4} words of a slot"
     return _tile_refusal(c)
 
 
@@ -103,9 +110,9 @@ GATE_UP = tuned.Family("mxfp4_moe.gate_up", _SHAPE, Config, _gate_up_refusal)
 DOWN = tuned.Family("mxfp4_moe.down", _SHAPE, Config, _down_refusal)
 
 
-def _alone(rows: int, slots: int) -> bool:
-    """Whether `_down_row` serves the call."""
-    return rows == 1 and slots <= 8
+def _alone(rows: int, slots: int, inter: int) -> bool:
+    """Whether `_down_row` serves the call, whose steps are of 16 words or more of one slot."""
+    return rows == 1 and slots <= 8 and inter % 64 == 0
 
 
 @triton.jit(do_not_specialize=["pairs", "ids_stride"])
@@ -193,25 +200,54 @@ def _down_row(
     W_EXPERT: tl.constexpr, W_ROW: tl.constexpr, S_EXPERT: tl.constexpr, S_ROW: tl.constexpr, R: tl.constexpr,
     T: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """y bf16 [1, H] = sum over slots of weight * (w hidden): the slots' experts are stretches of one tile."""
+    """y bf16 [1, H] = sum over slots of weight * (w hidden).
+
+    The slots' channels, one slot after the other, are cut in T stretches, which lie side by side in the tile. A stretch
+    is no longer than a slot, so that it has channels of two slots at most, and each step of it of one.
+    """
     wait()
     N: tl.constexpr = R // T
-    slot = tl.arange(0, R) // N
+    SLOT: tl.constexpr = INTER // 4
+    PART: tl.constexpr = (SLOTS * SLOT + T * DEPTH - 1) // (T * DEPTH) * DEPTH
     channel = tl.program_id(0) * N + tl.arange(0, R) % N
-    expert = tl.load(ids_ptr + slot, mask=slot < SLOTS, other=-1)
-    chosen = (expert >= 0) & (channel < H)
-    expert = tl.maximum(expert, 0).to(tl.int64)
     weight_row = tl.minimum(channel, H - 1)
-    w = words(w_ptr) + expert * W_EXPERT + weight_row * W_ROW
-    s = s_ptr + expert * S_EXPERT + weight_row * S_ROW
-    column = tl.arange(0, T)
-    live = tl.load(ids_ptr + column, mask=column < SLOTS, other=-1) >= 0
-    weight = tl.load(weights_ptr + column, mask=live, other=0.0).to(tl.float32)
-    x = hidden_ptr + tl.minimum(column, SLOTS - 1) * INTER
-    acc = product(w, s, x, chosen, live, R, T, INTER, DEPTH, INTER // 4, True, STAGES, ASM)
-    y = tl.reshape(diagonal(acc * (weight * UNSCALE)[None, :], R, 1, T), (N,))
+    begin = tl.arange(0, R) // N * PART
+    slot = begin // SLOT
+    expert, weight = _routed(ids_ptr, weights_ptr, slot, SLOTS)
+    next_expert, next_weight = _routed(ids_ptr, weights_ptr, slot + 1, SLOTS)
+    w = words(w_ptr) + weight_row * W_ROW
+    s = s_ptr + weight_row * S_ROW
+    column_begin = tl.arange(0, T) * PART
+    column_slot = column_begin // SLOT
+    column_expert, _ = _routed(ids_ptr, weights_ptr, column_slot, SLOTS)
+    column_next, _ = _routed(ids_ptr, weights_ptr, column_slot + 1, SLOTS)
+    acc = tl.zeros((R, T), tl.float32)
+    for start in tl.range(0, PART, DEPTH, num_stages=STAGES):
+        later = (begin + start) // SLOT != slot
+        here = tl.where(later, next_expert, expert)
+        live = ((here >= 0) & (channel < H))[:, None]
+        here = tl.maximum(here, 0).to(tl.int64)
+        word = (begin + start) % SLOT
+        packed = tl.load((w + here * W_EXPERT + word)[:, None] + tl.arange(0, DEPTH)[None, :], mask=live, other=0)
+        exponent = tl.load(
+            (s + here * S_EXPERT + word // 8)[:, None] + tl.arange(0, DEPTH // 8)[None, :], mask=live, other=0
+        )
+        column = column_begin + start
+        column_live = tl.where(column // SLOT != column_slot, column_next, column_expert) >= 0
+        x = hidden_ptr + (column // SLOT * INTER + column % SLOT)[None, :] + tl.arange(0, DEPTH)[:, None]
+        step = tl.zeros((R, T), tl.float32)
+        step = add_step(step, packed, exponent, x, column_live[None, :], R, DEPTH, SLOT, ASM)
+        acc = scaled_sum(step, tl.where(later, next_weight, weight)[:, None], acc)
+    y = tl.reshape(diagonal(acc, R, 1, T), (N,)) * UNSCALE
     channel = tl.program_id(0) * N + tl.arange(0, N)
     tl.store(y_ptr + channel, to_bf16(y), mask=channel < H)
+
+
+@triton.jit
+def _routed(ids_ptr, weights_ptr, slot, SLOTS: tl.constexpr):
+    """(expert, weight fp32) of the one row's slots; expert -1: none."""
+    expert = tl.load(ids_ptr + slot, mask=slot < SLOTS, other=-1)
+    return expert, tl.load(weights_ptr + slot, mask=expert >= 0, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["ids_stride", "first"])
@@ -273,7 +309,7 @@ def mxfp4_moe_triton(
     gate_up, down = _config(rows, pairs, experts, width, inter)
     gate_up = GATE_UP.choose(x.device, (experts, width, inter, slots), rows, gate_up)
     down = DOWN.choose(x.device, (experts, width, inter, slots), rows, down)
-    alone = _alone(rows, slots)
+    alone = _alone(rows, slots, inter)
     stretch = width
     while sort and 4 * pairs * stretch > PARTIAL_BYTES and stretch % (2 * down.rows) == 0:
         stretch //= 2

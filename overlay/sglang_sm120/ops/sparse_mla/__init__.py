@@ -6,7 +6,7 @@ import torch
 
 from ...formats import kv_page
 from ...registry import Op
-from .._math import row_chunks
+from .._math import rotate, row_chunks
 
 __all__ = ["sparse_mla"]
 
@@ -24,6 +24,8 @@ def sparse_mla(
     extra_page_size: int | None,
     sink: torch.Tensor,
     scale: float,
+    freqs_cis: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One softmax per head over the window's slots, the extra slots and a sink that has no value.
 
@@ -33,7 +35,12 @@ def sparse_mla(
     lengths int [T]: slots at or beyond them are not read; slot -1 inside contributes nothing. The four
     extra_* are None on window-only layers. sink fp32 [h]. fp32 throughout, rounded once: returns bf16 [T, h,
     512], zero for a row without candidates. Gathered keys take at most about 128 MiB at a time.
+
+    With freqs_cis complex64 [S, 32] and positions int [T], which come together, the RoPE that the keys' last 64
+    channels have is taken from the result's: o is turned by the conjugate of freqs_cis[positions[t]].
     """
+    if (freqs_cis is None) != (positions is None):
+        raise ValueError("one of freqs_cis and positions came without the other; pass both or none.")
     pools = [(window_pages, window_slots, window_lengths, window_page_size)]
     if extra_pages is not None:
         if extra_slots is None or extra_lengths is None or extra_page_size is None:
@@ -49,7 +56,10 @@ def sparse_mla(
         top = torch.maximum(scores.amax(-1, keepdim=True), sink.float().view(1, -1, 1))
         weights = torch.exp(scores - top).masked_fill(~live, 0)
         total = weights.sum(-1, keepdim=True) + torch.exp(sink.float().view(1, -1, 1) - top)
-        out[rows] = (weights @ keys / total).masked_fill(~live.any(-1, keepdim=True), 0).to(q.dtype)
+        o = (weights @ keys / total).masked_fill(~live.any(-1, keepdim=True), 0)
+        if freqs_cis is not None and positions is not None:
+            o[..., -64:] = rotate(o[..., -64:], freqs_cis, positions[rows], inverse=True)
+        out[rows] = o.to(q.dtype)
     return out
 
 

@@ -12,7 +12,7 @@ from .._cases import BF16, Case, Maker, model_config
 
 
 def cases(kind: str) -> Iterator[Case]:
-    """With and without compressed entries, empty rows, -1 inside, more than 64 rows, pages past 2^31 bytes.
+    """With and without compressed entries, turned or not, empty rows, -1 inside, over 64 rows, pages past 2^31 bytes.
 
     Slots beyond a row's length are far outside the pool, and memory of unlisted slots is NaN.
     """
@@ -28,6 +28,7 @@ def cases(kind: str) -> Iterator[Case]:
         wide: bool = False,
         pages: int = 20,
         sink: bool = True,
+        turned: torch.dtype | None = None,
     ) -> dict[str, Any]:
 
         def listed(lengths: list[int], page_size: int) -> tuple[Any, Any]:
@@ -55,6 +56,9 @@ def cases(kind: str) -> Iterator[Case]:
         if extra is not None:
             inputs["extra_pages"], inputs["extra_slots"] = listed(extra, extra_page_size)
             inputs["extra_lengths"], inputs["extra_page_size"] = make.tensor(extra), extra_page_size
+        if turned is not None:
+            inputs["freqs_cis"] = make.freqs_cis()
+            inputs["positions"] = make.integers(0, 512, len(window), dtype=turned)
         return inputs
 
     def longer(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -63,6 +67,9 @@ def cases(kind: str) -> Iterator[Case]:
         return inputs
 
     yield Case("no-rows", BF16, lambda make: build(make, 8, []))
+    yield Case("turned", BF16, lambda make: build(make, 8, [16, 0, 7], [5, 0, 16], turned=torch.int64))
+    long_rows = [t % 7 for t in range(20)]
+    yield Case("20-rows-turned", BF16, lambda make: build(make, 24, long_rows, turned=torch.int32))
     yield Case("window-only", BF16, lambda make: build(make, 8, [16, 1, 7]))
     yield Case("window-empty", BF16, lambda make: build(make, 8, [0, 3, 0]))
     yield Case("with-c4", BF16, lambda make: build(make, 16, [16, 5, 3], [16, 0, 9]))

@@ -29,6 +29,7 @@ PROGRAMS_PER_SM = 2
 MAX_SPLITS = 64
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 DIM: tl.constexpr = tl.constexpr(kv_page.DIM)
+ROPE: tl.constexpr = tl.constexpr(kv_page.ROPE)
 # Channels are worked on in five tiles: three of 128 and one of 64 FP8 channels, then the 64 bf16 ones.
 TILES: tl.constexpr = tl.constexpr(5)
 
@@ -83,7 +84,7 @@ def _gather(slot, is_extra, window, extra):
 
 @triton.jit(
     do_not_specialize=["window_row", "window_width", "extra_row", "extra_width", "splits"],
-    do_not_specialize_on_alignment=["window_slots", "window_lengths", "extra_slots", "extra_lengths"],
+    do_not_specialize_on_alignment=["window_slots", "window_lengths", "extra_slots", "extra_lengths", "positions"],
 )
 def _attend(
     q,
@@ -102,6 +103,8 @@ def _attend(
     extra_width,
     extra_lengths,
     sink,
+    freqs,
+    positions,
     out,
     parts,
     stats,
@@ -113,9 +116,12 @@ def _attend(
     WINDOW_PAGE: tl.constexpr,
     EXTRA_PAGE: tl.constexpr,
     SPLIT: tl.constexpr,
+    TURN: tl.constexpr,
 ):
     """q bf16 [T, HEADS, 512] -> out bf16 [T, HEADS, 512], or with SPLIT parts fp32 [T, splits, HEADS, 512] and stats
     fp32 [T, splits, HEADS, 2]: a part's weighted sum, its largest score (base 2) and its sum of weights.
+
+    TURN: out's last 64 channels are turned back by freqs fp32 [S, 32, 2].
 
     Programs: rows x splits x ceil(HEADS / TILE), the last fastest, so that neighbours read the same keys.
     """
@@ -200,7 +206,26 @@ def _attend(
         factor = _normaliser(top, total, tl.load(sink + head, mask=real, other=0.0).to(tl.float32))
         to = out + (row * HEADS + head) * DIM
     for i in tl.static_range(TILES):
-        _store(to, real, sums[i] * factor[:, None], 128 * i if i < 4 else 448, 128 if i < 3 else 64)
+        values = sums[i] * factor[:, None]
+        if TURN and not SPLIT and i == 4:
+            pair = tl.arange(0, ROPE // 2)
+            cos, sin = _turn(freqs, positions, row, pair, pair >= 0)
+            values = tl.reshape(_turned_back(tl.reshape(values, TILE, ROPE // 2, 2), cos[None], sin[None]), TILE, ROPE)
+        _store(to, real, values, 128 * i if i < 4 else 448, 128 if i < 3 else 64)
+
+
+@triton.jit
+def _turn(freqs, positions, row, pair, inside):
+    """(cos, sin) of a row's position for each pair of channels; where not inside, those of no turn."""
+    at = freqs + tl.load(positions + row).to(tl.int64) * ROPE + 2 * pair
+    return tl.load(at, mask=inside, other=1.0), tl.load(at + 1, mask=inside, other=0.0)
+
+
+@triton.jit
+def _turned_back(pairs, cos, sin):
+    """Pairs (real, imaginary) [..., 2] times cos - i sin."""
+    real, imaginary = tl.split(pairs)
+    return tl.join(real * cos + imaginary * sin, imaginary * cos - real * sin)
 
 
 @triton.jit
@@ -214,9 +239,12 @@ def _normaliser(top, total, sink):
     return tl.where(whole > 0, shrink / whole, 0.0)
 
 
-@triton.jit(do_not_specialize=["splits"])
-def _merge(parts, stats, sink, out, splits, HEADS: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr):
-    """parts fp32 [T, splits, HEADS, 512], stats fp32 [T, splits, HEADS, 2] -> out bf16 [T, HEADS, 512].
+@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["positions"])
+def _merge(
+    parts, stats, sink, freqs, positions, out, splits,
+    HEADS: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr, TURN: tl.constexpr,
+):  # fmt: skip
+    """parts fp32 [T, splits, HEADS, 512], stats fp32 [T, splits, HEADS, 2] -> out bf16 [T, HEADS, 512], as `_attend`.
 
     Programs: (T * HEADS, 512 / WIDTH). SPLITS is a power of two, at least splits.
     """
@@ -237,6 +265,10 @@ def _merge(parts, stats, sink, out, splits, HEADS: tl.constexpr, SPLITS: tl.cons
     total = tl.sum(total * shrink, 0)
     merged = tl.sum(values * shrink[:, None], 0)
     merged *= _normaliser(peak, total, bias)
+    if TURN:
+        pair = (tl.program_id(1) * WIDTH - (DIM - ROPE)) // 2 + tl.arange(0, WIDTH // 2)
+        cos, sin = _turn(freqs, positions, row, pair, pair >= 0)
+        merged = tl.reshape(_turned_back(tl.reshape(merged, WIDTH // 2, 2), cos, sin), WIDTH)
     tl.store(out + (row * HEADS + head) * DIM + channel, to_bf16(merged))
 
 
@@ -269,6 +301,8 @@ def _accepts(
     extra_page_size: int | None,
     sink: torch.Tensor,
     scale: float,
+    freqs_cis: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
 ) -> str | None:
     if q.dtype != torch.bfloat16 or q.dim() != 3 or q.shape[2] != kv_page.DIM or q.stride(2) != 1:
         return f"q is {q.dtype} {list(q.shape)} and needs bfloat16 [rows, heads, {kv_page.DIM}], channels adjacent."
@@ -281,6 +315,8 @@ def _accepts(
         refusal = pool_refusal(f"{name}_pages", pages, size * (kv_page.ROW + kv_page.FOOTER))
         if refusal is not None:
             return refusal
+    if freqs_cis is not None and not (freqs_cis.is_contiguous() and freqs_cis.shape[1:] == (kv_page.ROPE // 2,)):
+        return f"freqs_cis is {list(freqs_cis.shape)} and needs {kv_page.ROPE // 2} adjacent numbers per position."
     return None
 
 
@@ -297,8 +333,12 @@ def sparse_mla_triton(
     extra_page_size: int | None,
     sink: torch.Tensor,
     scale: float,
+    freqs_cis: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Contract in `sparse_mla`."""
+    if (freqs_cis is None) != (positions is None):
+        raise ValueError("one of freqs_cis and positions came without the other; pass both or none.")
     rows, heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     blocks = -(-window_slots.shape[1] // BLOCK)
@@ -309,6 +349,9 @@ def sparse_mla_triton(
         if extra_slots is None or extra_lengths is None or not extra_page_size:
             raise ValueError("extra_pages came without its slots, lengths or page size; pass all or none.")
         blocks += -(-extra_slots.shape[1] // BLOCK)
+    turn = freqs_cis is not None
+    # Without a turn, read by nobody.
+    freqs, positions = (torch.view_as_real(freqs_cis), positions) if turn else (sink, sink)
     tiles = -(-heads // TILE)
     # At least 8 multiprocessors, for the interpreter, whose one would never split.
     at_once = max(8, kernels.multiprocessors(q.device)) * PROGRAMS_PER_SM
@@ -342,6 +385,8 @@ def sparse_mla_triton(
         extra_slots.shape[1],
         extra_lengths,
         sink,
+        freqs,
+        positions,
         out,
         parts,
         stats,
@@ -353,6 +398,7 @@ def sparse_mla_triton(
         WINDOW_PAGE=window_page_size,
         EXTRA_PAGE=extra_page_size,
         SPLIT=splits > 1,
+        TURN=turn,
         num_warps=WARPS,
     )
     if splits > 1:
@@ -363,11 +409,14 @@ def sparse_mla_triton(
             parts,
             stats,
             sink,
+            freqs,
+            positions,
             out,
             splits,
             HEADS=heads,
             SPLITS=triton.next_power_of_2(splits),
             WIDTH=width,
+            TURN=turn,
             num_warps=4,
         )
     return out
