@@ -43,10 +43,10 @@ def test_names_differ() -> None:
 
 @pytest.mark.parametrize(("text", "times"), [("no such text", 0), ("import torch\n", 2)])
 def test_a_stale_text_is_named(overlay: Path, text: str, times: int) -> None:
-    path = overlay / NAME / "ops/rms_norm/__init__.py"
+    path = overlay / NAME / "ops/fp8_linear/__init__.py"
     path.write_text("import torch\n" * 2)
     with pytest.raises(Stale, match=f" {times} times .* needs it once"):
-        mutate(Mutation("d", "s", "ops/rms_norm/__init__.py", ((text, "x"),), Tests(())), overlay)
+        mutate(Mutation("d", "s", "ops/fp8_linear/__init__.py", ((text, "x"),), Tests(())), overlay)
 
 
 BY_HAND = Tests(("tests/ops/test_by_hand.py",))

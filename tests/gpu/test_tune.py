@@ -60,7 +60,8 @@ def _most_staged(tried: list[Any]) -> Any:
 
 
 def _compiled() -> tuple[Any, ...]:
-    """(plan, launched keys without a job, what is said of one candidate of each family, and of one that is too large).
+    """(plan, launched keys without a job, what is said of one candidate of each family, and of one's kernels where
+    shared memory is short).
 
     Runs in a process whose Triton compiles for sm_120.
     """
@@ -78,20 +79,20 @@ def _compiled() -> tuple[Any, ...]:
     variants = sorted(set().union(*(planned.needs[pair] for pair in some)))
     said = [tune.attempt(planned.jobs[variant]) for variant in variants]
     tuned.SHARED_LIMIT = 1000
-    (staged,) = planned.needs[some[0]]
-    return len(planned.jobs), planned.scratch, orphans, said, tune.attempt(planned.jobs[staged])
+    refused = [tune.attempt(planned.jobs[variant]) for variant in planned.needs[some[0]]]
+    return len(planned.jobs), planned.scratch, orphans, said, refused
 
 
 def test_candidates_compile_and_fit() -> None:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, compilation.use_target, (120,)) as pool:
-        jobs, scratch, orphans, said, too_large = pool.submit(_compiled).result()
+        jobs, scratch, orphans, said, refused = pool.submit(_compiled).result()
     assert jobs > 80
     assert scratch["topk_slots"] >= 16384 // 1024 * 512 * 8
     assert not orphans
     assert len(said) >= 6
     assert not any(said)
-    assert "bytes of shared memory" in too_large
+    assert any("bytes of shared memory" in why for why in refused if why)
 
 
 def sweep_of(
