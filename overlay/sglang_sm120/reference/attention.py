@@ -69,9 +69,9 @@ class Attention:
         for start in range(0, tokens, ROWS):
             rows = torch.arange(start, min(start + ROWS, tokens))
             out[rows] = self._attend(rows, q[rows], keys, entries, scores, margin)
-        out = self.rounding(out)  # attention and the turn back are two kernels
         if self.defect is not Defect.NO_INVERSE_ROPE:
-            out = self.rounding(self._rope(out, turn.conj().unsqueeze(1)))
+            out = self._rope(out, turn.conj().unsqueeze(1))
+        out = self.rounding(out)
         out = out.unflatten(1, (self.config.o_groups, -1)).flatten(2)
         wo_a = self._w("wo_a.weight").unflatten(0, (self.config.o_groups, self.config.o_lora_rank))
         low = self.rounding(torch.einsum("tgd,grd->tgr", out, wo_a))
