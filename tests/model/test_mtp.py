@@ -140,10 +140,8 @@ def test_drafts_are_the_oracles(
     hidden, drafts = rows[0].float().unflatten(-1, (4, -1)), rows[1]
     expected = oracle.oracle.mtp_logits(hidden, sequence[1:] + [plan["steps"][-1]["bonus"][request_number]])
     error = (drafts.log_softmax(-1) - expected.float().log_softmax(-1)).abs().amax(-1)
-    largest = error.sort(descending=True).values
-    print(f"largest errors {largest[0]:.4f} and {largest[1]:.4f} of {len(error)} rows")
-    # Rounding alone may choose another expert in one row.
-    assert largest[1] <= LOGPROB_TOLERANCE
+    print(f"largest error {error.max():.4f} of {len(error)} rows")
+    assert error.max() <= LOGPROB_TOLERANCE
 
 
 def test_more_drafts_than_can_be_taken_back_are_refused() -> None:
