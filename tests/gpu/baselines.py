@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
-from calls import TOLERANCES, difference, reference_result, selection_problem, tensors
+from calls import ROWS_COMPARED, difference, reference_result, sample, tensors
 
 from sglang_sm120 import registry
 from sglang_sm120.formats import e8m0, fp8_block, kv_page
@@ -23,12 +23,6 @@ from sglang_sm120.ops._math import rms_norm
 
 Arguments = dict[str, Any]
 Run = Callable[[], Any]
-ROWS_COMPARED = 64
-ROW_ARGUMENTS = frozenset(
-    "x q o f post comb mixes topk_ids topk_weights weights page_table lengths logits slots router_logits positions "
-    "window_slots window_lengths extra_slots extra_lengths".split()
-)
-"""Arguments whose first dimension is the rows of the step."""
 FP8_ACTIVATIONS = Tolerance(0.05, 0.1)
 """E4M3 rounds an activation by up to 2^-4, 2.6 % in the mean, and so the sums; the largest of many by thrice that."""
 TF32 = Tolerance(5e-3, 2e-2)
@@ -70,26 +64,6 @@ class Baseline(NamedTuple):
         """None, or why it cannot run here."""
         missing = [name for name in self.needs if find_spec(name) is None]
         return f"{', '.join(missing)} not installed" if missing else None
-
-
-def sample(call: Call, rows: int = ROWS_COMPARED) -> Call:
-    """The call with its first `rows` rows."""
-    cut = {
-        name: value[:rows] if name in ROW_ARGUMENTS and isinstance(value, torch.Tensor) else value
-        for name, value in call.arguments.items()
-    }
-    return Call(call.op, call.label, cut)
-
-
-def own_problem(call: Call, result: Any) -> str | None:
-    """None, or how the first rows of our `result` differ from the reference's."""
-    part, got = sample(call), [t[:ROWS_COMPARED] for t in tensors(result)]
-    if call.op == "indexer_topk":
-        return selection_problem(part, got[0])
-    for a, b in zip(got, reference_result(part), strict=True):
-        if problem := difference(a, b, TOLERANCES.get(call.op, FP32 if b.dtype == torch.float32 else BF16)):
-            return problem
-    return None
 
 
 def problem_of(baseline: Baseline, call: Call, result: Any) -> str | None:

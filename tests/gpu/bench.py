@@ -31,7 +31,7 @@ import baselines
 import torch
 import triton
 import triton.language as tl
-from calls import DEVICE, calls_of, triton_ops, triton_result
+from calls import DEVICE, calls_of, checker, triton_ops, triton_result
 
 from sglang_sm120 import kernels, registry, tuned
 from sglang_sm120.compilation import Job, compile_jobs, rehearse_job, variant_key
@@ -235,7 +235,7 @@ def bench(
         nth = partial(nth_call, op, tp, rows, context, position, alone=alone)
         call = nth(0)
         row: dict[str, Any] = {"op": op, "call": label, "tp": tp, "rows": rows, "context": context}
-        problem = baselines.own_problem(call, triton_result(call))
+        problem = checker(call)(triton_result(call))
         if problem:
             row["failed"] = problem
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,7 +12,13 @@ from sglang_sm120.model_calls import Call, model_calls
 from sglang_sm120.ops._cases import BF16, EXACT, FP32, Tolerance, model_config
 
 DEVICE = torch.device("cuda")
-TOLERANCES = {"gather_dequant_kv": EXACT, "topk_slots": EXACT}
+_EXACT_OPS = ("gather_dequant_kv", "topk_slots")
+ROWS_COMPARED = 64
+ROW_ARGUMENTS = frozenset(
+    "x q o f post comb mixes topk_ids topk_weights weights page_table lengths logits slots router_logits positions "
+    "window_slots window_lengths extra_slots extra_lengths".split()
+)
+"""Arguments whose first dimension is the rows of the step."""
 
 
 def triton_ops() -> list[str]:
@@ -51,11 +57,33 @@ def compare(call: Call) -> str | None:
     if call.op == "indexer_topk":
         return selection_problem(call, got[0])
     expected = reference_result(call)
+    return _first_difference(call.op, got, expected)
+
+
+def _first_difference(op: str, got: list[torch.Tensor], expected: list[torch.Tensor]) -> str | None:
     for a, b in zip(got, expected, strict=True):
-        tolerance = TOLERANCES.get(call.op, FP32 if b.dtype == torch.float32 else BF16)
+        tolerance = EXACT if op in _EXACT_OPS else FP32 if b.dtype == torch.float32 else BF16
         if problem := difference(a, b, tolerance):
             return problem
     return None
+
+
+def sample(call: Call, rows: int = ROWS_COMPARED) -> Call:
+    """The call with its first `rows` rows."""
+    cut = {
+        name: value[:rows] if name in ROW_ARGUMENTS and isinstance(value, torch.Tensor) else value
+        for name, value in call.arguments.items()
+    }
+    return Call(call.op, call.label, cut)
+
+
+def checker(call: Call) -> Callable[[Any], str | None]:
+    """Compares a result's first rows with the reference's, which are computed once: None, or how they differ."""
+    part = sample(call)
+    if call.op == "indexer_topk":
+        return lambda result: selection_problem(part, tensors(result)[0][:ROWS_COMPARED])
+    expected = reference_result(part)
+    return lambda result: _first_difference(call.op, [t[:ROWS_COMPARED] for t in tensors(result)], expected)
 
 
 def difference(got: torch.Tensor, expected: torch.Tensor, tolerance: Tolerance) -> str | None:

@@ -22,17 +22,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import baselines
 import bench
 import torch
 import triton
-from calls import DEVICE, TOLERANCES, difference, reference_result, selection_problem, tensors
+from calls import DEVICE, checker
 from candidates import MANY_ROWS, OPS, ROWS, Case, cases
 
 from sglang_sm120 import compilation, kernels, registry, tuned
 from sglang_sm120.compilation import Job, variant_key
-from sglang_sm120.model_calls import Call, model_calls
-from sglang_sm120.ops._cases import BF16, FP32, model_config
+from sglang_sm120.model_calls import model_calls
+from sglang_sm120.ops._cases import model_config
 
 FOLDER = Path(__file__).parents[2] / "overlay/sglang_sm120/tuned"
 GAIN = 0.97
@@ -104,23 +103,6 @@ class Found:
     nbytes: int
     tried: int
     wrong: list[str]
-
-
-def checker(call: Call) -> Callable[[Any], str | None]:
-    """Compares a result with the reference's, which is computed once."""
-    part = baselines.sample(call)
-    if call.op == "indexer_topk":
-        return lambda result: selection_problem(part, tensors(result)[0][: baselines.ROWS_COMPARED])
-    expected = reference_result(part)
-
-    def problem(result: Any) -> str | None:
-        for got, right in zip(tensors(result), expected, strict=True):
-            tolerance = TOLERANCES.get(call.op, FP32 if right.dtype == torch.float32 else BF16)
-            if why := difference(got[: baselines.ROWS_COMPARED], right, tolerance):
-                return why
-        return None
-
-    return problem
 
 
 def sweep(case: Case, usable: Callable[[tuned.Key, Any], bool], until: float) -> Found:
