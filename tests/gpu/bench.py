@@ -32,6 +32,7 @@ import torch
 import triton
 import triton.language as tl
 from calls import DEVICE, calls_of, checker, triton_ops, triton_result
+from sm120_lowering import install, limit_shared_memory
 
 from sglang_sm120 import kernels, registry, tuned
 from sglang_sm120.compilation import Job, compile_jobs, rehearse_job, variant_key
@@ -344,8 +345,6 @@ def table(rows: list[dict[str, Any]]) -> str:
 def lower(lowering: str) -> None:
     """On a Hopper card: compile this process's and its children's Triton kernels as for SM120."""
     if lowering == "sm120" and torch.cuda.get_device_capability()[0] == 9:
-        from sm120_lowering import install
-
         install()
         children = str(Path(__file__).parent / "lowered_children")
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (children, os.environ.get("PYTHONPATH"))))
@@ -361,6 +360,8 @@ def main() -> int:
                         default=[name for name in baselines.names() if name not in baselines.SLOW],
                         help="default: all but marlin and tilelang, whose first calls build for minutes")  # fmt: skip
     parser.add_argument("--lowering", choices=("sm120", "native"), default="sm120", help="on a Hopper card")
+    parser.add_argument("--shared-memory", choices=("sm120", "native"), default="native",
+                        help="a multiprocessor's, for Triton kernels on a Hopper card: SM120's 100 KiB, or all it has")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes that compile")
     parser.add_argument("--out", type=argparse.FileType("w"), default=sys.stdout, help="file for the rows")
     args = parser.parse_args()
@@ -368,13 +369,16 @@ def main() -> int:
         print("make bench: this machine has no CUDA device, needed one: run it on a GPU machine.", file=sys.stderr)
         return 1
     lower(args.lowering)
+    if args.shared_memory == "sm120":
+        limit_shared_memory()
     torch.backends.cuda.matmul.allow_tf32 = False
     began = time.monotonic()
     prepare(args.op, args.tp, [(rows, args.context) for rows in args.rows], args.baseline, args.workers)
     compiled = time.monotonic()
     machine = {"copy_bytes_per_s": copy_bandwidth(), "bf16_flops_per_s": mma_rate()}
     about: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "date": date.today().isoformat()}
-    about |= {"lowering": args.lowering, "torch": torch.__version__, "triton": triton.__version__}
+    about |= {"lowering": args.lowering, "shared_memory": args.shared_memory}
+    about |= {"torch": torch.__version__, "triton": triton.__version__}
     print(json.dumps(about | {key: round(value) for key, value in machine.items()}), file=args.out, flush=True)
     rows = []
     for op in args.op:

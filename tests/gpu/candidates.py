@@ -11,7 +11,7 @@ import triton
 
 from sglang_sm120 import kernels, registry, tuned
 from sglang_sm120.model_calls import Call, model_calls
-from sglang_sm120.ops import _linear_triton as linear
+from sglang_sm120.ops import _linear_config as linear
 from sglang_sm120.ops._cases import model_config
 from sglang_sm120.ops.indexer_logits import triton as indexer_logits
 from sglang_sm120.ops.mxfp4_moe import triton as mxfp4_moe
@@ -110,6 +110,9 @@ def _linear(shape: tuned.Shape, rows: int, h: Any) -> Iterator[Any]:
             yield few._replace(warps_k=4, warps=8)
             for warps, evict in itertools.product((4, 8), (False, True)):
                 yield few._replace(warps_k=warps, warps=warps, stages=1, evict_first=evict)
+    if rows > 16:
+        for bm, split in itertools.product((64, 128), sorted({1, h.split, h.split * 2})):
+            yield linear.Config("tma", bm, 128, 128, 1, split, 3, bm // 16)
     if 8 < rows <= 128:
         many = linear.Config("many", max(16, rows), 64, 128, 1, 1, 3, 4)
         for bn, split in itertools.product((32, 64, 128), (1, 2, 4, 8)):

@@ -6,11 +6,14 @@ are refused instead of run.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 from typing import Any
 
 SHARED_LIMIT = 101_376
+PREFERRED_CARVEOUT, CARVEOUT_PERCENT = 9, 100 * 100 // 228
+"""The driver's name of the attribute; SM120's 100 KiB a multiprocessor of Hopper's 228."""
 HOPPER_LACKS = re.compile(
     r"kind::\w+|tcgen05|\.e2m1x2|\.ue8m0x2|ldmatrix\S*\.b8|\.tile::gather4|ld\.global\S*\.v8|\.f32x2"
 )
@@ -49,3 +52,19 @@ def install(cache: str = ".triton-sm120-on-hopper") -> None:
         return make_cubin(self, retarget(src, metadata["shared"]), metadata, options, 90)
 
     CUDABackend.make_cubin = through_retarget
+
+
+def limit_shared_memory() -> None:
+    """Have every Triton kernel that this process loads from now on run with SM120's shared memory per multiprocessor.
+
+    Fewer blocks then share one, as on SM120. The driver takes it as a wish.
+    """
+    from triton import knobs
+
+    driver = ctypes.CDLL("libcuda.so.1")
+
+    def limit(_module: Any, function: int, *_: Any) -> None:
+        if error := driver.cuFuncSetAttribute(ctypes.c_void_p(function), PREFERRED_CARVEOUT, CARVEOUT_PERCENT):
+            raise LoweringError(f"The driver refused a carveout of {CARVEOUT_PERCENT} % with error {error}.")
+
+    knobs.runtime.kernel_load_end_hook = limit

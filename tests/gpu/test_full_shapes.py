@@ -22,7 +22,7 @@ def test_parity(op: str, rows: int, context: int, tp: int, seed: int) -> None:
     assert not problems
 
 
-@pytest.mark.parametrize("rows", (1, 4, 32))
+@pytest.mark.parametrize("rows", (1, 4, 32, 64, 128))
 @pytest.mark.parametrize("op", triton_ops())
 def test_graph_replay_is_bit_equal(op: str, rows: int, seed: int) -> None:
     for call in calls_of(op, 2, rows, 8192, seed):

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import pytest
-from sm120_lowering import SHARED_LIMIT, LoweringError, retarget
+import ctypes
 
-pytestmark = pytest.mark.needs_no_gpu
+import pytest
+import torch
+import triton
+from calls import calls_of, triton_result
+from sm120_lowering import SHARED_LIMIT, LoweringError, limit_shared_memory, retarget
+
+from sglang_sm120.ops._linear_triton import _many_rows_tma
+
 PTX = ".version 8.7\n.target sm_120a\nmma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {};\n"
 
 
+@pytest.mark.needs_no_gpu
 def test_target_is_replaced_and_the_rest_kept() -> None:
     assert retarget(PTX, SHARED_LIMIT) == PTX.replace("sm_120a", "sm_90a")
 
 
+@pytest.mark.needs_no_gpu
 @pytest.mark.parametrize(
     "instruction",
     ["wgmma.mma_async.sync", "mma.sync.kind::mxf8f6f4.m16n8k32", "cvt.rn.f16x2.e2m1x2", "tcgen05.mma", "add.f32x2"],
@@ -22,6 +30,30 @@ def test_foreign_instructions_are_refused(instruction: str) -> None:
         retarget(PTX + instruction + ";\n", 0)
 
 
+@pytest.mark.needs_no_gpu
 def test_too_much_shared_memory_is_refused() -> None:
     with pytest.raises(LoweringError, match=f"{SHARED_LIMIT + 1} B .* {SHARED_LIMIT} B"):
         retarget(PTX, SHARED_LIMIT + 1)
+
+
+def test_a_multiprocessor_holds_what_one_of_sm120_would(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Two blocks of 64 KiB by their registers and Hopper's shared memory, one by SM120's."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("on this card there is nothing to emulate")
+    call = next(calls_of("fp8_linear", 2, 64, 2048, seed))
+
+    def blocks() -> int:
+        _many_rows_tma.device_caches.clear()
+        triton_result(call)
+        (kernel,) = _many_rows_tma.device_caches[torch.cuda.current_device()][0].values()
+        assert 65_536 <= kernel.metadata.shared <= SHARED_LIMIT
+        count, shared = ctypes.c_int(), ctypes.c_size_t(kernel.metadata.shared)
+        threads, function = 32 * kernel.metadata.num_warps, ctypes.c_void_p(kernel.function)
+        driver = ctypes.CDLL("libcuda.so.1")
+        assert not driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(ctypes.byref(count), function, threads, shared)
+        return count.value
+
+    monkeypatch.setattr(triton.knobs.runtime, "kernel_load_end_hook", None)
+    assert blocks() == 2
+    limit_shared_memory()
+    assert blocks() == 1

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_sm120 import ops
+from sglang_sm120 import ops, registry
 from sglang_sm120.formats import kv_page
 from sglang_sm120.ops import _math
 from sglang_sm120.ops._cases import Maker
@@ -111,6 +111,21 @@ def test_topk_slots_ranks_nan_lowest() -> None:
 def test_topk_slots_refuses_a_narrow_out() -> None:
     with pytest.raises(ValueError, match=r"needs torch.int32 \[1, 4\] or wider"):
         ops.topk_slots(torch.zeros(1, 64), torch.tensor([5]), torch.zeros(1, 1).int(), 4, out=torch.zeros(1, 3).int())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"x": torch.zeros(2, 128).bfloat16()}, r"input is \[2, 1, 128\] and needs \[rows, 1, 256\]"),
+        ({"scale": torch.ones(2, 1)}, r"has scales \[1, 2, 1\] and needs \[1, 2, 2\]"),
+        ({"norm_weight": torch.ones(255).bfloat16()}, r"norm_weight is \[255\] and needs \[256\]"),
+    ],
+)
+def test_fp8_linear_refuses_shapes_that_disagree(wrong: dict, why: str) -> None:
+    right = {"x": torch.zeros(2, 256).bfloat16(), "w": torch.zeros(130, 256).to(torch.float8_e4m3fn)}
+    linear = registry.ops()["fp8_linear"].providers["triton"].function
+    with pytest.raises(ValueError, match=why):
+        linear(**{**right, "scale": torch.ones(2, 2)} | wrong)
 
 
 def attention(make: Maker, heads: int = 4, candidates: int = 24) -> dict:

@@ -15,7 +15,7 @@ import torch
 from sglang_sm120 import compilation, kernels, ops, registry, tuned, warmup
 from sglang_sm120.model_calls import Inputs
 from sglang_sm120.ops._cases import model_config
-from sglang_sm120.ops._linear_triton import Config as Linear
+from sglang_sm120.ops._linear_config import Config as Linear
 from sglang_sm120.ops.indexer_logits.triton import Config as Logits
 from sglang_sm120.ops.mxfp4_moe.triton import Config as Moe
 from sglang_sm120.ops.topk_slots.triton import Config as TopK
@@ -27,6 +27,7 @@ TABLE = {
     ("linear", (1, 16384, 1024, 1), 1): Linear("gemv", 1, 32, 1024, 1, 1, 1, 4, evict_first=True),
     ("linear", (1, 16384, 1024, 1), 8): Linear("few", 8, 32, 128, 8, 1, 2, 8),
     ("linear", (1, 4096, 4096, 1), 64): Linear("many", 64, 64, 128, 1, 16, 3, 4),
+    ("linear", (1, 2048, 4096, 1), 64): Linear("tma", 64, 64, 128, 1, 2, 3, 4),
     ("mxfp4_moe.gate_up", MOE, 1): Moe(64, 4, 2, 64, 4, 3),
     ("mxfp4_moe.down", MOE, 1): Moe(32, 8, 1, 128, 4, 3),
     ("mxfp4_moe.down", MOE, 8): Moe(256, 8, 1, 32, 8, 4),
@@ -212,8 +213,8 @@ def _any_config(family: tuned.Family[Any], rng: random.Random, shape: tuned.Shap
     """A configuration that the family accepts."""
     powers = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
     values: dict[str, list[Any]] = {
-        "kernel": ["gemv", "few", "many"], "split": [1, 1, 1, 2, 4], "stages": [1, 2, 3], "evict_first": [False, True],
-        "bk": [32, 64, 128, *[512] * 3], "tile": [1024, 2048, 4096], "warps": [2, 4, 8],
+        "kernel": ["gemv", "few", "many", "tma"], "split": [1, 1, 1, 2, 4], "stages": [1, 2, 3],
+        "evict_first": [False, True], "bk": [32, 64, 128, *[512] * 3], "tile": [1024, 2048, 4096], "warps": [2, 4, 8],
         "tokens": [2, 4, 8, 16], "rows": [32, 64, 128],
     }  # fmt: skip
     while True:

@@ -77,7 +77,8 @@ def read_before_wait(ptx: str) -> set[int]:
         names = re.findall(r"[%$\w]+", operands)
         if not names:
             continue
-        number = re.search(r"_param_(\d+)\b", operands) if opcode.startswith("ld.param") else None
+        # `ld.param` of a value, or `mov` of the address of a TMA descriptor.
+        number = re.search(r"_param_(\d+)\b", operands)
         used = {int(number[1])} if number else set().union(*(sources.get(name, set()) for name in names))
         if re.match(r"(?:ld(?:\.\w+)*\.global|cp\.async|prefetch)\b", opcode):
             found |= used
@@ -85,6 +86,17 @@ def read_before_wait(ptx: str) -> set[int]:
         for name in re.findall(r"[%$\w]+", written[1]) if written else names[:1]:
             # Written under a predicate, it may keep what it held.
             sources[name] = sources.get(name, set()) | used
+    return found
+
+
+def parameters(variant: str) -> list[tuple[str, bool]]:
+    """(name, whether what it points to is read through it) of each parameter in PTX of a kernel's `variant`.
+
+    A descriptor of a tensor is itself, then its sizes and its strides.
+    """
+    found = []
+    for name, axes, star in re.findall(r"(\w+):(?:tensordesc<\w+\[([^]]*)\]>|(\*?))", variant):
+        found += [(name, True)] + [(name, False)] * (2 * (axes.count(",") + 1)) if axes else [(name, star == "*")]
     return found
 
 

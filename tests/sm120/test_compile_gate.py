@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 
 from gate import Compiled, Run, kernels_defined, lines, triton_ops, uncovered
 from kernel_table import PATH, RENEW, compare, key, parse, text, worst
-from resources import races, read_before_wait, refusals
+from resources import parameters, races, read_before_wait, refusals
 
 from sglang_sm120 import registry
 
@@ -36,8 +35,8 @@ def test_sm120_can_run_every_kernel(compiled: Compiled) -> None:
 def test_every_kernel_waits_for_the_one_before(compiled: Compiled) -> None:
     wrong = {f"{kernel.op} {kernel.name} {why}" for kernel, _ in compiled.values() for why in races(kernel.ptx)}
     for kernel, _ in compiled.values():
-        parameters = re.findall(r"(\w+):(\*?)", kernel.variant)
-        names = {parameters[number][0] for number in read_before_wait(kernel.ptx) if parameters[number][1]}
+        known = parameters(kernel.variant)
+        names = {known[number][0] for number in read_before_wait(kernel.ptx) if known[number][1]}
         wrong |= {f"{kernel.op} {kernel.name} reads {name} before it waits" for name in names - CONSTANTS}
     assert not wrong, "\n".join(sorted(wrong))
 

@@ -13,7 +13,17 @@ from gate import Compiled, kernels_defined, uncovered
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_table import Key, Table, compare, key, parse, text, worst
-from resources import SHARED_LIMIT, TARGET, Resources, assemble, races, read_before_wait, read_resources, refusals
+from resources import (
+    SHARED_LIMIT,
+    TARGET,
+    Resources,
+    assemble,
+    parameters,
+    races,
+    read_before_wait,
+    read_resources,
+    refusals,
+)
 
 from sglang_sm120 import registry
 
@@ -140,6 +150,15 @@ $L__tmp0:
     through = "\tadd.s64 \t%rd6, %rd5, %rd1;\n\tcp.async.cg.shared.global [ %r5 + 0 ], [ %rd6 + 0 ], 0x10;"
     assert read_before_wait(ptx.replace("@BEFORE@", through)) == {0, 1, 2}
     assert read_before_wait(ptx.replace("@BEFORE@", "\tprefetch.global.L2 [%rd3];")) == {1, 2, 3}
+    described = """\tmov.b64 \t%rd6, k_param_0;
+\tcvta.param.u64 \t%rd7, %rd6;
+\t@%p2 cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [%r5], [%rd7, {%r6, %r7}], [%r8];"""
+    assert read_before_wait(ptx.replace("@BEFORE@", described)) == {0, 1, 2}
+
+
+def test_parameters_are_counted_as_ptx_has_them() -> None:
+    found = parameters("x:tensordesc<bf16[64, 128]>, scale:*fp32/16, rows:i32, G=1, BM=64, warps=8, stages=3")
+    assert found == [("x", True), *[("x", False)] * 4, ("scale", True), ("rows", False)]
 
 
 def test_spills_are_seen(compiled: Compiled) -> None:

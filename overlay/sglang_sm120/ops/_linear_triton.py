@@ -9,6 +9,8 @@ Few rows are a question of bytes in flight, many rows one of conversions per ten
                     own part of K (the batch dimension of a 3D dot) and the warps' sums meet once, at the end
     more            `_many_rows`: a tiled GEMM; x is the A operand so that few warps convert the same weight. Where
                     the tiles leave processors idle, K is split and `_add_parts` adds the parts in a fixed order
+    33 and more     `_many_rows_tma`: the same for FP8 weights, tiles brought by TMA. It needs no address registers,
+                    so that 128 of K a step fit in (with pointers that spills), and one thread asks for a whole tile
 
 FP8 values are expanded to bf16 exactly; a 128 x 128 block's scale multiplies the fp32 sums of its 128 products.
 Sums leave the tensor core every 64 or 128 products because it truncates them, which fp32 results would show.
@@ -18,132 +20,25 @@ Sums leave the tensor core every 64 or 128 products because it truncates them, w
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .. import kernels, tuned
+from .. import kernels
 from ..formats import e8m0, fp8_block
+from ._linear_config import TUNED, config
 from ._pdl_triton import INTERPRETED, wait
 
-__all__ = ["Config", "config", "linear", "refusal"]
+__all__ = ["linear", "refusal"]
 
 BLOCK: tl.constexpr = tl.constexpr(fp8_block.BLOCK)
 UNSCALED: tl.constexpr = tl.constexpr(0)
 E8M0: tl.constexpr = tl.constexpr(1)
 FP32: tl.constexpr = tl.constexpr(2)
 
-THREAD_BYTES = 128
-"""Weight bytes one thread of `_gemv` asks for at once: eight loads of 16 bytes."""
-GEMV_K = 16_384
-"""Longest row, in bytes, that a program of `_gemv` takes whole."""
-SMALL = 1 << 25
-"""Bytes that rows times weights may come to for `_gemv` to take several rows."""
-FEW_ROWS = 16
-WIDE = 1 << 21
-"""Results from which on an FP8 weight's tiles need no splitting of K."""
-STAGING_BYTES = 98_304
-"""Shared memory for tiles in flight; the rest of the 101,376 bytes is for the results' way out."""
-PARTS_BYTES = 256 << 20
-"""Scratch that a table may ask for."""
 GROUP_M: tl.constexpr = tl.constexpr(8)
-
-
-class Config(NamedTuple):
-    """How one call is computed. bm, bn, bk: tile of rows, outputs and K; warps_k: warps that share K; split: parts
-    of K that different programs take. evict_first: whether weights that are not staged leave the caches first (`_gemv`,
-    `_few_rows`)."""
-
-    kernel: str
-    bm: int
-    bn: int
-    bk: int
-    warps_k: int
-    split: int
-    stages: int
-    warps: int
-    evict_first: bool = False
-
-
-def _padded(k: int) -> int:
-    """K as a program of `_gemv` holds it."""
-    return max(fp8_block.BLOCK, triton.next_power_of_2(k))
-
-
-def config(rows: int, groups: int, n: int, k: int, size: int, sms: int) -> Config:
-    """The configuration for `rows` rows, weights [groups, n, k] of `size` bytes each, on `sms` processors.
-
-    It depends on rows only through a few buckets, each of which is compiled once.
-    """
-    kp = _padded(k)
-    # A small weight with few rows of its own keeps few programs busy: rather read it once per row, from L2.
-    small = groups * triton.cdiv(n, 16) * 2 < sms and triton.next_power_of_2(rows) * groups * n * k * size <= SMALL
-    if (rows <= 1 or (rows <= FEW_ROWS and small)) and kp * size <= GEMV_K:
-        warps = 2 if kp * size <= 2048 else 4
-        bn = max(1, 32 * warps * THREAD_BYTES // (kp * size))
-        while bn > 1 and groups * triton.cdiv(n, bn) < 2 * sms:
-            bn //= 2
-        # One row reads each weight once; of several, the next one finds it in L2.
-        return Config("gemv", 1, min(bn, fp8_block.BLOCK), kp, 1, 1, 1, warps, evict_first=rows <= 1)
-    blocks_k = triton.cdiv(k, fp8_block.BLOCK)
-    if rows <= FEW_ROWS:
-        bm = 8 if rows <= 8 else 16
-        bn = 16 if groups * triton.cdiv(n, 32) < (3 * sms if bm == 8 else sms) else 32
-        programs = groups * triton.cdiv(n, bn)
-        warps_k = min(4, triton.next_power_of_2(blocks_k))
-        if bm == 16 and programs < sms and blocks_k >= 16 and size == 1:
-            warps_k = 8
-        elif bm == 8 and 8 <= blocks_k < 16:
-            warps_k = 2
-        steps = triton.cdiv(blocks_k, warps_k)
-        # A processor's only tile, or one whose steps are then all in flight, gains from a third step ahead.
-        deep = 3 if bm == 8 and bn == 16 and (programs < sms or steps <= 4) else 2
-        stage = warps_k * fp8_block.BLOCK * (bn * size + bm * 2)
-        stages = 1 + min(deep, STAGING_BYTES // stage, steps)
-        return Config("few", bm, bn, fp8_block.BLOCK, warps_k, 1, stages, warps_k)
-    bm = 32 if rows <= 32 else 64 if rows <= 64 else 128
-    bn, bk, warps, stages = (128, 64, 8, 4) if bm == 128 else (64, 128, 4, 3)
-    if bm == 128 and size == 1 and triton.next_power_of_2(rows) * groups * n >= WIDE:
-        # 32 x 64 per warp: two warps convert the same weight, not four; and a scale serves a whole step.
-        bm, bk, warps, stages = 64, 128, 4, 2
-    # Rounded up to a power of two, so that neighbouring row counts share a kernel.
-    tiles = triton.next_power_of_2(triton.cdiv(rows, bm)) * triton.cdiv(n, bn) * groups
-    split = 1
-    while tiles * split * 2 <= (sms if rows > 64 else sms * 3 // 2) and blocks_k // (split * 2) >= 4:
-        split *= 2
-    return Config("many", bm, bn, bk, 1, split, stages, warps)
-
-
-def _tuned_refusal(shape: tuned.Shape, rows: int, c: Config) -> str | None:
-    groups, n, k, size = shape
-    tiles = (16, 32, 64, 128)
-    if c.kernel == "gemv":
-        alone = {"bm": (1,), "bk": (_padded(k),), "warps_k": (1,), "split": (1,), "stages": (1,)}
-        if why := tuned.beyond(c, **alone, bn=(1, 2, 4, 8, *tiles), warps=(1, 2, 4, 8, 16)):
-            return why
-        held = c.bn * c.bk * size // (32 * c.warps)
-        return f"a thread holds {held} bytes of weights and may hold 512" if held > 512 else None
-    shared = (c.stages - 1) * (c.bm * 2 + c.bn * size) * c.bk * c.warps_k
-    if c.kernel == "few":
-        fixed = {"bk": (fp8_block.BLOCK,), "split": (1,)}
-        counts = (1, 2, 4, 8, 16)
-        if why := tuned.beyond(c, **fixed, bm=(8, 16), bn=tiles, warps_k=counts, stages=range(1, 7), warps=counts):
-            return why
-        if rows > c.bm:
-            return f"bm is {c.bm} and needs to be at least the rows"
-    else:
-        ranges = {"bm": (*tiles, 256), "bn": tiles, "bk": (32, 64, 128), "warps_k": (1,), "split": (1, 2, 4, 8, 16)}
-        kinds = ("gemv", "few", "many")
-        if why := tuned.beyond(c, kernel=kinds, **ranges, stages=range(1, 7), warps=(1, 2, 4, 8, 16)):
-            return why
-        if c.split > 1 and (parts := 4 * c.split * rows * groups * n) > PARTS_BYTES:
-            return f"the {c.split} parts of K take {parts} bytes of scratch and may take {PARTS_BYTES}"
-    return f"the tiles in flight take {shared} bytes of shared memory" if shared > tuned.SHARED_LIMIT else None
-
-
-TUNED = tuned.Family("linear", ("groups", "n", "k", "bytes"), Config, _tuned_refusal)
 
 
 def refusal(w: torch.Tensor, scale: torch.Tensor | None) -> str | None:
@@ -178,6 +73,8 @@ def linear(
         raise ValueError(f"input is {list(x.shape)} and needs [rows, {groups}, {k}] for weight {list(w.shape)}.")
     if scale is not None and tuple(scale.shape) != blocks:
         raise ValueError(f"FP8 weight {list(w.shape)} has scales {list(scale.shape)} and needs {list(blocks)}.")
+    if norm is not None and tuple(norm[0].shape) != (k,):
+        raise ValueError(f"norm_weight is {list(norm[0].shape)} and needs [{k}] for weight {list(w.shape)}.")
     form, s = UNSCALED.value, w
     if scale is not None:
         form, s = (FP32.value, scale) if scale.dtype == torch.float32 else (E8M0.value, e8m0.scale_bytes(scale))
@@ -185,6 +82,7 @@ def linear(
     # At least 8 processors, for the interpreter, whose one would never split K.
     c = config(rows, groups, n, k, w.element_size(), max(8, kernels.multiprocessors(x.device)))
     c = TUNED.choose(x.device, (groups, n, k, w.element_size()), rows, c)
+    # Without a norm no kernel reads its weight, and needs a pointer all the same.
     norm_weight, eps = (w, 0.0) if norm is None else norm
     if norm is not None and c.kernel != "gemv":
         x = _normalised(x, norm_weight, eps)
@@ -207,17 +105,30 @@ def linear(
         tile["POLICY"] = policy
         kernels.launch(_few_rows, grid, x, w, s, y, rows, *strides, **model, **tile, num_warps=c.warps)
         return y
-    tile = {"BM": c.bm, "BN": c.bn, "BK": c.bk, "SPLIT": c.split, "EVEN": k % c.bk == 0, "STAGES": c.stages}
     tiles = (triton.cdiv(rows, c.bm) * triton.cdiv(n, c.bn), c.split, groups)
-    if c.split == 1:
-        kernels.launch(_many_rows, tiles, x, w, s, y, rows, *strides, **model, **tile, num_warps=c.warps)
-        return y
-    (parts,) = kernels.scratch(op, x.device, ((c.split, rows, groups, n), torch.float32))
-    kernels.launch(_many_rows, tiles, x, w, s, parts, rows, *strides, **model, **tile, num_warps=c.warps)
-    total = math.prod(y.shape)
-    grid = (triton.cdiv(total, 1024),)
-    kernels.launch(_add_parts, grid, parts, y, total, SPLIT=c.split, BLOCK=1024, num_warps=4)
+    tile = {"BM": c.bm, "BN": c.bn, "BK": c.bk, "SPLIT": c.split, "STAGES": c.stages}
+    parts = y
+    if c.split > 1:
+        (parts,) = kernels.scratch(op, x.device, ((c.split, rows, groups, n), torch.float32))
+    if c.kernel == "tma" and k % c.bk == 0 and _readable_by_tma(x) and w.data_ptr() % 16 == 0:
+        x_tiles = TensorDescriptor.from_tensor(x.as_strided((rows, groups * k), (x.stride(0), 1)), [c.bm, c.bk])
+        w_tiles = TensorDescriptor.from_tensor(w.view(-1, k), [c.bn, c.bk])
+        model = {"G": groups, "N": n, "K": k, "SCALE": form}
+        kernels.launch(_many_rows_tma, tiles, x_tiles, w_tiles, s, parts, rows, **model, **tile, num_warps=c.warps)
+    else:
+        tile["EVEN"] = k % c.bk == 0
+        kernels.launch(_many_rows, tiles, x, w, s, parts, rows, *strides, **model, **tile, num_warps=c.warps)
+    if c.split > 1:
+        total = math.prod(y.shape)
+        grid = (triton.cdiv(total, 1024),)
+        kernels.launch(_add_parts, grid, parts, y, total, SPLIT=c.split, BLOCK=1024, num_warps=4)
     return y
+
+
+def _readable_by_tma(x: torch.Tensor) -> bool:
+    """Whether TMA can read x [T, G, K] as [T, G * K]: it wants rows at multiples of 16 bytes."""
+    packed = x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == x.shape[2])
+    return packed and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
 
 
 def _normalised(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -391,6 +302,35 @@ def _few_rows(
     _store(at, out, live[:, None] & (n < N)[None, :])
 
 
+@triton.jit
+def _tile(rows, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """(first row, first output) of this program's tile.
+
+    Neighbouring programs share weights and GROUP_M blocks of rows, so that both stay in L2.
+    """
+    n_blocks: tl.constexpr = (N + BN - 1) // BN
+    m_blocks = tl.cdiv(rows, BM)
+    tile = tl.program_id(0)
+    m_first = tile // (GROUP_M * n_blocks) * GROUP_M
+    m_here = tl.minimum(m_blocks - m_first, GROUP_M)
+    inside_group = tile % (GROUP_M * n_blocks)
+    return (m_first + inside_group % m_here) * BM, inside_group // m_here * BN
+
+
+@triton.jit
+def _part(K: tl.constexpr, SPLIT: tl.constexpr):
+    """(first, end) of this program's part of K: whole blocks, so that a step never straddles two scales.
+
+    Constants where K is not split: a loop of known length is 3 % faster.
+    """
+    if SPLIT == 1:
+        return 0, K
+    else:
+        PART: tl.constexpr = ((K + BLOCK - 1) // BLOCK + SPLIT - 1) // SPLIT * BLOCK
+        low = tl.program_id(1) * PART
+        return low, tl.minimum(low + PART, K)
+
+
 @triton.jit(do_not_specialize=["rows", "x_row", "x_group"])
 def _many_rows(
     x, w, scale, y, rows, x_row, x_group, G: tl.constexpr, N: tl.constexpr, K: tl.constexpr, X_STEP: tl.constexpr,
@@ -399,23 +339,13 @@ def _many_rows(
 ):  # fmt: skip
     """Program (tile, s, g): a tile [BM, BN] of group g over part s of K, into y [SPLIT, rows, G, N]."""
     group = tl.program_id(2).to(tl.int64)
-    # Neighbouring programs share weights and GROUP_M blocks of rows, so that both stay in L2.
-    n_blocks: tl.constexpr = (N + BN - 1) // BN
-    m_blocks = tl.cdiv(rows, BM)
-    tile = tl.program_id(0)
-    m_first = tile // (GROUP_M * n_blocks) * GROUP_M
-    m_here = tl.minimum(m_blocks - m_first, GROUP_M)
-    inside_group = tile % (GROUP_M * n_blocks)
-    m = ((m_first + inside_group % m_here) * BM).to(tl.int64) + tl.arange(0, BM)
-    first = inside_group // m_here * BN
+    m_first, first = _tile(rows, N, BM, BN)
+    m = m_first.to(tl.int64) + tl.arange(0, BM)
     n = first + tl.arange(0, BN)
     live = m < rows
     KB: tl.constexpr = (K + BLOCK - 1) // BLOCK
     NB: tl.constexpr = (N + BLOCK - 1) // BLOCK
-    # Parts end at whole blocks, so that a step never straddles two scales.
-    PART: tl.constexpr = (KB + SPLIT - 1) // SPLIT * BLOCK
-    low = tl.program_id(1) * PART
-    high = tl.minimum(low + PART, K)
+    low, high = _part(K, SPLIT)
     k = tl.arange(0, BK)
     row = tl.where(live, m, 0) * (x_row.to(tl.int64) * X_UNIT)
     x_at = x + group * (x_group.to(tl.int64) * X_UNIT) + (row[:, None] + (k * X_STEP)[None, :])
@@ -442,6 +372,38 @@ def _many_rows(
         acc = scaled_sum(product, factor, acc)
     at = y + ((tl.program_id(1).to(tl.int64) * rows + m[:, None]) * G + group) * N + n[None, :]
     _store(at, acc, live[:, None] & (n < N)[None, :])
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _many_rows_tma(
+    x, w, scale, y, rows, G: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SCALE: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """As `_many_rows`, of x [rows, G * K] and w [G * N, K] by descriptor, which read 0 beyond the last row."""
+    group = tl.program_id(2)
+    m_first, first = _tile(rows, N, BM, BN)
+    KB: tl.constexpr = (K + BLOCK - 1) // BLOCK
+    NB: tl.constexpr = (N + BLOCK - 1) // BLOCK
+    low, high = _part(K, SPLIT)
+    s_at = scale + group * (NB * KB) + first // BLOCK * KB
+    if SCALE != UNSCALED:
+        s_next = tl.load(s_at + tl.minimum(low // BLOCK, KB - 1))
+    wait()
+    acc = tl.zeros([BM, BN], tl.float32)
+    for start in tl.range(low, high, BK, num_stages=STAGES):
+        value = x.load([m_first, group * K + start])
+        weight = tl.trans(w.load([group * N + first, start]))
+        product = dot(value, _exact_bf16(weight, SCALE))
+        if SCALE == UNSCALED:
+            factor = tl.full([1, 1], 1.0, tl.float32)
+        else:
+            factor = tl.full([1, 1], 1.0, tl.float32) * _scale_value(s_next, SCALE)
+            s_next = tl.load(s_at + tl.minimum((start + BK) // BLOCK, KB - 1))
+        acc = scaled_sum(product, factor, acc)
+    m = m_first.to(tl.int64) + tl.arange(0, BM)
+    n = first + tl.arange(0, BN)
+    at = y + ((tl.program_id(1).to(tl.int64) * rows + m[:, None]) * G + group) * N + n[None, :]
+    _store(at, acc, (m < rows)[:, None] & (n < N)[None, :])
 
 
 @triton.jit(do_not_specialize=["total"])

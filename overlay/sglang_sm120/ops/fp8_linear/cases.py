@@ -34,6 +34,7 @@ def cases(kind: str) -> Iterator[Case]:
         ((16, 128), 100),
         ((33, 128), 16),
         ((40, 1024), 130),
+        ((40, 2048), 130),
         ((65, 200), 130),
         ((70, 256), 130),
         ((1100, 128), 16),
@@ -46,9 +47,9 @@ def cases(kind: str) -> Iterator[Case]:
             name = "x".join(map(str, shape)) + f"-to-{n}{'-fp32-scale' if fp32_scale else ''}"
             yield Case(name, BF16, partial(build, shape=shape, n=n, fp32_scale=fp32_scale))
 
-    def build_sliced(make: Maker, tokens: int) -> dict[str, Any]:
-        w, scale = make.fp8_weight(130, 136)
-        return {"x": make.bf16(tokens, 400)[:, 17:153], "w": w, "scale": scale}
+    def build_sliced(make: Maker, tokens: int, k: int = 136, first: int = 17) -> dict[str, Any]:
+        w, scale = make.fp8_weight(130, k)
+        return {"x": make.bf16(tokens, 400)[:, first : first + k], "w": w, "scale": scale}
 
     def build_unusual(make: Maker, tokens: int) -> dict[str, Any]:
         w, scale = make.fp8_weight(256, 256)
@@ -62,6 +63,9 @@ def cases(kind: str) -> Iterator[Case]:
             inputs["x"][0] = 0
         return inputs
 
+    # TMA reads rows that begin at multiples of 16 bytes, and not the others.
+    for first in (16, 17):
+        yield Case(f"70-sliced-at-{first}", BF16, partial(build_sliced, tokens=70, k=256, first=first))
     yield Case("no-rows-normed", BF16, partial(build_normed, tokens=0))
     for tokens in (1, 3, 33):
         yield Case(f"{tokens}-normed", BF16, partial(build_normed, tokens=tokens))
