@@ -33,7 +33,10 @@ MAX_EXCLUDED = 0.02
 """Share of positions where rounding may have decided between two experts or index entries."""
 SCORED = 2600
 """Prompts up to this length are compared at every position."""
-FLAGS = ("--mem-fraction-static", "0.5", "--grammar-backend", "none", "--log-level", "info")
+# What sixteen of the longest prompts need, so that several servers fit a card.
+FLAGS = (
+    "--mem-fraction-static", "0.5", "--max-total-tokens", "400000", "--grammar-backend", "none", "--log-level", "info",
+)  # fmt: skip
 GRAPHS = ("--cuda-graph-bs", "1", "2", "4", "8", "16", "32")
 MTP = (
     "--speculative-algorithm", "EAGLE", "--speculative-num-steps", "3", "--speculative-eagle-topk", "1",

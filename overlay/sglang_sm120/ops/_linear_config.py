@@ -68,6 +68,9 @@ def config(rows: int, groups: int, n: int, k: int, size: int, sms: int) -> Confi
     blocks_k = triton.cdiv(k, fp8_block.BLOCK)
     if rows <= FEW_ROWS:
         bm = 8 if rows <= 8 else 16
+        if bm == 16 and size == 1 and blocks_k <= 8 and groups * triton.cdiv(n, 64) * 2 > sms:
+            # Warps that share so short a K have two steps each, which hide nothing.
+            return Config("many", bm, 64, fp8_block.BLOCK, 1, 1, 4, 4)
         bn = 16 if groups * triton.cdiv(n, 32) < (3 * sms if bm == 8 else sms) else 32
         programs = groups * triton.cdiv(n, bn)
         warps_k = min(4, triton.next_power_of_2(blocks_k))
@@ -76,8 +79,8 @@ def config(rows: int, groups: int, n: int, k: int, size: int, sms: int) -> Confi
         elif bm == 8 and 8 <= blocks_k < 16:
             warps_k = 2
         steps = triton.cdiv(blocks_k, warps_k)
-        # A processor's only tile, or one whose steps are then all in flight, gains from a third step ahead.
-        deep = 3 if bm == 8 and bn == 16 and (programs < sms or steps <= 4) else 2
+        # A processor's only tile gains from as many steps ahead as fit, one whose steps are then all in flight from 3.
+        deep = 4 if programs < sms else 3 if bm == 8 and bn == 16 and steps <= 4 else 2
         stage = warps_k * fp8_block.BLOCK * (bn * size + bm * 2)
         stages = 1 + min(deep, STAGING_BYTES // stage, steps)
         return Config("few", bm, bn, fp8_block.BLOCK, warps_k, 1, stages, warps_k)

@@ -6,7 +6,8 @@ Few rows are a question of bytes in flight, many rows one of conversions per ten
                     nothing is staged, the sums are plain FMAs, and no second pass is needed (also a few rows of a
                     weight so small that L2 serves it again)
     2 … 16 rows     `_few_rows`: the same ownership on tensor cores: the weight is the A operand, each warp has its
-                    own part of K (the batch dimension of a 3D dot) and the warps' sums meet once, at the end
+                    own part of K (the batch dimension of a 3D dot) and the warps' sums meet once, at the end (9 and
+                    more of a short K: the next)
     more            `_many_rows`: a tiled GEMM; x is the A operand so that few warps convert the same weight. Where
                     the tiles leave processors idle, K is split and `_add_parts` adds the parts in a fixed order
     33 and more     `_many_rows_tma`: the same for FP8 weights, tiles brought by TMA. It needs no address registers,
