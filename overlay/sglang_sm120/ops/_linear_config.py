@@ -25,6 +25,8 @@ SMALL = 1 << 25
 FEW_ROWS = 16
 STAGING_BYTES = 98_304
 """Shared memory for tiles in flight; the rest of the 101,376 bytes is for the results' way out."""
+PROCESSOR_BYTES = 100 << 10
+"""Shared memory that a processor of SM120 has for all its blocks."""
 PARTS_BYTES = 256 << 20
 """Scratch that a table may ask for."""
 
@@ -102,10 +104,12 @@ def _many_rows(rows: int, groups: int, n: int, blocks_k: int, size: int, sms: in
     # Rounded up to a power of two, so that neighbouring row counts share a kernel.
     tiles = triton.next_power_of_2(triton.cdiv(rows, bm)) * triton.cdiv(n, bn) * groups
     split = 1
-    # Adding parts takes a kernel, adding more of them little more; small tiles leave room for several on a processor.
-    while blocks_k // (split * 2) >= 4 and tiles * split * 2 <= (
-        sms if bn == 128 else sms * 3 // 2 if split == 1 else sms * 2
-    ):
+    alone = 2 * (stages - 1) * (bm * 2 + bn * size) * bk > PROCESSOR_BYTES
+    while blocks_k // (split * 2) >= 4:
+        # Adding parts takes a kernel, adding more of them little more.
+        programs = sms if alone else sms * 2 if size == 1 and split > 1 else sms * 3 // 2
+        if tiles * split * 2 > programs:
+            break
         split *= 2
     return Config(kernel, bm, bn, bk, 1, split, stages, warps)
 
