@@ -173,6 +173,14 @@ _KERNELS = (
         (("+ imaginary * sin, imaginary * cos - real", "- imaginary * sin, imaginary * cos + real"),), ATTENTION,
     ),
     Mutation(
+        "first group for every group", "grouped FP8 linear by TMA", "ops/_linear_triton.py",
+        (("x.load([m_first, group * K + start])", "x.load([m_first, start])"),), LINEARS,
+    ),
+    Mutation(
+        "first group for every group", "its weights", "ops/_linear_triton.py",
+        (("w.load([group * N + first, start])", "w.load([first, start])"),), LINEARS,
+    ),
+    Mutation(
         "query norm missing", "one row, Triton", "ops/_linear_triton.py",
         (("value = _rms_norm(value, norm, eps, K).to(tl.float32)", "value = value * norm"),), LINEARS,
     ),
