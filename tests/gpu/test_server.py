@@ -57,6 +57,8 @@ class Greedy:
 def environment() -> dict[str, str]:
     here = Path(__file__).parent
     found = {"SGLANG_SM120_FORCE": "1", "HF_HUB_OFFLINE": "1", "FLASHINFER_DISABLE_VERSION_CHECK": "1"}
+    # Or a server with TP 2 does not start while another one loads on one of its GPUs.
+    found["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"
     if torch.cuda.get_device_capability()[0] == 9:
         found["PYTHONPATH"] = f"{here / 'lowered_children'}:{os.environ.get('PYTHONPATH', '')}"
     return found
