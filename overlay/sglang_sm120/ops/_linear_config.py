@@ -1,7 +1,7 @@
 """Which kernel of `_linear_triton` computes a call, and in which tiles: a heuristic, and what a table may say instead.
 
 A processor of SM120 has 100 KiB of shared memory, a Hopper card's 228: of blocks with 64 KiB it keeps one where that
-card keeps three. Tiles of more than 16 rows were chosen on such a card with 100 KiB in force
+card keeps three. FP8 tiles of more than 16 rows were chosen on such a card with 100 KiB in force
 (`tests/gpu/bench.py --shared-memory sm120`).
 """
 

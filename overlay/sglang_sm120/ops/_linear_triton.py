@@ -332,6 +332,38 @@ def _part(K: tl.constexpr, SPLIT: tl.constexpr):
         return low, tl.minimum(low + PART, K)
 
 
+@triton.jit
+def _scales(scale, group, first, low, N: tl.constexpr, K: tl.constexpr, SCALE: tl.constexpr):
+    """(pointer to the scales of a tile's outputs, the one of column low); without scales, nothing is read."""
+    KB: tl.constexpr = (K + BLOCK - 1) // BLOCK
+    NB: tl.constexpr = (N + BLOCK - 1) // BLOCK
+    s_at = scale + group * (NB * KB) + first // BLOCK * KB
+    if SCALE == UNSCALED:
+        return s_at, s_at
+    else:
+        return s_at, tl.load(s_at + tl.minimum(low // BLOCK, KB - 1))
+
+
+@triton.jit
+def _add_step(acc, value, weight, s_at, s_now, start, K: tl.constexpr, BK: tl.constexpr, SCALE: tl.constexpr):
+    """(acc + value weight * scale of columns start BK …, the next step's scale), read ahead or each step would wait."""
+    product = dot(value, _exact_bf16(weight, SCALE))
+    if SCALE == UNSCALED:
+        return scaled_sum(product, tl.full([1, 1], 1.0, tl.float32), acc), s_now
+    else:
+        KB: tl.constexpr = (K + BLOCK - 1) // BLOCK
+        factor = tl.full([1, 1], 1.0, tl.float32) * _scale_value(s_now, SCALE)
+        s_next = tl.load(s_at + tl.minimum((start + BK) // BLOCK, KB - 1))
+        return scaled_sum(product, factor, acc), s_next
+
+
+@triton.jit
+def _store_tile(y, acc, rows, m, n, group, G: tl.constexpr, N: tl.constexpr):
+    """Rows m and outputs n of y [SPLIT, rows, G, N]."""
+    at = y + ((tl.program_id(1).to(tl.int64) * rows + m[:, None]) * G + group) * N + n[None, :]
+    _store(at, acc, (m < rows)[:, None] & (n < N)[None, :])
+
+
 @triton.jit(do_not_specialize=["rows", "x_row", "x_group"])
 def _many_rows(
     x, w, scale, y, rows, x_row, x_group, G: tl.constexpr, N: tl.constexpr, K: tl.constexpr, X_STEP: tl.constexpr,
@@ -344,16 +376,12 @@ def _many_rows(
     m = m_first.to(tl.int64) + tl.arange(0, BM)
     n = first + tl.arange(0, BN)
     live = m < rows
-    KB: tl.constexpr = (K + BLOCK - 1) // BLOCK
-    NB: tl.constexpr = (N + BLOCK - 1) // BLOCK
     low, high = _part(K, SPLIT)
     k = tl.arange(0, BK)
     row = tl.where(live, m, 0) * (x_row.to(tl.int64) * X_UNIT)
     x_at = x + group * (x_group.to(tl.int64) * X_UNIT) + (row[:, None] + (k * X_STEP)[None, :])
     w_at = w + group * (N * K) + (tl.minimum(n, N - 1)[None, :] * K + k[:, None])
-    s_at = scale + group * (NB * KB) + first // BLOCK * KB
-    if SCALE != UNSCALED:
-        s_next = tl.load(s_at + tl.minimum(low // BLOCK, KB - 1))
+    s_at, s_next = _scales(scale, group, first, low, N, K, SCALE)
     wait()
     acc = tl.zeros([BM, BN], tl.float32)
     for start in tl.range(low, high, BK, num_stages=STAGES):
@@ -364,15 +392,8 @@ def _many_rows(
             inside = start + k < K
             value = tl.load(x_at + start * X_STEP, mask=live[:, None] & inside[None, :], other=0.0)
             weight = tl.load(w_at + start, mask=inside[:, None], other=0.0)
-        product = dot(value, _exact_bf16(weight, SCALE))
-        if SCALE == UNSCALED:
-            factor = tl.full([1, 1], 1.0, tl.float32)
-        else:
-            factor = tl.full([1, 1], 1.0, tl.float32) * _scale_value(s_next, SCALE)
-            s_next = tl.load(s_at + tl.minimum((start + BK) // BLOCK, KB - 1))
-        acc = scaled_sum(product, factor, acc)
-    at = y + ((tl.program_id(1).to(tl.int64) * rows + m[:, None]) * G + group) * N + n[None, :]
-    _store(at, acc, live[:, None] & (n < N)[None, :])
+        acc, s_next = _add_step(acc, value, weight, s_at, s_next, start, K, BK, SCALE)
+    _store_tile(y, acc, rows, m, n, group, G, N)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -383,28 +404,16 @@ def _many_rows_tma(
     """As `_many_rows`, of x [rows, G * K] and w [G * N, K] by descriptor, which read 0 beyond the last row."""
     group = tl.program_id(2)
     m_first, first = _tile(rows, N, BM, BN)
-    KB: tl.constexpr = (K + BLOCK - 1) // BLOCK
-    NB: tl.constexpr = (N + BLOCK - 1) // BLOCK
     low, high = _part(K, SPLIT)
-    s_at = scale + group * (NB * KB) + first // BLOCK * KB
-    if SCALE != UNSCALED:
-        s_next = tl.load(s_at + tl.minimum(low // BLOCK, KB - 1))
+    s_at, s_next = _scales(scale, group, first, low, N, K, SCALE)
     wait()
     acc = tl.zeros([BM, BN], tl.float32)
     for start in tl.range(low, high, BK, num_stages=STAGES):
         value = x.load([m_first, group * K + start])
         weight = tl.trans(w.load([group * N + first, start]))
-        product = dot(value, _exact_bf16(weight, SCALE))
-        if SCALE == UNSCALED:
-            factor = tl.full([1, 1], 1.0, tl.float32)
-        else:
-            factor = tl.full([1, 1], 1.0, tl.float32) * _scale_value(s_next, SCALE)
-            s_next = tl.load(s_at + tl.minimum((start + BK) // BLOCK, KB - 1))
-        acc = scaled_sum(product, factor, acc)
+        acc, s_next = _add_step(acc, value, weight, s_at, s_next, start, K, BK, SCALE)
     m = m_first.to(tl.int64) + tl.arange(0, BM)
-    n = first + tl.arange(0, BN)
-    at = y + ((tl.program_id(1).to(tl.int64) * rows + m[:, None]) * G + group) * N + n[None, :]
-    _store(at, acc, (m < rows)[:, None] & (n < N)[None, :])
+    _store_tile(y, acc, rows, m, first + tl.arange(0, BN), group, G, N)
 
 
 @triton.jit(do_not_specialize=["total"])
