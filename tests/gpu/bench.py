@@ -370,6 +370,11 @@ def main() -> int:
         return 1
     lower(args.lowering)
     if args.shared_memory == "sm120":
+        if torch.cuda.get_device_capability()[0] != 9:
+            name = torch.cuda.get_device_name()
+            print(f"make bench: --shared-memory sm120 was asked of {name}, needed a Hopper card: leave it out.",
+                  file=sys.stderr)  # fmt: skip
+            return 2
         limit_shared_memory()
     torch.backends.cuda.matmul.allow_tf32 = False
     began = time.monotonic()

@@ -79,7 +79,8 @@ def bench(path: Path) -> str:
     """What the rates of a bench run were, and its rows."""
     about, *rows = map(json.loads, path.read_text().splitlines())
     copy, mma = about["copy_bytes_per_s"] / 1e12, about["bf16_flops_per_s"] / 1e12
-    rates = f"{about['gpu']}, {about['date']}, lowering {about['lowering']}: copy {copy:.2f} TB/s, mma {mma:.0f} TFLOPS"
+    how = f"lowering {about['lowering']}, shared memory {about['shared_memory']}"
+    rates = f"{about['gpu']}, {about['date']}, {how}: copy {copy:.2f} TB/s, mma {mma:.0f} TFLOPS"
     return f"{rates}\n\n{kernels(rows)}"
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+from collections import defaultdict
 
+import bench
 import pytest
 import torch
 import triton
@@ -36,6 +38,18 @@ def test_too_much_shared_memory_is_refused() -> None:
         retarget(PTX, SHARED_LIMIT + 1)
 
 
+@pytest.mark.needs_no_gpu
+def test_sm120_s_shared_memory_is_asked_of_a_hopper_card(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr("sys.argv", ["bench.py", "--shared-memory", "sm120"])
+    assert bench.main() == 2
+    assert "a card, needed a Hopper card" in capsys.readouterr().err
+
+
 def test_a_multiprocessor_holds_what_one_of_sm120_would(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """Two blocks of 64 KiB by their registers and Hopper's shared memory, one by SM120's."""
     if torch.cuda.get_device_capability()[0] != 9:
@@ -43,7 +57,8 @@ def test_a_multiprocessor_holds_what_one_of_sm120_would(monkeypatch: pytest.Monk
     call = next(calls_of("fp8_linear", 2, 64, 2048, seed))
 
     def blocks() -> int:
-        _many_rows_tma.device_caches.clear()
+        # Loaded anew, and for this test alone.
+        monkeypatch.setattr(_many_rows_tma, "device_caches", defaultdict(_many_rows_tma.create_binder))
         triton_result(call)
         (kernel,) = _many_rows_tma.device_caches[torch.cuda.current_device()][0].values()
         assert 65_536 <= kernel.metadata.shared <= SHARED_LIMIT
