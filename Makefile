@@ -76,16 +76,17 @@ apply unapply status verify:
 
 lint: setup
 	@$(VENV) patches/patchset.py lint
-	$(VENV) -m ruff check overlay patches launch tests
-	$(VENV) -m mypy overlay/sglang_sm120 patches launch/sglang_sm120_launch
+	$(VENV) -m ruff check overlay patches launch reference evals bench tests
+	$(VENV) -m mypy overlay/sglang_sm120 patches launch/sglang_sm120_launch reference/sglang_sm120_reference \
+	    evals/demo.py evals/local_server.py
 
 # Kernels in the interpreter keep one core busy each; servers want both, and one at a time: of the folders that share the
-# cores, accuracy starts one. The tests of the patches fork pytest at every step, which the other tests would have made large.
+# cores, evals starts one. The tests of the patches fork pytest at every step, which the other tests would have made large.
 test: setup
 	@$(VENV) patches/patchset.py apply
 	$(MAKE) --no-print-directory PYTHON= lint
 	$(VENV) -m pytest tests/patches
-	$(VENV) -m pytest tests/accuracy tests/gpu tests/ops tests/sm120 -n 2 --dist loadfile
+	$(VENV) -m pytest tests/evals tests/gpu tests/mutations tests/ops tests/sm120 -n 2 --dist loadfile
 	exec $(VENV) -m pytest tests/launch tests/model
 
 test-sm120: setup
@@ -102,12 +103,12 @@ test-launch: setup
 
 bench: setup
 	@$(VENV) patches/patchset.py apply
-	exec $(VENV) tests/gpu/bench.py
+	exec $(VENV) bench/bench.py
 
 # Sweeps what the checkout says, and places the table that it wrote.
 tune: setup
 	@$(VENV) patches/patchset.py apply
-	$(VENV) tests/gpu/tune.py
+	$(VENV) bench/tune.py
 	exec $(VENV) patches/patchset.py apply
 
 accuracy: setup
@@ -116,20 +117,20 @@ accuracy: setup
 	    exit 2
 	fi
 	$(VENV) patches/patchset.py apply
-	exec $(VENV) tests/accuracy/accuracy.py "$$URL" $${QUICK:+--quick} $${DATA:+--data "$$DATA"} \
+	exec $(VENV) evals/accuracy.py "$$URL" $${QUICK:+--quick} $${DATA:+--data "$$DATA"} \
 	    $${SYNTHETIC:+--synthetic "$$SYNTHETIC"} $${ARGS:-}
 
 accuracy-cpu: setup
 	@$(VENV) patches/patchset.py apply
-	exec $(VENV) tests/accuracy/accuracy_cpu.py tests/accuracy/small-deepseek-v4.xz \
-	    tests/accuracy/questions-cpu.jsonl $${ARGS:-}
+	exec $(VENV) evals/accuracy_cpu.py evals/small-deepseek-v4.xz \
+	    evals/questions-cpu.jsonl $${ARGS:-}
 
 mutations: setup
-	exec $(VENV) tests/accuracy/mutations/run.py
+	exec $(VENV) tests/mutations/run.py
 
 demo: setup
 	@$(VENV) patches/patchset.py apply
-	exec $(VENV) -m sglang_sm120.demo tests/accuracy/small-deepseek-v4.xz
+	exec $(VENV) evals/demo.py evals/small-deepseek-v4.xz
 
 image:
 	@version=$$(sed -n 's/^__version__ = "\(.*\)"$$/\1/p' overlay/sglang_sm120/__init__.py)
@@ -161,4 +162,4 @@ lock:
 
 clean:
 	@rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build
-	find overlay patches launch tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find overlay patches launch reference evals bench tests -name __pycache__ -type d -prune -exec rm -rf {} +

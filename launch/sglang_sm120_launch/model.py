@@ -174,8 +174,8 @@ def shard_header(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def _from_config(config: dict[str, Any], path: str) -> dict[str, int]:
-    from sglang_sm120.reference.config import ReferenceConfig
-    from sglang_sm120.reference.layout import stored
+    from sglang_sm120.checkpoint.config import ReferenceConfig
+    from sglang_sm120.checkpoint.layout import stored
 
     try:
         layout = stored(ReferenceConfig.from_json(config))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases.common import Maker
+from cases.compress_prefill_plan import mapping
 
 import sglang_sm120
 from sglang_sm120 import ops
-from sglang_sm120.ops._cases import Maker
-from sglang_sm120.ops.compress_prefill_plan.cases import mapping
 from sglang_sm120.speculation import MAX_DRAFT_TOKENS, RING
 
 REQUESTS = 48

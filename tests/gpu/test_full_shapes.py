@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from calls import DEVICE, calls_of, compare, triton_ops, triton_result
 
+from calls import DEVICE, calls_of, compare, triton_ops, triton_result
 from sglang_sm120 import kernels
 
 ROWS = (1, 2, 4, 8, 16, 33, 64, 65, 256, 4096)

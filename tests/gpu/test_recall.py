@@ -8,28 +8,24 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from fake_server import Fake
+from test_server import GRAPHS, MTP, TPS, assert_nothing_compiled_late, environment
 
-ACCURACY = Path(__file__).parents[1] / "accuracy"
-sys.path.insert(1, str(ACCURACY))
+import questions
+import synthetic
+from client import Client
+from local_server import LocalServer
+from report import Row, table
+from sglang_sm120_reference.packed import unpack
 
-import questions  # noqa: E402
-import synthetic  # noqa: E402
-from client import Client  # noqa: E402
-from fake_server import Fake  # noqa: E402
-from report import Row, table  # noqa: E402
-from test_server import GRAPHS, MTP, TPS, assert_nothing_compiled_late, environment  # noqa: E402
-
-from sglang_sm120.local_server import LocalServer  # noqa: E402
-from sglang_sm120.reference.packed import unpack  # noqa: E402
-
-PACKED = ACCURACY / "small-deepseek-v4.xz"
-EXACT = ACCURACY / "questions-cpu.jsonl"
-WRONG = ACCURACY / "oracle-gpu.json"
+EVALS = Path(__file__).parents[2] / "evals"
+PACKED = EVALS / "small-deepseek-v4.xz"
+EXACT = EVALS / "questions-cpu.jsonl"
+WRONG = EVALS / "oracle-gpu.json"
 COUNT = 1000
 CONCURRENCY = 16
 # Sixteen of the longest requests three times over: a token of this model costs little, and the rest stays free.

@@ -17,10 +17,10 @@ from typing import Any
 import httpx
 import pytest
 import torch
-import traces
 
-from sglang_sm120.local_server import LocalServer
-from sglang_sm120.reference.write import main as write_checkpoint
+import traces
+from local_server import LocalServer
+from sglang_sm120_reference.write import main as write_checkpoint
 
 LENGTHS = (1, 2, 5, 63, 127, 128, 129, 300, 700, 2047, 2048, 2600, 4000, 6000, 11_000, 20_000)
 NEW_TOKENS = 24
@@ -43,6 +43,8 @@ MTP = (
     "--speculative-num-draft-tokens", "4",
 )  # fmt: skip
 TPS = (1, 2)
+LOWERED = Path(__file__).parents[2] / "bench/lowered_children"
+"""On PYTHONPATH: a server's processes lower their Triton kernels as for SM120."""
 
 
 @dataclass
@@ -55,12 +57,11 @@ class Greedy:
 
 
 def environment() -> dict[str, str]:
-    here = Path(__file__).parent
     found = {"SGLANG_SM120_FORCE": "1", "HF_HUB_OFFLINE": "1", "FLASHINFER_DISABLE_VERSION_CHECK": "1"}
     # Or a server with TP 2 does not start while another one loads on one of its GPUs.
     found["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"
     if torch.cuda.get_device_capability()[0] == 9:
-        found["PYTHONPATH"] = f"{here / 'lowered_children'}:{os.environ.get('PYTHONPATH', '')}"
+        found["PYTHONPATH"] = f"{LOWERED}:{os.environ.get('PYTHONPATH', '')}"
     return found
 
 

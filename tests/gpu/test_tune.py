@@ -9,14 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import bench
 import pytest
+
+import bench
 import tune
 from candidates import OPS, ROWS, Case, cases
-
 from sglang_sm120 import compilation, kernels, tuned
+from sglang_sm120.checkpoint.config import model_config
 from sglang_sm120.model_calls import model_calls
-from sglang_sm120.ops._cases import model_config
 
 pytestmark = pytest.mark.needs_no_gpu
 SMS = 132

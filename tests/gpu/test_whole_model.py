@@ -15,13 +15,13 @@ import sys
 import time
 from pathlib import Path
 
-import decode_step
 import pytest
 import torch
 from test_server import environment
 
-from sglang_sm120.local_server import free_port
-from sglang_sm120.ops._cases import model_config
+import decode_step
+from local_server import free_port
+from sglang_sm120.checkpoint.config import model_config
 
 CONFIG = Path(__file__).parents[2] / "configs/deepseek-v4-flash.2x-h200.tp2.yaml"
 NEEDED = 140_000 << 20

@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageColor
 
-from sglang_sm120.local_server import LocalServer
-from sglang_sm120.reference.config import ReferenceConfig
-from sglang_sm120.reference.write import write_checkpoint
+from local_server import LocalServer
+from sglang_sm120.checkpoint.config import ReferenceConfig
 from sglang_sm120_launch import bench, compare, picture
 from sglang_sm120_launch.errors import LaunchError
+from sglang_sm120_reference.write import write_checkpoint
 
 
 def run(command: Any, *arguments: str) -> int:

@@ -46,7 +46,7 @@ def one_flags(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small checkpoint."""
-    from sglang_sm120.reference.write import write_checkpoint
+    from sglang_sm120_reference.write import write_checkpoint
 
     return write_checkpoint(tmp_path_factory.mktemp("model") / "small", shard_bytes=1 << 22)
 

@@ -20,8 +20,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from sglang_sm120.reference.packed import unpack
 from sglang_sm120_launch import cli
+from sglang_sm120_reference.packed import unpack
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("mooncake-transfer-engine-non-cuda==0.3.13.post1", "sglang-router==0.3.2")
@@ -83,7 +83,7 @@ def answers(url: str) -> bool:
 def test_prefill_and_decode_apart_answer_rightly(
     environment: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = unpack(ROOT / "tests/accuracy/small-deepseek-v4.xz", tmp_path / "model")
+    model = unpack(ROOT / "evals/small-deepseek-v4.xz", tmp_path / "model")
     machine = ROOT / "tests/launch/machines/no-gpu.json"
     words = ["plan", "--model", str(model), "--machine", str(machine), "--config", str(CONFIG), "--json"]
     assert cli.main([*words, "--topology", "1p1d", "--hosts", ",".join(HOSTS)]) == 0
@@ -101,7 +101,7 @@ def test_prefill_and_decode_apart_answer_rightly(
                 assert process.poll() is None, log.read_text(errors="replace")[-3000:]
             assert time.monotonic() < deadline, logs[-1].read_text(errors="replace")[-3000:]
             time.sleep(1)
-        lines = (ROOT / "tests/accuracy/questions-cpu.jsonl").read_text().splitlines()
+        lines = (ROOT / "evals/questions-cpu.jsonl").read_text().splitlines()
         questions = [question for question in map(json.loads, lines) if len(question["prompt"]) < LONGEST]
         questions = sorted(questions, key=lambda question: len(question["prompt"]))[::6]
         assert len(questions[-1]["prompt"]) > 2048

@@ -20,12 +20,12 @@ from typing import Any
 import jsonschema
 import pytest
 
-from sglang_sm120.reference.write import write_checkpoint
 from sglang_sm120_launch import checks, checks_software, doctor
 from sglang_sm120_launch.checks import Finding, machine_checks
 from sglang_sm120_launch.checks_checkpoint import checkpoint_checks
 from sglang_sm120_launch.machine import Gpu, Machine
 from sglang_sm120_launch.model import INDEX
+from sglang_sm120_reference.write import write_checkpoint
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 PAGE = (CHECKOUT / "docs/doctor.md").read_text()

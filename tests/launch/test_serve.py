@@ -19,9 +19,9 @@ import psutil
 import pytest
 from golden_plans import HERE
 
-from sglang_sm120.local_server import free_port
-from sglang_sm120.reference.write import write_checkpoint
+from local_server import free_port
 from sglang_sm120_launch.progress import Progress
+from sglang_sm120_reference.write import write_checkpoint
 
 REAL = (sys.executable, "-m", "sglang_sm120_launch")
 STUB = (sys.executable, str(HERE / "stub" / "serve.py"))

@@ -11,10 +11,10 @@ import pytest
 import torch
 from serving import CachedOracle, PromptOf
 
-from sglang_sm120.local_server import LocalServer
-from sglang_sm120.reference.oracle import Oracle
-from sglang_sm120.reference.prompts import prompt
-from sglang_sm120.reference.write import write_checkpoint
+from local_server import LocalServer
+from sglang_sm120_reference.oracle import Oracle
+from sglang_sm120_reference.prompts import prompt
+from sglang_sm120_reference.write import write_checkpoint
 
 torch.set_num_threads(len(os.sched_getaffinity(0)))
 

@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import torch
 
-from sglang_sm120.local_server import LocalServer
-from sglang_sm120.reference.oracle import LOGPROB_TOLERANCE, Oracle, Result
+from local_server import LocalServer
+from sglang_sm120_reference.oracle import LOGPROB_TOLERANCE, Oracle, Result
 
 # (tokens, seed) to token ids.
 PromptOf = Callable[[int, int], list[int]]

@@ -19,10 +19,10 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 import sglang_sm120
-from sglang_sm120.reference import tokenizer, write
-from sglang_sm120.reference.config import ReferenceConfig
-from sglang_sm120.reference.layout import stored
-from sglang_sm120.reference.write import main, write_checkpoint
+from sglang_sm120.checkpoint.config import ReferenceConfig
+from sglang_sm120.checkpoint.layout import stored
+from sglang_sm120_reference import tokenizer, write
+from sglang_sm120_reference.write import main, write_checkpoint
 
 REAL_CONFIG = Path(sglang_sm120.__file__).with_name("model-config.json")
 

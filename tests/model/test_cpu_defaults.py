@@ -15,10 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sglang_sm120
+from local_server import LocalServer, ServerError
 from sglang_sm120 import window_pool
-from sglang_sm120.local_server import LocalServer, ServerError
 
 PAGE = 256
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT / 'evals'}{os.pathsep}{ROOT / 'reference'}"}
+"""Of a child that imports what pytest finds by pyproject's `pythonpath`."""
 
 
 @given(
@@ -113,13 +116,13 @@ def test_the_server_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     script = f"""
         import os, signal, sys
         from pathlib import Path
-        from sglang_sm120.local_server import LocalServer
+        from local_server import LocalServer
         server = LocalServer(Path("."), log=Path({str(tmp_path / "log")!r}), launcher=("-c", sys.argv[1]),
                              env={{"PIDS": {str(pids)!r}}}, ready_seconds=60)
         with server:
             os.kill(os.getpid(), signal.SIGKILL)
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(script), SERVER])
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script), SERVER], env=ENVIRONMENT)
     parent, child = map(int, pids.read_text().split())
     os.kill(child, signal.SIGKILL)  # SGLang's children watch their parent; this stand-in's does not
     deadline = time.monotonic() + 10
@@ -137,17 +140,17 @@ def test_a_server_that_exits_is_reported_with_its_log(tmp_path: Path) -> None:
 def test_demo_fails_with_one_sentence_when_the_server_does(tmp_path: Path) -> None:
     script = """
         import sys
-        from sglang_sm120 import demo
-        from sglang_sm120.local_server import LocalServer
+        import demo
+        from local_server import LocalServer
         class Broken(LocalServer):
             def __init__(self, *args, **options):
                 super().__init__(*args, **options, launcher=("-c", "raise SystemExit('out of order')"))
         demo.LocalServer = Broken
         sys.exit(demo.main())
     """
-    packed = Path(__file__).parents[1] / "accuracy/small-deepseek-v4.xz"
+    packed = ROOT / "evals/small-deepseek-v4.xz"
     command = [sys.executable, "-c", textwrap.dedent(script), str(packed)]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert result.returncode == 1
     assert result.stderr.startswith("make demo failed: The server exited")
     assert "out of order" in result.stderr and "Traceback" not in result.stderr

@@ -17,10 +17,10 @@ import pytest
 import torch
 from serving import CachedOracle, PromptOf
 
-from sglang_sm120.reference.config import ReferenceConfig
-from sglang_sm120.reference.layout import stored
-from sglang_sm120.reference.oracle import LOGPROB_TOLERANCE
+from sglang_sm120.checkpoint.config import ReferenceConfig
+from sglang_sm120.checkpoint.layout import stored
 from sglang_sm120.speculation import MAX_DRAFT_TOKENS, require_kept
+from sglang_sm120_reference.oracle import LOGPROB_TOLERANCE
 
 Rows = dict[str, torch.Tensor]
 

@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from serving import CachedOracle, PromptOf
 from torch import Tensor
 
-from sglang_sm120.reference.attention import rotation
-from sglang_sm120.reference.checkpoint import Checkpoint
-from sglang_sm120.reference.config import ReferenceConfig
-from sglang_sm120.reference.oracle import INDEX_BAND, INDEX_STAKE, ROUTER_GAP, Oracle, Result, sinkhorn
-from sglang_sm120.reference.write import write_checkpoint
+from sglang_sm120.checkpoint.config import ReferenceConfig
+from sglang_sm120_reference.attention import rotation
+from sglang_sm120_reference.checkpoint import Checkpoint
+from sglang_sm120_reference.oracle import INDEX_BAND, INDEX_STAKE, ROUTER_GAP, Oracle, Result, sinkhorn
+from sglang_sm120_reference.write import write_checkpoint
 
 # So narrow that the indexer chooses within a prompt of 140 tokens.
 NARROW = 8

@@ -12,9 +12,9 @@ import pytest
 import torch
 from serving import MAX_EXCLUDED, CachedOracle
 
-from sglang_sm120.reference.attention import Rounding
-from sglang_sm120.reference.defects import Defect
-from sglang_sm120.reference.oracle import LOGPROB_TOLERANCE, Oracle, to_bf16
+from sglang_sm120_reference.attention import Rounding
+from sglang_sm120_reference.defects import Defect
+from sglang_sm120_reference.oracle import LOGPROB_TOLERANCE, Oracle, to_bf16
 
 # Far above what rounding does, so that a defect stays visible in a server that rounds in other places.
 VISIBLE = 10 * LOGPROB_TOLERANCE

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from serving import CachedOracle, ask, assert_equal, deviation
 
-from sglang_sm120.local_server import LocalServer
-from sglang_sm120.reference.oracle import LOGPROB_TOLERANCE
+from local_server import LocalServer
+from sglang_sm120_reference.oracle import LOGPROB_TOLERANCE
 
 SERVER_ARGS = ("--chunked-prefill-size", "512")
 SERVER_LAUNCHER = (str(Path(__file__).with_name("broken_indexer_server.py")),)

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from serving import CachedOracle, PromptOf, ask, ask_batch, assert_equal, request_body
 
-from sglang_sm120.local_server import LocalServer
+from local_server import LocalServer
 
 CONTEXT = 4096
 # Every decode step is logged, so that a test can read how many requests it had.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from serving import CachedOracle, PromptOf, ask, assert_equal
 
-from sglang_sm120.local_server import LocalServer
+from local_server import LocalServer
 
 # 0.1 x 8,192 tokens are three pages; SGLang alone never admits a 1,000-token prompt with this chunk.
 SERVER_ARGS = ("--max-total-tokens", "8192", "--swa-full-tokens-ratio", "0.1", "--chunked-prefill-size", "2048")

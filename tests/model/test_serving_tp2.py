@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from serving import CachedOracle, PromptOf, ask, assert_equal
 
-from sglang_sm120.local_server import LocalServer
+from local_server import LocalServer
 
 SERVER_ARGS = ("--tp", "2")
 

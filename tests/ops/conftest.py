@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from cases.common import POISON
 
 from sglang_sm120 import kernels
-from sglang_sm120.ops._cases import POISON
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases.common import Maker
+from cases.compress_prefill_plan import mapping
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_sm120 import ops
 from sglang_sm120.formats import indexer_page, kv_page
 from sglang_sm120.formats.compress_plan import CompressPlan
-from sglang_sm120.ops._cases import Maker
-from sglang_sm120.ops.compress_prefill_plan.cases import mapping
 from sglang_sm120.speculation import MAX_DRAFT_TOKENS
 
 DIM = 128

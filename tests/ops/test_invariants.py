@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases.common import Maker
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_sm120 import ops, registry
 from sglang_sm120.formats import kv_page
 from sglang_sm120.ops import _math
-from sglang_sm120.ops._cases import Maker
 
 CPU = torch.device("cpu")
 SOME = settings(max_examples=30, deadline=None, derandomize=True)
@@ -230,8 +230,8 @@ def test_silu_mul_clamp_limits_gate_from_above_only() -> None:
 
 
 def test_chunking_does_not_change_results(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sglang_sm120.ops.compress.cases import cases as compress_cases
-    from sglang_sm120.ops.indexer_logits.cases import inputs as indexer_inputs
+    from cases.compress import cases as compress_cases
+    from cases.indexer_logits import inputs as indexer_inputs
 
     scorer = indexer_inputs(Maker(seed, CPU), 8, [200, 1, 0, 130, 65])
     attended = attention(Maker(seed, CPU))

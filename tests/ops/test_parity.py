@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from cases.common import Case, Maker
 from naive import NAIVE
 
 from sglang_sm120 import ops, registry
-from sglang_sm120.ops._cases import Case, Maker, Tolerance
+from sglang_sm120.tolerance import Tolerance
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 KIND = registry.device_kind(DEVICE)
@@ -23,7 +24,7 @@ COMPARED_BYTES = 1 << 28
 
 
 def op_cases(name: str) -> list[Case]:
-    module = importlib.import_module(f"{registry.ops()[name].reference.__module__}.cases")
+    module = importlib.import_module(f"cases.{name}")
     return list(module.cases(KIND))
 
 

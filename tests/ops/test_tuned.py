@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from sglang_sm120 import compilation, kernels, ops, registry, tuned, warmup
+from sglang_sm120.checkpoint.config import model_config
 from sglang_sm120.model_calls import Inputs
-from sglang_sm120.ops._cases import model_config
 from sglang_sm120.ops._linear_config import Config as Linear
 from sglang_sm120.ops.indexer_logits.triton import Config as Logits
 from sglang_sm120.ops.mxfp4_moe.triton import Config as Moe

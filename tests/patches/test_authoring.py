@@ -1,13 +1,14 @@
-"""lint and refresh: what a maintainer of the series runs."""
+"""lint and refresh: what a maintainer of the series runs; and what the installed packages may import."""
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
 
 import pytest
-from boxes import FIRST, HEADER, PATCHSET, SECOND, VERSION, Box
+from boxes import CHECKOUT, FIRST, HEADER, PATCHSET, SECOND, VERSION, Box
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -152,3 +153,19 @@ def test_an_insertion_slides_down_as_in_git():
     after = b"a\n\nnew\n\nb\n"
     lines = authoring.diff("sglang/f.py", before, after).splitlines()
     assert [line for line in lines[3:]] == [" a", " ", "+new", "+", " b"]
+
+
+def test_what_is_installed_imports_nothing_that_is_not() -> None:
+    folders = ("reference", "evals", "bench", "tests", "tests/evals", "tests/ops")
+    absent = {path.stem for folder in folders for path in (CHECKOUT / folder).iterdir()} | {"evals", "tests"}
+    assert {"sglang_sm120_reference", "accuracy", "bench", "cases"} <= absent
+    imports = []
+    for package in ("overlay/sglang_sm120", "launch/sglang_sm120_launch"):
+        for path in sorted((CHECKOUT / package).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_bytes())):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                if isinstance(node, ast.ImportFrom) and node.level == 0:
+                    names = [node.module or ""]
+                imports += [(path.name, name.partition(".")[0]) for name in names]
+    assert len(imports) > 100
+    assert [found for found in imports if found[1] in absent] == []

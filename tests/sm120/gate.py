@@ -17,9 +17,9 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from sglang_sm120 import registry
+from sglang_sm120.checkpoint.config import model_config
 from sglang_sm120.compilation import Job, Kernel, compile_jobs
 from sglang_sm120.model_calls import _CALLS, Call, model_calls
-from sglang_sm120.ops._cases import model_config
 
 TPS = (1, 2, 4)
 ROWS = tuple(sorted({2**i + more for i in range(14) for more in (0, 1)} - {8193}))

@@ -15,14 +15,14 @@ import pytest
 import torch
 
 from sglang_sm120 import compilation, kernels, registry, warmup
-from sglang_sm120.ops._cases import model_config
+from sglang_sm120.checkpoint.config import model_config
 
 PREFILL_ROWS, CONTEXT = 8192, 1_048_576
 
 
 def _trained_config() -> dict[str, Any]:
     """Of the trained small model, whose few channels lie in other classes of size."""
-    with (Path(__file__).parents[1] / "accuracy/small-deepseek-v4.xz").open("rb") as file:
+    with (Path(__file__).parents[2] / "evals/small-deepseek-v4.xz").open("rb") as file:
         config: dict[str, Any] = json.loads(file.readline())
     return config
 

@@ -2,7 +2,7 @@
 
 A processor of SM120 has 100 KiB of shared memory, a Hopper card's 228: of blocks with 64 KiB it keeps one where that
 card keeps three. FP8 tiles of more than 16 rows were chosen on such a card with 100 KiB in force
-(`tests/gpu/bench.py --shared-memory sm120`).
+(`bench/bench.py --shared-memory sm120`).
 """
 
 from __future__ import annotations

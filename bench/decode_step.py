@@ -1,0 +1,322 @@
+"""Time of a decode step of the whole model, served: `python bench/decode_step.py --out DIR`.
+
+All layers at full width with the experts cut to what fits one card (128 of 256 touch the same bytes per token at batch
+1), written as a `config.json` and served by `sglang.launch_server --load-format dummy` with CUDA graphs. The dummy
+weights are then replaced through SGLang's `/update_weights_from_tensor` by random ones of the model's magnitudes, one
+set for all layers: with SGLang's dummy values every token chooses the same six experts, and larger batches would look
+too fast.
+
+Per batch and context it sends that many prompts of random tokens, and takes the median time between streamed tokens
+from the moment all of them decode. One profiled pass per batch gives kernel time by op and launches per layer, and
+fails when a kernel of DeepGEMM, TileLang, FlashMLA or FA3 ran in decode or prefill.
+Writes DIR/decode_step.json, the server's log and the traces; prints a table last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("evals", "reference")]
+
+import httpx
+import torch
+
+import traces
+from bench import lower
+from calls import DEVICE, calls_of, triton_ops
+from local_server import LocalServer, ServerError
+from sglang_sm120 import registry
+from sglang_sm120.checkpoint.config import ReferenceConfig, model_config
+from sglang_sm120.checkpoint.layout import Parameter, Storage, parameters
+from sglang_sm120_reference import tokenizer
+
+TARGET_MS = 5.0
+STREAM_INTERVAL, INTERVALS = 16, 12
+PROFILED_STEPS = 6
+FP8_STD, FP4_STD = 7.0, 2.9
+"""Standard deviations of uniformly drawn E4M3 bytes up to 30 and of uniformly drawn E2M1 nibbles, about."""
+TOKENS = 10_000
+"""Prompts are drawn from the first so many tokens."""
+
+
+def write_model(folder: Path, experts: int) -> ReferenceConfig:
+    """A directory that SGLang takes for the model: configuration and tokenizer."""
+    source = {**model_config(), "n_routed_experts": experts}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(source, indent=1))
+    tokenizer.write(folder, source["vocab_size"], source["max_position_embeddings"])
+    return ReferenceConfig.from_json(source)
+
+
+class RandomWeights:
+    """Random tensors on the GPU by shape and storage, made once and used by every layer."""
+
+    def __init__(self) -> None:
+        self._rng = torch.Generator(DEVICE).manual_seed(0)
+        self._made: dict[tuple[Any, ...], dict[str, torch.Tensor]] = {}
+
+    def of(self, parameter: Parameter) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors that a checkpoint holds for `parameter`."""
+        # Experts differ; a layer's one differs from the same one of another layer by its inputs only.
+        expert = parameter.name.rpartition("experts.")[2].partition(".")[0] if ".experts." in parameter.name else ""
+        kind = "norm" if "norm.weight" in parameter.name else "bias" if parameter.name.endswith(".bias") else ""
+        key = (parameter.shape, parameter.storage, kind, expert)
+        if key not in self._made:
+            self._made[key] = self._draw(parameter, kind)
+        for part, tensor in self._made[key].items():
+            yield parameter.scale_name if part == "scale" else parameter.name, tensor
+
+    def _draw(self, parameter: Parameter, kind: str) -> dict[str, torch.Tensor]:
+        made = {}
+        for name, (shape, dtype) in parameter.stored().items():
+            made["scale" if name != parameter.name else "value"] = self._values(parameter, shape, dtype, kind)
+        return made
+
+    def _values(self, parameter: Parameter, shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> torch.Tensor:
+        if kind == "norm":
+            return torch.ones(shape, dtype=dtype, device=DEVICE)
+        if kind == "bias":
+            return torch.zeros(shape, dtype=dtype, device=DEVICE)
+        if dtype == torch.float8_e8m0fnu:
+            std = FP8_STD if parameter.storage is Storage.FP8 else FP4_STD
+            exponent = round(torch.tensor(parameter.shape[-1] ** -0.5 / std).log2().item())
+            return torch.full(shape, 127 + exponent, dtype=torch.uint8, device=DEVICE).view(dtype)
+        if dtype == torch.float8_e4m3fn:
+            magnitude = self._integers(0x5F, shape)
+            return (magnitude | self._integers(2, shape) << 7).view(dtype)
+        if dtype == torch.int8:
+            return self._integers(256, shape).view(dtype)
+        if dtype == torch.int32:
+            raise ValueError(f"{parameter.name} is not a weight to draw")
+        scale = shape[-1] ** -0.5 if len(shape) > 1 else 0.1
+        return (torch.randn(shape, generator=self._rng, device=DEVICE) * scale).to(dtype)
+
+    def _integers(self, high: int, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.randint(0, high, shape, generator=self._rng, device=DEVICE, dtype=torch.uint8)
+
+
+def replace_weights(url: str, config: ReferenceConfig) -> None:
+    """Give the served model random weights, a layer at a time.
+
+    Raises:
+        RuntimeError: the server refused them.
+    """
+    from sglang.srt.utils import MultiprocessingSerializer
+    from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
+
+    # Both sides name a tensor's GPU in the same way.
+    monkey_patch_torch_reductions()
+    weights = RandomWeights()
+    plain = dataclasses.replace(
+        config, num_nextn_predict_layers=0, compress_ratios=config.compress_ratios[: config.num_hidden_layers]
+    )
+    layers: dict[str, list[Parameter]] = {}
+    for parameter in parameters(plain):
+        # SGLang keeps its own table of hashed experts, and the position terms in a layout of its own.
+        if parameter.storage is not Storage.INT32 and not parameter.name.endswith(".ape"):
+            owner = ".".join(parameter.name.split(".")[:2]) if parameter.name.startswith("layers.") else "rest"
+            layers.setdefault(owner, []).append(parameter)
+    for members in layers.values():
+        named = [tensor for parameter in members for tensor in weights.of(parameter)]
+        body = {"serialized_named_tensors": [MultiprocessingSerializer.serialize(named, output_str=True)]}
+        answer = httpx.post(f"{url}/update_weights_from_tensor", json={**body, "flush_cache": False}, timeout=120)
+        if answer.status_code != 200:
+            raise RuntimeError(f"/update_weights_from_tensor answers {answer.status_code}: {answer.text[:300]}")
+
+
+def generate(url: str, batch: int, context: int, rng: random.Random) -> list[list[float]]:
+    """Arrival times of each request's streamed chunks: its first token, then one a STREAM_INTERVAL of tokens."""
+    tokens = 1 + STREAM_INTERVAL * INTERVALS
+    # Sampling keeps the requests' tokens, and with them their experts, different.
+    sampling = {"max_new_tokens": tokens, "ignore_eos": True, "temperature": 1.0, "stream_interval": STREAM_INTERVAL}
+    prompts = [[rng.randrange(300, TOKENS) for _ in range(context)] for _ in range(batch)]
+    body = {"input_ids": prompts, "sampling_params": sampling, "stream": True}
+    arrivals: list[list[float]] = [[] for _ in range(batch)]
+    done = [0] * batch
+    with httpx.stream("POST", f"{url}/generate", json=body, timeout=300) as answer:
+        for line in answer.iter_lines():
+            if not line.startswith("data:") or line == "data: [DONE]":
+                continue
+            chunk = json.loads(line[5:])
+            if "error" in chunk:
+                raise RuntimeError(f"/generate answers: {chunk['error']}")
+            index = chunk.get("index", 0)
+            produced = chunk["meta_info"]["completion_tokens"]
+            if produced > done[index] and produced % STREAM_INTERVAL == 1:
+                arrivals[index].append(time.perf_counter())
+            done[index] = produced
+    if min(done) < tokens:
+        raise RuntimeError(f"a request ended after {min(done)} of {tokens} tokens")
+    return arrivals
+
+
+def step_ms(arrivals: list[list[float]]) -> float:
+    """Median milliseconds per decode step from the moment every request decodes."""
+    together = max(times[0] for times in arrivals)
+    gaps = [b - a for times in arrivals for a, b in zip(times, times[1:], strict=False) if a >= together]
+    return statistics.median(gaps) * 1000 / STREAM_INTERVAL
+
+
+def profile(url: str, folder: Path, batch: int, context: int, rng: random.Random) -> dict[str, list[traces.Kernel]]:
+    """Kernels of the prefill and of the decode steps of one batch, by stage."""
+    folder.mkdir(parents=True, exist_ok=True)
+    order = {"output_dir": str(folder), "num_steps": PROFILED_STEPS, "profile_by_stage": True}
+    order |= {"activities": ["CPU", "GPU"], "with_stack": False, "record_shapes": False}
+    httpx.post(f"{url}/start_profile", json=order, timeout=60).raise_for_status()
+    generate(url, batch, context, rng)
+    deadline = time.monotonic() + 60
+    while len(files := sorted(folder.glob("*.trace.json.gz"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.5)
+    found = {file.name.removesuffix(".trace.json.gz").rpartition("-")[2]: traces.read(file) for file in files}
+    if set(found) != {"EXTEND", "DECODE"}:
+        raise RuntimeError(f"the profiler left {[file.name for file in files]} and not a trace of each stage")
+    return found
+
+
+def known_kernels(batches: list[int], context: int, folder: Path) -> dict[str, dict[Any, str]]:
+    """Which op launches which kernels at each batch: run once here, under a profiler, with the server's lowering."""
+    with torch.profiler.profile() as profiler:
+        for batch in batches:
+            for op in triton_ops():
+                function = registry.ops()[op].providers["triton"].function
+                for call in calls_of(op, 1, batch, context, 0):
+                    torch.cuda.synchronize()
+                    with torch.profiler.record_function(f"op:{op}"):
+                        function(**call.arguments)
+                        torch.cuda.synchronize()
+    trace = folder / "ops.trace.json.gz"
+    profiler.export_chrome_trace(str(trace))
+    return traces.ranges(trace, "op:")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--context", type=int, nargs="+", default=[1024, 16_384])
+    parser.add_argument("--experts", type=int, default=128)
+    parser.add_argument("--lowering", choices=("sm120", "native"), default="sm120", help="on a Hopper card")
+    parser.add_argument("--seconds", type=float, default=400, help="no measurement begins later than this")
+    parser.add_argument("--flag", nargs="*", default=[], help="more flags for the server, without their dashes")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("decode_step: this machine has no CUDA device, needed one: run it on a GPU machine.", file=sys.stderr)
+        return 1
+    began = time.monotonic()
+    lower(args.lowering)
+    args.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        config = write_model(Path(folder), args.experts)
+        flags = [
+            "--load-format", "dummy", "--mem-fraction-static", "0.8", "--grammar-backend", "none",
+            "--max-running-requests", str(max(args.batch)), "--cuda-graph-bs", *map(str, sorted(args.batch)),
+            "--context-length", str(max(args.context) + 1024), "--chunked-prefill-size", "8192",
+            *(f"--{flag}" for flag in args.flag),
+        ]  # fmt: skip
+        server = LocalServer(
+            Path(folder), *flags, log=args.out / "server.log", env={"SGLANG_SM120_FORCE": "1"}, ready_seconds=400
+        )
+        try:
+            with server:
+                ready = time.monotonic() - began
+                print(f"ready after {ready:.0f} s", flush=True)
+                result = measure(server.url, args, config, began)
+                if not server.alive():
+                    result["problems"].append(f"the server died, its log ends in: {server.log_tail()[-1500:]}")
+        except ServerError as error:
+            print(f"decode_step: {error}", file=sys.stderr)
+            return 1
+    result |= {"gpu": torch.cuda.get_device_name(), "lowering": args.lowering, "experts": args.experts}
+    result |= {"torch": torch.__version__, "ready_seconds": round(ready), "layers": config.num_hidden_layers}
+    (args.out / "decode_step.json").write_text(json.dumps(result, indent=1))
+    print(report(result))
+    return 1 if result["foreign"] or result["problems"] else 0
+
+
+def measure(url: str, args: argparse.Namespace, config: ReferenceConfig, began: float) -> dict[str, Any]:
+    """Times of every batch and context, and the profile of every batch at the shortest context."""
+    rng = random.Random(0)
+    shortest = min(args.context)
+    result: dict[str, Any] = {"steps": [], "profiles": [], "foreign": [], "problems": []}
+    known: dict[str, dict[Any, str]] = {"exact": {}, "compiled": {}, "name": {}}
+
+    def cell(batch: int, context: int, weights: str) -> None:
+        if time.monotonic() - began > args.seconds:
+            result["problems"].append(f"batch {batch} at {context} tokens was not measured: out of time")
+            return
+        about = {"batch": batch, "context": context, "weights": weights}
+        try:
+            ms = step_ms(generate(url, batch, context, rng))
+            result["steps"].append({**about, "ms": round(ms, 3), "tokens_per_s": round(batch * 1000 / ms, 1)})
+            print(json.dumps(result["steps"][-1]), flush=True)
+            if context == shortest:
+                stages = profile(url, args.out / f"traces-{batch}-{weights}", batch, context, rng)
+                for stage, found in stages.items():
+                    result["foreign"] += [f"{stage} at batch {batch}: {name}" for name in traces.foreign(found)]
+                summary = traces.summary(stages["DECODE"], known, config.num_hidden_layers)
+                result["profiles"].append({**about, **summary})
+        except (RuntimeError, ValueError, httpx.HTTPError) as error:
+            result["problems"].append(f"batch {batch} at {context} tokens: {type(error).__name__}: {error}")
+        # A run that is cut off leaves what it has.
+        (args.out / "decode_step.json").write_text(json.dumps(result, indent=1))
+
+    try:
+        known |= known_kernels(args.batch, max(args.context) + 1024, args.out)
+    except RuntimeError as error:
+        result["problems"].append(f"kernels keep their own names in the tables, their ops did not run here: {error}")
+    torch.cuda.empty_cache()
+    weights = "dummy"
+    # At batch 1 the weights do not matter: a first time, should the server not take others.
+    cell(1, shortest, weights)
+    try:
+        replace_weights(url, config)
+        weights = "random"
+    except (RuntimeError, ValueError, httpx.HTTPError) as error:
+        result["problems"].append(f"weights were not replaced, batches above 1 read too few experts: {error}")
+    torch.cuda.empty_cache()
+    for context in sorted(args.context):
+        for batch in sorted(args.batch):
+            cell(batch, context, weights)
+    return result
+
+
+def report(result: dict[str, Any]) -> str:
+    """The result for reading; the trace's summary first, the times last."""
+    lines = []
+    for profiled in result["profiles"]:
+        lines.append(
+            f"batch {profiled['batch']} at {profiled['context']} tokens, {profiled['weights']} weights: "
+            f"{profiled['launches']} kernels a step, "
+            f"{profiled['per_layer']} a layer; {profiled['busy_us']:.0f} us of kernels in {profiled['span_us']:.0f} us"
+        )
+        lines += [
+            f"  {row['op'][:60]:60s} {row['us']:8.1f} us {row['share']:5.1%} {row['per_layer']:6.2f} a layer"
+            for row in profiled["ops"][:24]
+        ]
+    for row in result["steps"]:
+        aim = ""
+        if row["batch"] == 1:
+            over = row["ms"] - TARGET_MS
+            aim = f"  target {TARGET_MS:g} ms missed by {over:.2f}" if over > 0 else f"  target {TARGET_MS:g} ms met"
+        line = f"batch {row['batch']:3d} context {row['context']:6d} {row['weights']}: {row['ms']:7.2f} ms a step"
+        lines.append(f"{line}, {row['tokens_per_s']:8.1f} tokens/s{aim}")
+    foreign = result["foreign"] or ["none"]
+    lines.append(f"kernels of DeepGEMM, TileLang, FlashMLA or FA3: {'; '.join(foreign)[:600]}")
+    lines += [f"problem: {problem[-1500:]}" for problem in result["problems"]]
+    lines.append(f"{result['gpu']}, lowering {result['lowering']}, {result['experts']} experts")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""Tables for docs/ from recorded runs: `python bench/tables.py FILE…`, each bench.jsonl or decode_step.json."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def _line(*cells: Any) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _head(*names: str) -> list[str]:
+    return [_line(*names), _line(*["---"] * len(names))]
+
+
+def kernels(rows: list[dict[str, Any]]) -> str:
+    """One row per call: time, shares, every other implementation's time, the target."""
+    lines = _head("op", "call", "rows", "µs", "copy", "mma", "others, µs (× ours)", "target")
+    for row in rows:
+        if "failed" in row:
+            lines.append(_line(f"`{row['op']}`", row["call"], row["rows"], f"wrong: {row['failed']}", *[""] * 4))
+            continue
+        others = [
+            f"{o['name']}{'¹' if o['lowered'] else ''}{'²' if o['how'] == 'eager' else ''} {o['us']:.1f} "
+            f"({o['us'] / row['time_us']:.2f})"
+            for o in sorted((o for o in row["baselines"] if "us" in o), key=lambda o: o["us"])
+        ]
+        target = ""
+        if "target" in row:
+            target = row["target"] + (", met" if row["miss_by"] == 0 else f", missed by {row['miss_by']:.0%}")
+        shares = f"{row['copy_share']:.0%}", f"{row['mma_share']:.0%}"
+        cells = f"`{row['op']}`", row["call"], row["rows"], f"{row['time_us']:.1f}", *shares
+        lines.append(_line(*cells, "; ".join(others), target))
+    lines += [
+        "",
+        "¹ Triton, lowered as for SM120 too. ² Timed call by call: it synchronises, or takes over 100 ms.",
+        "",
+    ]
+    notes = {(o["name"], row["op"]): o["what"] for row in rows for o in row.get("baselines", ())}
+    lines += [f"* `{name}` of `{op}`: {what}" for (name, op), what in notes.items() if name != "torch"]
+    failures = {
+        (o["name"], row["op"]): f"{o['failed']} (first at {row['call']}, {row['rows']} rows)"
+        for row in reversed(rows)
+        for o in row.get("baselines", ())
+        if "failed" in o
+    }
+    lines += ["", "Not timed:"] if failures else []
+    lines += [f"* `{name}` of `{op}`: {why}" for (name, op), why in failures.items()]
+    return "\n".join(lines)
+
+
+def decode_step(result: dict[str, Any]) -> str:
+    """Step times, then kernel time by op and launches per layer of each batch."""
+    lines = _head("batch", "context", "weights", "ms a step", "tokens/s")
+    lines += [
+        _line(row["batch"], row["context"], row["weights"], f"{row['ms']:.2f}", row["tokens_per_s"])
+        for row in result["steps"]
+    ]
+    for profiled in result["profiles"]:
+        about = f"{profiled['launches']} launches, {profiled['per_layer']} a layer"
+        lines += [
+            "",
+            f"Batch {profiled['batch']}, {profiled['context']} tokens, {profiled['weights']} weights: {about}.",
+            "",
+        ]
+        lines += _head("op", "µs a step", "share", "launches a layer")
+        lines += [
+            _line(f"`{row['op']}`", row["us"], f"{row['share']:.1%}", row["per_layer"])
+            for row in profiled["ops"]
+            if row["share"] >= 0.002
+        ]
+    return "\n".join(lines)
+
+
+def bench(path: Path) -> str:
+    """What the rates of a bench run were, and its rows."""
+    about, *rows = map(json.loads, path.read_text().splitlines())
+    copy, mma = about["copy_bytes_per_s"] / 1e12, about["bf16_flops_per_s"] / 1e12
+    how = f"lowering {about['lowering']}, shared memory {about['shared_memory']}"
+    rates = f"{about['gpu']}, {about['date']}, {how}: copy {copy:.2f} TB/s, mma {mma:.0f} TFLOPS"
+    return f"{rates}\n\n{kernels(rows)}"
+
+
+def main() -> int:
+    if len(sys.argv) < 2:
+        print(f"tables: no files given, needed at least one: {__doc__}", file=sys.stderr)
+        return 2
+    for path in map(Path, sys.argv[1:]):
+        print(bench(path) if path.suffix == ".jsonl" else decode_step(json.loads(path.read_text())), end="\n\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

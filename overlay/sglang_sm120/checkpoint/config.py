@@ -1,0 +1,189 @@
+"""The part of a DeepSeek-V4 `config.json` that says what is computed, the published one, and a small default."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+HEAD_DIM = 512
+ROPE_DIM = 64
+INDEX_HEAD_DIM = 128
+WINDOW = 128
+FP8_BLOCK = 128
+
+_FIXED = {
+    "head_dim": HEAD_DIM,
+    "qk_rope_head_dim": ROPE_DIM,
+    "index_head_dim": INDEX_HEAD_DIM,
+    "sliding_window": WINDOW,
+    "num_key_value_heads": 1,
+    "n_shared_experts": 1,
+    "hc_mult": 4,
+}
+
+
+_SIZES = (
+    "hidden_size",
+    "vocab_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "q_lora_rank",
+    "o_lora_rank",
+    "o_groups",
+    "index_n_heads",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "max_position_embeddings",
+)
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """Dimensions and constants of one DeepSeek-V4 model, under the names of its `config.json`.
+
+    The defaults describe the small checkpoint: every layer kind (window only, c4 with indexer, c128, hash
+    routed, scored, one MTP layer) at widths that load on a laptop and still divide over two ranks.
+    `compress_ratios` holds one entry per layer and one per MTP layer.
+    """
+
+    hidden_size: int = 256
+    vocab_size: int = 1024
+    num_hidden_layers: int = 5
+    num_nextn_predict_layers: int = 1
+    compress_ratios: tuple[int, ...] = (0, 4, 128, 4, 128, 0)
+    num_hash_layers: int = 2
+    num_attention_heads: int = 16
+    q_lora_rank: int = 128
+    o_lora_rank: int = 128
+    o_groups: int = 2
+    index_n_heads: int = 16
+    index_topk: int = 512
+    n_routed_experts: int = 16
+    num_experts_per_tok: int = 6
+    moe_intermediate_size: int = 256
+    routed_scaling_factor: float = 1.5
+    swiglu_limit: float = 10.0
+    hc_mult: int = 4
+    hc_sinkhorn_iters: int = 20
+    hc_eps: float = 1e-6
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000
+    compress_rope_theta: float = 160000
+    yarn_factor: float = 16
+    yarn_original_positions: int = 65536
+    yarn_beta_fast: float = 32
+    yarn_beta_slow: float = 1
+    max_position_embeddings: int = 65536
+
+    def __post_init__(self) -> None:
+        for name in _SIZES:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: use 1 or more")
+        wanted = self.num_hidden_layers + self.num_nextn_predict_layers
+        if len(self.compress_ratios) != wanted:
+            raise ValueError(
+                f"compress_ratios has {len(self.compress_ratios)} entries, {wanted} are needed "
+                "(layers plus MTP layers): give one ratio for each"
+            )
+        if not set(self.compress_ratios) <= {0, 4, 128}:
+            raise ValueError(f"compress_ratios is {self.compress_ratios}: use only 0, 4 and 128")
+        if any(self.compress_ratios[self.num_hidden_layers :]):
+            raise ValueError("the MTP layers are window only: end compress_ratios with 0 for each of them")
+        if self.num_nextn_predict_layers not in (0, 1):
+            raise ValueError(f"num_nextn_predict_layers is {self.num_nextn_predict_layers}: use 0 or 1")
+        if self.index_topk not in (512, 1024):
+            raise ValueError(f"index_topk is {self.index_topk}: use 512 or 1024")
+        if self.num_experts_per_tok > self.n_routed_experts:
+            raise ValueError(
+                f"num_experts_per_tok is {self.num_experts_per_tok} of {self.n_routed_experts} experts: "
+                "use at least as many experts as are chosen"
+            )
+        if self.num_attention_heads % self.o_groups:
+            raise ValueError(
+                f"num_attention_heads is {self.num_attention_heads}, o_groups {self.o_groups}: "
+                "use a number of heads that the groups divide"
+            )
+        for name in ("hidden_size", "q_lora_rank", "o_lora_rank", "moe_intermediate_size"):
+            if getattr(self, name) % FP8_BLOCK:
+                raise ValueError(f"{name} is {getattr(self, name)}: use a multiple of {FP8_BLOCK}, the FP8 block")
+
+    @property
+    def heads_per_group(self) -> int:
+        return self.num_attention_heads // self.o_groups
+
+    @classmethod
+    def from_json(cls, source: dict[str, Any]) -> ReferenceConfig:
+        """Read a parsed `config.json`. Raises ValueError where it is not a DeepSeek-V4 we can compute."""
+        for key, needed in _FIXED.items():
+            if source.get(key) != needed:
+                raise ValueError(f"config.json has {key}={source.get(key)}, this model needs {needed}")
+        rope = source["rope_scaling"]
+        values: dict[str, Any] = {
+            "yarn_factor": rope["factor"],
+            "yarn_original_positions": rope["original_max_position_embeddings"],
+            "yarn_beta_fast": rope["beta_fast"],
+            "yarn_beta_slow": rope["beta_slow"],
+        }
+        for field in dataclasses.fields(cls):
+            if field.name in source:
+                values[field.name] = source[field.name]
+        values["compress_ratios"] = tuple(source["compress_ratios"])
+        return cls(**values)
+
+    @classmethod
+    def load(cls, checkpoint: str | Path) -> ReferenceConfig:
+        """Read `config.json` of a checkpoint directory."""
+        return cls.from_json(json.loads((Path(checkpoint) / "config.json").read_text()))
+
+    def to_json(self) -> dict[str, Any]:
+        """The `config.json` of this model, with exactly the keys of the published one."""
+        own = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if not field.name.startswith("yarn_")
+        }
+        return {
+            "architectures": ["DeepseekV4ForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "expert_dtype": "fp4",
+            "hidden_act": "silu",
+            "initializer_range": 0.02,
+            "model_type": "deepseek_v4",
+            "norm_topk_prob": True,
+            "quantization_config": {
+                "activation_scheme": "dynamic",
+                "fmt": "e4m3",
+                "quant_method": "fp8",
+                "scale_fmt": "ue8m0",
+                "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+            },
+            "rope_scaling": {
+                "beta_fast": self.yarn_beta_fast,
+                "beta_slow": self.yarn_beta_slow,
+                "factor": self.yarn_factor,
+                "original_max_position_embeddings": self.yarn_original_positions,
+                "type": "yarn",
+            },
+            "scoring_func": "sqrtsoftplus",
+            "tie_word_embeddings": False,
+            "topk_method": "noaux_tc",
+            "torch_dtype": "bfloat16",
+            "transformers_version": "4.57.1",
+            "use_cache": True,
+            **_FIXED,
+            **own,
+            "compress_ratios": list(self.compress_ratios),
+        }
+
+
+def model_config() -> dict[str, Any]:
+    """The published `config.json` of DeepSeek-V4-Flash."""
+    return json.loads(resources.files("sglang_sm120").joinpath("model-config.json").read_text(encoding="utf-8"))

@@ -1,0 +1,97 @@
+"""A checkpoint with given tensors in the published format, and the same packed into one small file.
+
+The file is the config as one line of JSON, then the planes of all tensors in the layout's order, compressed: the first
+bytes of a tensor's elements, then the second ones and so on, since like bytes compress together. Everything else in a
+checkpoint follows from the config.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sglang_sm120.checkpoint.config import ReferenceConfig
+from sglang_sm120.checkpoint.layout import stored
+
+from . import tokenizer
+
+SHARD = "model-00001-of-00001.safetensors"
+
+# Literals one by one, no context and no position bits: the planes hold symbols without order.
+_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9, "lc": 0, "lp": 0, "pb": 0}]
+
+
+def stored_bytes(config: ReferenceConfig) -> int:
+    """Bytes of all tensors in the published format, without headers, config and tokenizer."""
+    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in stored(config).values())
+
+
+def write_tensors(out: Path, config: ReferenceConfig, tensors: dict[str, Tensor]) -> Path:
+    """Write a checkpoint directory as `write` does, with these tensors; it answers greedily unless asked.
+
+    Raises FileExistsError when `out` holds files, ValueError when the tensors are not the config's.
+    """
+    expected = stored(config)
+    found = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    if wrong := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
+        raise ValueError(f"{len(wrong)} tensors are not the layout's, first {wrong[0]}: export with the same config")
+    out.mkdir(parents=True, exist_ok=True)
+    if any(out.iterdir()):
+        raise FileExistsError(f"{out} is not empty, a checkpoint needs its own directory: choose another one")
+    in_order = {name: tensors[name].contiguous() for name in expected}
+    save_file(in_order, out / SHARD, metadata={"format": "pt"})
+    index = {
+        "metadata": {"total_size": sum(t.nbytes for t in in_order.values())},
+        "weight_map": dict.fromkeys(in_order, SHARD),
+    }
+    tokenizer.write(out, config.vocab_size, config.max_position_embeddings)
+    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    generation = {"_from_model_config": True, "bos_token_id": 0, "eos_token_id": 1, "do_sample": False}
+    (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    (out / "config.json").write_text(json.dumps(config.to_json(), indent=2) + "\n")
+    return out
+
+
+def pack(checkpoint: Path, packed: Path) -> int:
+    """Compress a checkpoint of `write_tensors` into one file; its bytes."""
+    config = ReferenceConfig.load(checkpoint)
+    tensors = load_file(checkpoint / SHARD)
+    planes = b"".join(_planes(tensors[name]) for name in stored(config))
+    body = lzma.compress(planes, format=lzma.FORMAT_RAW, filters=_FILTERS)
+    packed.write_bytes(json.dumps(config.to_json()).encode() + b"\n" + body)
+    return packed.stat().st_size
+
+
+def unpack(packed: Path, out: Path) -> Path:
+    """Write the checkpoint that was packed, bit for bit, into the new or empty directory `out`.
+
+    Raises OSError when the file cannot be read or `out` holds files, ValueError when it is no packed checkpoint.
+    """
+    head, _, body = packed.read_bytes().partition(b"\n")
+    try:
+        config = ReferenceConfig.from_json(json.loads(head))
+        planes = memoryview(bytearray(lzma.decompress(body, format=lzma.FORMAT_RAW, filters=_FILTERS)))
+    except (ValueError, KeyError, lzma.LZMAError) as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(
+            f"{packed} is no packed checkpoint ({reason}): take the file from the repository again"
+        ) from None
+    if len(planes) != stored_bytes(config):
+        raise ValueError(f"{packed} holds {len(planes)} bytes of tensors, its config needs {stored_bytes(config)}: "
+                         "take the file from the repository again")  # fmt: skip
+    tensors, start = {}, 0
+    for name, (shape, dtype) in stored(config).items():
+        size = torch.Size(shape).numel() * dtype.itemsize
+        columns = torch.frombuffer(planes, dtype=torch.uint8, count=size, offset=start).view(dtype.itemsize, -1)
+        tensors[name] = columns.T.contiguous().flatten().view(dtype).view(shape)
+        start += size
+    return write_tensors(out, config, tensors)
+
+
+def _planes(tensor: Tensor) -> bytes:
+    return tensor.flatten().view(torch.uint8).view(-1, tensor.itemsize).T.contiguous().numpy().tobytes()

@@ -1,0 +1,93 @@
+"""The page of the mutation table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from mutations.score import ASKED, Score
+from mutations.sites import ATTENTION, ORACLE, Mutation
+
+from synthetic import floor_of
+
+NAMED = 2
+"""Failed tests that a row names."""
+
+
+class Row(NamedTuple):
+    """What the tests say of a mutation; scores are None where the accuracy suite did not run."""
+
+    mutation: Mutation
+    failed: Sequence[str]
+    ran: int
+    died: bool
+    stopped: bool
+    score: Score | None
+    good: Score | None
+
+    @property
+    def by_accuracy(self) -> bool:
+        """Whether the trained model's score falls below the floor that its good score sets."""
+        if self.score is None or self.good is None:
+            return False
+        return self.score.right / self.score.asked < floor_of(self.good.right / self.good.asked)
+
+    @property
+    def caught(self) -> str:
+        """One of unit, accuracy and both, or nothing."""
+        if self.failed and self.by_accuracy:
+            return "both"
+        return "unit" if self.failed else "accuracy" if self.by_accuracy else ""
+
+
+def page(rows: Sequence[Row], left: Sequence[Mutation] = ()) -> str:
+    """Markdown. left: mutations that were not run."""
+    missed = sum(not row.caught for row in rows)
+    good = next((row.good for row in rows if row.good is not None), None)
+    if good is None:
+        answers = "The trained checkpoint or its questions were not there, so the accuracy suite was not run."
+    else:
+        answers = f"Without a defect the oracle answers {good} recall questions of the trained model right."
+    defects = len({row.mutation.defect for row in rows})
+    head = f"""# Which test catches which mistake
+
+Written by `make mutations`, which makes each change in a copy of the source and runs the tests of its area:
+{defects} defects in {len(rows)} places, {missed} caught by nothing (it fails if there is one). Kernels run in Triton's
+interpreter.
+
+*unit*: `tests/ops` (a run stops after {ATTENTION.most} failures) or `tests/model/test_oracle.py` (after {ORACLE.most}).
+*accuracy*: the oracle with the defect on the trained small model, {ASKED} recall questions; only where the oracle
+computes with the changed file. {answers}
+
+| defect | where | change | caught by | failed tests | score |
+|---|---|---|---|---|---|
+"""
+    unknown = f"\nNot run ({len(left)}):\n\n" + "".join(f"* {mutation.name}\n" for mutation in left) if left else ""
+    return head + "".join(map(_line, rows)) + unknown
+
+
+def _line(row: Row) -> str:
+    mutation = row.mutation
+    edits = "; ".join(f"`{_cell(old)}` → `{_cell(new) or ' '}`" for old, new in mutation.edits)
+    where = f"{mutation.site}, `{mutation.file}`"
+    cells = (mutation.defect, where, edits, row.caught or "**nothing**", _tests(row), _score(row))
+    return f"| {' | '.join(cells)} |\n"
+
+
+def _tests(row: Row) -> str:
+    if not row.failed:
+        return f"0 of {row.ran}"
+    first = "the first " if row.stopped or row.died else ""
+    names = ", ".join(f"`{_cell(name.rpartition('/')[2])}`" for name in row.failed[:NAMED])
+    died = ", the process died" if row.died else ""
+    return f"{len(row.failed)} of {first}{row.ran}{died}: {names}"
+
+
+def _score(row: Row) -> str:
+    if not row.mutation.scored:
+        return ""
+    return "not run" if row.score is None else str(row.score)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")

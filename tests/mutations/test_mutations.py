@@ -1,0 +1,113 @@
+"""The mutation table: its changes apply, its runner tells a mutant from good code, and the page is of this list."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from mutations.page import Row, page
+from mutations.run import PAGE, Unusable, copied, outcome_of, scored
+from mutations.score import ASKED, Score
+from mutations.sites import ROOT, Mutation, Stale, Tests, mutate, mutations
+from tokenizers import Tokenizer
+
+from sglang_sm120.checkpoint.config import ReferenceConfig
+from sglang_sm120_reference.oracle import Oracle
+from sglang_sm120_reference.write import write_checkpoint
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    return copied(ROOT, tmp_path / "sources")
+
+
+def named(name: str) -> Mutation:
+    return next(mutation for mutation in mutations() if mutation.name == name)
+
+
+@pytest.mark.parametrize("mutation", mutations(), ids=lambda mutation: mutation.name)
+def test_a_mutation_applies_and_compiles(sources: Path, mutation: Mutation) -> None:
+    before = (sources / mutation.path).read_text()
+    mutate(mutation, sources)
+    after = (sources / mutation.path).read_text()
+    assert after != before
+    compile(after, mutation.file, "exec")
+    assert all(Path(argument).exists() for argument in mutation.tests.arguments if argument.startswith("tests/"))
+
+
+def test_names_differ() -> None:
+    assert len({mutation.name for mutation in mutations()}) == len(mutations())
+
+
+@pytest.mark.parametrize(("text", "times"), [("no such text", 0), ("import torch\n", 2)])
+def test_a_stale_text_is_named(sources: Path, text: str, times: int) -> None:
+    path = sources / "overlay/sglang_sm120/ops/fp8_linear/__init__.py"
+    path.write_text("import torch\n" * 2)
+    with pytest.raises(Stale, match=f" {times} times .* needs it once"):
+        mutate(Mutation("d", "s", "ops/fp8_linear/__init__.py", ((text, "x"),), Tests(())), sources)
+
+
+BY_HAND = Tests(("tests/ops/test_by_hand.py",))
+
+
+def test_mutants_are_caught_and_good_code_is_not(sources: Path) -> None:
+    assert not outcome_of(sources, BY_HAND).failed
+    mutate(named("nibbles swapped: MXFP4 format"), sources)
+    outcome = outcome_of(sources, BY_HAND)
+    assert outcome.failed == ["tests/ops/test_by_hand.py::test_mxfp4_block"] and outcome.ran > 5
+
+
+def test_a_kernel_mutant_is_caught(sources: Path) -> None:
+    mutate(named("stale scratch: merge reads parts that nobody wrote, Triton"), sources)
+    outcome = outcome_of(sources, Tests(("tests/ops/test_parity.py", "-k", "sparse_mla-some-parts-empty")))
+    assert outcome.failed == ["tests/ops/test_parity.py::test_parity[sparse_mla-some-parts-empty-triton]"]
+    assert outcome.ran == 2
+
+
+def test_another_package_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Unusable):
+        outcome_of(tmp_path, BY_HAND)
+
+
+def test_the_oracle_of_a_mutant_answers_otherwise(sources: Path, tmp_path: Path) -> None:
+    config = ReferenceConfig(num_hidden_layers=1, num_nextn_predict_layers=0, compress_ratios=(0,))
+    checkpoint = write_checkpoint(tmp_path / "small", config)
+    oracle, tokenizer = Oracle(checkpoint), Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    rows = []
+    for first in range(10, 900):
+        answer = tokenizer.decode([int(oracle.forward([first, first + 1]).logprobs[-1].argmax())]).strip()
+        if answer.isascii() and answer:
+            row = {"id": str(first), "task": "recall", "distance": 1, "prompt": [first, first + 1], "max_tokens": 1}
+            rows.append(row | {"answer": answer})
+        if len(rows) == ASKED:
+            break
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert scored(sources, checkpoint, questions) == Score(ASKED, ASKED)
+    mutate(named("routed weight scaled twice: oracle"), sources)
+    assert scored(sources, checkpoint, questions).right < ASKED
+
+
+def test_where_a_mutation_is_caught() -> None:
+    mutation, good = named("comb transposed: oracle"), Score(8, 8)
+
+    def row(failed: list[str], score: Score | None) -> Row:
+        return Row(mutation, failed, 20, False, False, score, good if score else None)
+
+    assert row(["tests/a.py::t"], None).caught == "unit"
+    assert row([], Score(7, 8)).caught == "accuracy"
+    assert row(["tests/a.py::t"], Score(2, 8)).caught == "both"
+    assert row([], Score(8, 8)).caught == row([], None).caught == ""
+    assert "| **nothing** | 0 of 20 | not run |" in page([row([], None)])
+    assert page([], [mutation]).endswith("\nNot run (1):\n\n* comb transposed: oracle\n")
+    assert "| both | 1 of 20: `a.py::t` | 2 of 8 |" in page([row(["tests/a.py::t"], Score(2, 8))])
+
+
+def test_the_page_is_of_this_list() -> None:
+    lines = PAGE.read_text().splitlines()
+    listed = [" | ".join(line.split(" | ")[:2]) for line in lines if line.startswith("| ")][1:]
+    left = [line.removeprefix("* ") for line in lines if line.startswith("* ")]
+    assert listed == [f"| {m.defect} | {m.site}, `{m.file}`" for m in mutations() if m.name not in left]
+    assert set(left) <= {mutation.name for mutation in mutations()}
+    assert "**nothing**" not in PAGE.read_text()

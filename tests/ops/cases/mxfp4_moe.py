@@ -1,0 +1,111 @@
+"""Cases of `mxfp4_moe`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from sglang_sm120.checkpoint.config import model_config
+from sglang_sm120.formats import e8m0
+from sglang_sm120.tolerance import BF16
+
+from .common import Case, Maker
+
+
+def cases(kind: str) -> Iterator[Case]:
+    """Absent experts, an expert without tokens or with all, raw dtypes; the model's shapes on a GPU."""
+
+    def build(
+        make: Maker,
+        tokens: int,
+        k: int = 2,
+        experts: int = 5,
+        hidden: int = 64,
+        inter: int = 96,
+        limit: float | None = 1.0,
+        absent: bool = False,
+        raw: bool = False,
+        bad_scales: bool = False,
+        sliced: bool = False,
+        repeated: bool = False,
+        rows: slice = slice(None),
+    ) -> dict[str, Any]:
+        # Scaled up so that half of the activations meet the clamp of 1.
+        w13, s13 = make.mxfp4_weight(experts, 2 * inter, hidden)
+        w2, s2 = make.mxfp4_weight(experts, hidden, inter)
+        if bad_scales:
+            e8m0.scale_bytes(s13)[:, ::3] = 255
+            e8m0.scale_bytes(s2)[:, ::5] = 200
+        if raw:
+            w13, w2, s13, s2 = (
+                w13.view(torch.int8),
+                w2.view(torch.int8),
+                e8m0.scale_bytes(s13),
+                e8m0.scale_bytes(s2),
+            )
+        # The last expert gets no token, if the others suffice.
+        chosen = [make.choice(max(experts - 1, k), k) for _ in range(tokens)]
+        ids = torch.stack(chosen) if tokens else make.tensor([]).view(0, k)
+        if repeated:
+            ids = ids // 2
+        if absent:
+            ids[::2, 0] = -1
+            ids[1] = -1
+        x, weights = make.bf16(tokens, hidden), make.normal(tokens, k).abs()
+        # Weights of absent experts mean nothing.
+        weights[ids < 0] = float("nan")
+        if sliced:
+            x, weights = (torch.cat((t, torch.full_like(t, float("nan"))), -1)[:, : t.shape[1]] for t in (x, weights))
+            ids = torch.cat((ids, ids), -1).long()[:, :k]
+        return {
+            "x": x[rows],
+            "topk_ids": ids[rows],
+            "topk_weights": weights[rows],
+            "w13": w13,
+            "s13": s13,
+            "w2": w2,
+            "s2": s2,
+            "limit": limit,
+        }
+
+    yield Case("no-rows", BF16, lambda make: build(make, 0))
+    yield Case("one-row", BF16, lambda make: build(make, 1))
+    yield Case("many-rows", BF16, lambda make: build(make, 70))
+    yield Case("one-expert-takes-all", BF16, lambda make: build(make, 9, k=1, experts=2))
+    yield Case("absent-experts", BF16, lambda make: build(make, 7, absent=True))
+    yield Case("one-row-absent-expert", BF16, lambda make: build(make, 2, k=4, absent=True, rows=slice(0, 1)))
+    # With six slots of 256 words the expert changes in the middle of a stretch.
+    alone = {"one-row-one-slot": (1, 128), "one-row-four-slots": (4, 128), "one-row-six-slots": (6, 1024)}
+    for name, (k, inter) in alone.items():
+        yield Case(name, BF16, partial(build, tokens=1, k=k, inter=inter, experts=7))
+        absent = partial(build, tokens=2, k=k, inter=inter, experts=7, absent=True, rows=slice(0, 1))
+        yield Case(f"{name}-absent-expert", BF16, absent)
+    yield Case("one-row-nine-slots", BF16, lambda make: build(make, 1, k=9, experts=10))
+    yield Case("many-rows-absent-experts", BF16, lambda make: build(make, 67, absent=True))
+    yield Case("one-expert-takes-all-many-rows", BF16, lambda make: build(make, 66, k=1, experts=2))
+    yield Case("one-expert-twice-in-a-row", BF16, lambda make: build(make, 3, k=6, repeated=True))
+    yield Case("sliced-rows-long-ids", BF16, lambda make: build(make, 6, sliced=True))
+    yield Case("sliced-many-rows", BF16, lambda make: build(make, 65, sliced=True))
+    for tokens in (4, 33, 64):
+        yield Case(f"rows-{tokens}", BF16, partial(build, tokens=tokens))
+    yield Case("three-blocks-deep", BF16, lambda make: build(make, 4, hidden=288, inter=160))
+    yield Case("no-limit", BF16, lambda make: build(make, 5, limit=None))
+    yield Case("int8-and-uint8", BF16, lambda make: build(make, 5, raw=True))
+    yield Case("unfilled-scales", BF16, lambda make: build(make, 5, bad_scales=True))
+    if kind != "cpu":
+        c = model_config()
+        for tp in (1, 2, 4):
+            for tokens in (1, 2, 4, 8, 16, 33, 64, 65, 256, 4096):
+                full = partial(
+                    build,
+                    tokens=tokens,
+                    k=c["num_experts_per_tok"],
+                    experts=16,
+                    hidden=c["hidden_size"],
+                    inter=c["moe_intermediate_size"] // tp,
+                    limit=c["swiglu_limit"],
+                )
+                yield Case(f"tp{tp}-{tokens}", BF16, full)

@@ -1,0 +1,77 @@
+"""Cases of `topk_slots`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from sglang_sm120.checkpoint.config import model_config
+from sglang_sm120.tolerance import EXACT
+
+from .common import Case, Maker
+
+
+def cases(kind: str) -> Iterator[Case]:
+    """Rows with fewer, as many and more entries than k, ties, infinities and zeros, caller's buffers.
+
+    Logits beyond a row's length are NaN, page ids beyond it far outside.
+    """
+
+    def build(
+        make: Maker,
+        lengths: list[int],
+        k: int,
+        columns: int = 4,
+        ties: bool = False,
+        buffers: int | None = None,
+        odd: bool = False,
+    ) -> dict[str, Any]:
+        rows = len(lengths)
+        logits = make.integers(0, 5, rows, columns * 64).float() if ties else make.normal(rows, columns * 64)
+        if ties:
+            logits[logits == 0] = -torch.inf
+        if odd:
+            for value in (torch.inf, -torch.inf, 0.0, -0.0, -1e-40, 3e38):
+                logits[make.integers(0, 9, rows, columns * 64) == 0] = value
+        table = make.integers(0, 1000, rows, columns)
+        for row, length in enumerate(lengths):
+            logits[row, length:] = torch.nan
+            table[row, -(-length // 64) :] = 2**25
+        arguments = {"logits": logits, "lengths": make.tensor(lengths), "page_table": table, "k": k}
+        if buffers is not None:
+            arguments["out"] = make.poisoned(rows, buffers, dtype=torch.int32)
+            arguments["raw_out"] = make.poisoned(rows, buffers, dtype=torch.int32)
+        return arguments
+
+    yield Case("no-rows", EXACT, lambda make: build(make, [], 8))
+    yield Case("around-k", EXACT, lambda make: build(make, [0, 1, 63, 64, 65, 200, 256], 64))
+    yield Case("k-beyond-width", EXACT, lambda make: build(make, [0, 64, 30], 100, columns=1))
+    yield Case("ties", EXACT, lambda make: build(make, [256, 100, 65, 30], 64, ties=True))
+    yield Case("odd-values", EXACT, lambda make: build(make, [256, 100, 65, 30, 200], 64, odd=True))
+    # More entries than one program takes.
+    yield Case("long", EXACT, lambda make: build(make, [20480, 100, 16385, 64], 64, columns=320))
+    yield Case("long-ties", EXACT, lambda make: build(make, [20480, 17000], 64, columns=320, ties=True))
+    # Few rows, in several programs each.
+    yield Case("shared", EXACT, lambda make: build(make, [9000, 2100], 64, columns=320, odd=True))
+    yield Case("shared-buffers", EXACT, lambda make: build(make, [20480], 64, columns=320, buffers=70),
+               lambda inputs, result: (result, inputs["out"], inputs["raw_out"]), ("out", "raw_out"))  # fmt: skip
+    yield Case("70-rows", EXACT, lambda make: build(make, [(7 * t) % 130 for t in range(70)], 16, columns=3))
+    yield Case(
+        "buffers",
+        EXACT,
+        lambda make: build(make, [200, 3], 32, buffers=40),
+        lambda inputs, result: (result, inputs["out"], inputs["raw_out"]),
+        ("out", "raw_out"),
+    )
+    if kind != "cpu":
+        k = model_config()["index_topk"]
+        for top in (k, 2 * k):
+            yield Case(f"model-{top}", EXACT, partial(build, lengths=[16384, 1, 512, 513], k=top, columns=256))
+            yield Case(f"1m-context-{top}", EXACT, partial(build, lengths=[262144, 9, 30000], k=top, columns=4096))
+        for rows in (1, 2, 4, 8, 16, 33, 64, 65, 256):
+            lengths = [16384 - 200 * t % 16000 for t in range(rows)]
+            yield Case(f"{rows}-rows", EXACT, partial(build, lengths=lengths, k=k, columns=256))
+            yield Case(f"{rows}-rows-ties", EXACT, partial(build, lengths=lengths, k=k, columns=256, ties=True))
