@@ -16,6 +16,7 @@ from resources import Resources, read_resources
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
+from sglang_sm120 import ops as _ops  # noqa: F401  (importing them registers their providers)
 from sglang_sm120 import registry
 from sglang_sm120.checkpoint.config import model_config
 from sglang_sm120.compilation import Job, Kernel, compile_jobs
