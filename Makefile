@@ -10,15 +10,20 @@ export PYTHON SITE
 unexport PYTHONDONTWRITEBYTECODE
 
 VENV := .venv/bin/python
+# The one release that the series is for, and what its environment is made from.
+SERIES := $(patsubst %/series,%,$(wildcard patches/*/series))
+LOCK := $(SERIES)/requirements.lock
 # Any Python from 3.9 runs it; the site it works on may belong to another.
 PATCHSET := python3 patches/patchset.py
 
-.PHONY: help setup apply unapply status verify lint test test-sm120 test-gpu test-launch bench tune accuracy accuracy-cpu mutations demo image lock clean
+.PHONY: help setup apply unapply status verify lint test test-sm120 test-gpu test-launch bench tune accuracy accuracy-cpu mutations demo small-model wheel image lock clean
 
 help:
 	@cat <<-'END'
-	make setup    .venv with everything in requirements.lock (Python 3.11 or 3.12; PYTHON=exe names one)
+	make setup    .venv with everything in $(LOCK) (Python 3.11 or 3.12; PYTHON=exe names one)
 	make demo     a small DeepSeek-V4 served on this machine, no GPU needed
+	make small-model DIR=…   the trained small checkpoint as files, to serve it by hand
+	make wheel    the package as a wheel in dist/, for `pip install` beside an untouched SGLang
 	make image    the container image, with docker, podman or buildah (docs/container.md)
 	make test     everything that needs no GPU
 	make test-sm120   every kernel compiles for sm_120a, no GPU needed; RENEW=1 writes docs/kernel-resources.md
@@ -31,13 +36,13 @@ help:
 	make mutations    which test catches which deliberate defect, into docs/mutations.md
 	make apply    patch the SGLang of .venv, of PYTHON=exe, or of SITE=dir; so do unapply, status, verify
 	make lint     the rules of the series, ruff and mypy
-	make lock     resolve requirements.in again (needs uv)
+	make lock     resolve $(SERIES)/requirements.in again (needs uv)
 	make clean    remove .venv and caches
 	END
 
 # The mark is written last: an interrupted setup is done again, a finished one is recognised by the lock's hash.
 setup:
-	@lock=$$(sha256sum < requirements.lock)
+	@lock=$$(sha256sum < $(LOCK))
 	mark=$$(cat .venv/.complete 2> /dev/null || true)
 	if [[ -z $$PYTHON && $$mark == *"$$lock" ]]; then exit; fi
 	version() { "$$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2> /dev/null || echo "not a Python"; }
@@ -54,14 +59,15 @@ setup:
 	fi
 	if [[ $$mark == "$$found $$lock" ]]; then exit; fi
 	rm -rf .venv
-	echo "make setup: filling .venv (Python $$found) from requirements.lock, 9 GB on disk; this takes minutes"
+	echo "make setup: filling .venv (Python $$found) from $(LOCK), 10 GB on disk; this takes minutes"
 	if command -v uv > /dev/null; then
 	    uv venv --quiet --python "$$candidate" .venv
-	    uv pip install --quiet --python $(VENV) --no-deps --only-binary :all: --require-hashes -r requirements.lock
+	    uv pip install --quiet --python $(VENV) --no-deps --only-binary :all: --require-hashes -r $(LOCK)
 	else
 	    "$$candidate" -m venv .venv
-	    $(VENV) -m pip install --quiet --progress-bar off --disable-pip-version-check --no-input --no-compile \
-	        --no-deps --only-binary :all: --require-hashes -r requirements.lock
+	    # A constraints file of this machine could only contradict the lock.
+	    PIP_CONSTRAINT=/dev/null $(VENV) -m pip install --quiet --progress-bar off --disable-pip-version-check \
+	        --no-input --no-compile --no-deps --only-binary :all: --require-hashes -r $(LOCK)
 	fi
 	echo "$$found $$lock" > .venv/.complete
 
@@ -81,13 +87,22 @@ lint: setup
 	    evals/demo.py evals/local_server.py
 
 # Kernels in the interpreter keep one core busy each; servers want both, and one at a time: of the folders that share the
-# cores, evals starts one. The tests of the patches fork pytest at every step, which the other tests would have made large.
+# cores, evals starts one. The tests of the patches fork pytest at every step: apart, before the others have made it large.
 test: setup
 	@$(VENV) patches/patchset.py apply
-	$(MAKE) --no-print-directory PYTHON= lint
-	$(VENV) -m pytest tests/patches
-	$(VENV) -m pytest tests/evals tests/gpu tests/mutations tests/ops tests/sm120 -n 2 --dist loadfile
-	exec $(VENV) -m pytest tests/launch tests/model
+	seconds=
+	timed() {
+	    local start=$$SECONDS
+	    "$${@:2}"
+	    seconds+="$${seconds:+, }$$1 $$((SECONDS - start))"
+	}
+	trap 'echo "seconds: $$seconds; $$SECONDS in all"' EXIT
+	timed lint $(MAKE) --no-print-directory PYTHON= lint
+	timed patches $(VENV) -m pytest tests/patches -n 2 --dist loadfile
+	timed "ops and sm120" $(VENV) -m pytest tests/gpu tests/ops tests/sm120 -n 2 --dist loadfile
+	timed evals $(VENV) -m pytest tests/evals tests/mutations -n 2 --dist loadfile
+	timed launch $(VENV) -m pytest tests/launch
+	timed model $(VENV) -m pytest tests/model
 
 test-sm120: setup
 	@$(VENV) patches/patchset.py apply
@@ -132,6 +147,23 @@ demo: setup
 	@$(VENV) patches/patchset.py apply
 	exec $(VENV) evals/demo.py evals/small-deepseek-v4.xz
 
+small-model: setup
+	@if [[ -z $${DIR:-} ]]; then
+	    echo "make small-model: no folder was named, needed a new or empty one: give DIR=path" >&2
+	    exit 2
+	fi
+	$(VENV) patches/patchset.py apply
+	PYTHONPATH=reference $(VENV) -m sglang_sm120_reference.packed evals/small-deepseek-v4.xz "$$DIR"
+
+# Without the network: setuptools and build are in the lock.
+wheel: setup
+	@rm -rf build
+	trap 'rm -rf build overlay/*.egg-info' EXIT
+	$(VENV) -m build --quiet --wheel --no-isolation --outdir dist .
+	version=$$(sed -n 's/^__version__ = "\(.*\)"$$/\1/p' overlay/sglang_sm120/__init__.py)
+	wheel=dist/sglang_sm120-$$version-py3-none-any.whl
+	echo "$$wheel: $$(($$(stat --format %s "$$wheel") / 1000)) KB"
+
 image:
 	@version=$$(sed -n 's/^__version__ = "\(.*\)"$$/\1/p' overlay/sglang_sm120/__init__.py)
 	for builder in docker podman buildah; do
@@ -143,23 +175,24 @@ image:
 	exit 2
 
 # uv repeats tool.uv.environments behind every requirement; setup refuses other interpreters, so drop it again.
-LINUX := (platform_machine == 'aarch64' and sys_platform == 'linux') or (platform_machine == 'x86_64' and sys_platform == 'linux')
+PYTHONS := python_full_version < '3.13' and
+LINUX := ((platform_machine == 'aarch64' and sys_platform == 'linux') or (platform_machine == 'x86_64' and sys_platform == 'linux'))
 
 lock:
 	@if ! command -v uv > /dev/null; then
 	    echo "make lock: uv is not on PATH, needed to resolve for both Pythons: install uv" >&2
 	    exit 2
 	fi
-	draft=requirements.lock.draft
+	draft=$(LOCK).draft
 	trap 'rm -f $$draft' EXIT
-	if [[ -e requirements.lock ]]; then cp requirements.lock $$draft; fi
-	uv pip compile requirements.in --output-file $$draft --universal --python-version 3.11 --fork-strategy fewest \
-	    --prerelease allow --only-binary :all: --generate-hashes --no-header --no-annotate --quiet
+	if [[ -e $(LOCK) ]]; then cp $(LOCK) $$draft; fi
+	uv pip compile $(SERIES)/requirements.in --output-file $$draft --universal --python-version 3.11 \
+	    --fork-strategy fewest --prerelease allow --only-binary :all: --generate-hashes --no-header --no-annotate --quiet
 	{
 	    echo "# Made by \`make lock\` from requirements.in: Python 3.11 and 3.12, Linux on x86_64 and aarch64."
-	    sed "s/ ; python_full_version < '3.13' and ($(LINUX)) / /" $$draft
-	} > requirements.lock
+	    sed "s/ ; $(PYTHONS) / ; /; s/ ; $(LINUX) / /" $$draft
+	} > $(LOCK)
 
 clean:
-	@rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build
+	@rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist
 	find overlay patches launch reference evals bench tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,12 +1,13 @@
 """Other implementations of the ops that run on the same GPU: what the benchmark times beside ours.
 
-Each is called as SGLang 0.5.12.post1 calls it. Weight conversion and what SGLang plans once a step happen in `prepare`;
+Each is called as SGLang 0.5.23 calls it. Weight conversion and what SGLang plans once a step happen in `prepare`;
 what it does at every call, such as quantising activations to FP8, is part of the timed callable. Before it is timed,
 its result is compared with the op's reference (`problem_of`), on the first rows, so that 4,096 rows cost no minutes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import torch
 
 from calls import ROWS_COMPARED, difference, reference_result, sample, tensors
 from sglang_sm120 import registry
-from sglang_sm120.formats import e8m0, fp8_block, kv_page
+from sglang_sm120.formats import e8m0, fp8_block, kv_page, mxfp4
 from sglang_sm120.model_calls import Call
 from sglang_sm120.ops import sinkhorn
 from sglang_sm120.ops._math import rms_norm
@@ -102,7 +103,7 @@ def _fp32_scale(scale: torch.Tensor) -> torch.Tensor:
 
 def _quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """FP8 activations with one fp32 scale per 128, in the layout DeepGEMM reads on SM90 (scales column-major)."""
-    from sglang.srt.layers.quantization.fp8_kernel import sglang_per_token_group_quant_fp8
+    from sglang.kernels.ops.quantization.fp8_kernel import sglang_per_token_group_quant_fp8
 
     return sglang_per_token_group_quant_fp8(x, 128, column_major_scales=True, scale_tma_aligned=True)
 
@@ -181,14 +182,14 @@ def _deep_gemm_logits(a: Arguments) -> Callable[[], torch.Tensor]:
 
 
 def _sglang_topk(a: Arguments) -> Callable[[torch.Tensor], torch.Tensor]:
-    from sglang.jit_kernel.deepseek_v4 import plan_topk_v2, topk_transform_512_v2
+    from sglang.kernels.ops.attention.dsv4.topk import plan_topk_v2, topk_transform_paged_v2
 
     lengths, table = a["lengths"].int(), a["page_table"]
     plan = plan_topk_v2(lengths)
 
     def choose(logits: torch.Tensor) -> torch.Tensor:
         slots = torch.empty(logits.shape[0], a["k"], dtype=torch.int32, device=logits.device)
-        topk_transform_512_v2(logits, lengths, table, slots, a["page_size"], plan)
+        topk_transform_paged_v2(logits, lengths, table, slots, a["page_size"], plan)
         return slots
 
     return choose
@@ -200,21 +201,19 @@ def _sglang_topk_slots(a: Arguments) -> Run:
 
 
 def _sglang_torch_topk(a: Arguments) -> Run:
-    from sglang.srt.layers.attention.dsv4.indexer import topk_transform_512_pytorch_vectorized
+    from sglang.srt.layers.attention.dsv4.indexer import topk_transform_pytorch_vectorized
 
-    if a["k"] != 512:
-        raise ValueError(f"it chooses 512 slots and the call wants {a['k']}")
-    slots = torch.empty(a["logits"].shape[0], 512, dtype=torch.int32, device=a["logits"].device)
+    slots = torch.empty(a["logits"].shape[0], a["k"], dtype=torch.int32, device=a["logits"].device)
 
     def run() -> torch.Tensor:
-        topk_transform_512_pytorch_vectorized(a["logits"], a["lengths"], a["page_table"], slots, a["page_size"])
+        topk_transform_pytorch_vectorized(a["logits"], a["lengths"], a["page_table"], slots, a["page_size"])
         return slots
 
     return run
 
 
 def _sglang_gate(a: Arguments) -> Run:
-    from sglang.jit_kernel.moe_fused_gate import moe_fused_gate
+    from sglang.kernels.ops.moe.moe_fused_gate import moe_fused_gate
 
     return lambda: moe_fused_gate(
         a["router_logits"], a["correction_bias"], a["k"], "sqrtsoftplus", renormalize=a["renormalize"]
@@ -239,52 +238,47 @@ def _without(*names: str) -> Callable[[Arguments], Arguments]:
     return lambda a: {name: value for name, value in a.items() if name not in names}
 
 
-def _without_sink_and_turn(a: Arguments) -> Arguments:
-    return {**a, "sink": torch.full_like(a["sink"], -torch.inf), "freqs_cis": None, "positions": None}
+def _without_turn(a: Arguments) -> Arguments:
+    return {**a, "freqs_cis": None, "positions": None}
 
 
 FLASH_MLA_HEADS = 64
 
 
 def _flash_mla(a: Arguments) -> Run:
-    """`sgl_kernel`'s sparse decode: both caches as one, no sink, heads padded to 64 as SGLang pads them."""
-    from sgl_kernel.flash_mla import flash_mla_with_kvcache, get_mla_metadata
+    """FlashMLA's sparse decode of both caches, with the sink; heads padded to 64 as SGLang pads them."""
+    from sglang.kernels.ops.attention.flash_mla_interface import flash_mla_with_kvcache, get_mla_metadata
 
-    q, size = a["q"], 64
+    q = a["q"]
     rows, heads, dim = q.shape
-    live = [_listed(a["window_pages"], a["window_slots"], a["window_lengths"], a["window_page_size"])]
-    if a["extra_pages"] is not None:
-        live.append(_listed(a["extra_pages"], a["extra_slots"], a["extra_lengths"], a["extra_page_size"]))
-    entries = [keys.shape[0] for keys, _ in live]
-    pool = torch.zeros(-(-sum(entries) // size), kv_page.page_bytes(size), dtype=torch.uint8, device=q.device)
-    kv_page.store(pool, torch.arange(sum(entries), device=q.device), torch.cat([k for k, _ in live]).float(), size)
-    starts = [0, entries[0]]
-    indices = torch.cat([torch.where(s < 0, s, s + start) for start, (_, s) in zip(starts, live, strict=False)], dim=1)
-    indices = torch.nn.functional.pad(indices, (0, -indices.shape[1] % 64), value=-1).unsqueeze(1)
     padded = torch.zeros(rows, 1, FLASH_MLA_HEADS, dim, dtype=q.dtype, device=q.device)
-    lengths = torch.full((rows,), sum(entries), dtype=torch.int32, device=q.device)
-    table = torch.empty(rows, 0, dtype=torch.int32, device=q.device)
-    plan = get_mla_metadata(lengths, FLASH_MLA_HEADS, 1, FLASH_MLA_HEADS, True, indices.shape[-1])
-    cache = pool.as_strided((pool.shape[0], size, 1, 584), (pool.stride(0), 584, 584, 1))
+    sink = torch.nn.functional.pad(a["sink"], (0, FLASH_MLA_HEADS - heads))
+    extra: tuple[torch.Tensor | None, ...] = (None, None, None)
+    if a["extra_pages"] is not None:
+        extra = _of_flash_mla(a, "extra")
+    cache, slots, lengths = _of_flash_mla(a, "window")
+    # The first call plans into it, the others take it from there, as the layers of a step do.
+    plan, _ = get_mla_metadata()
 
     def run() -> torch.Tensor:
         padded[:, 0, :heads] = q
         out, _ = flash_mla_with_kvcache(
-            padded, cache, table, lengths, dim, *plan, a["scale"], is_fp8_kvcache=True, indices=indices
-        )
+            q=padded, k_cache=cache, block_table=None, cache_seqlens=None, head_dim_v=dim, tile_scheduler_metadata=plan,
+            softmax_scale=a["scale"], is_fp8_kvcache=True, indices=slots, topk_length=lengths, attn_sink=sink,
+            extra_k_cache=extra[0], extra_indices_in_kvcache=extra[1], extra_topk_length=extra[2],
+        )  # fmt: skip
         return out[:, 0, :heads]
 
     return run
 
 
-def _listed(
-    pages: torch.Tensor, slots: torch.Tensor, lengths: torch.Tensor, page_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every vector of a pool, and slots int32 with -1 where the row ends."""
-    total = pages.shape[0] * page_size
-    keys = kv_page.load(pages, torch.arange(total, device=pages.device), page_size)
-    inside = torch.arange(slots.shape[1], device=slots.device) < lengths.unsqueeze(1)
-    return keys.nan_to_num(), torch.where(inside, slots, -1)
+def _of_flash_mla(a: Arguments, which: str) -> tuple[torch.Tensor, ...]:
+    """A cache as [pages, size, 1, 584] over its strided pages, slots [T, 1, multiple of 64] and lengths."""
+    pages, slots, size = a[f"{which}_pages"], a[f"{which}_slots"], a[f"{which}_page_size"]
+    entry = kv_page.ROW + kv_page.FOOTER
+    cache = pages.as_strided((pages.shape[0], size, 1, entry), (pages.stride(0), entry, entry, 1))
+    slots = torch.nn.functional.pad(slots, (0, -slots.shape[1] % 64), value=-1).unsqueeze(1)
+    return cache, slots, a[f"{which}_lengths"].int()
 
 
 _marlin_weights: tuple[torch.Tensor, torch.nn.Module] | None = None
@@ -298,8 +292,12 @@ def _marlin_layer(a: Arguments) -> torch.nn.Module:
     if _marlin_weights is None or _marlin_weights[0] is not a["w13"]:
         _marlin_weights = None
         layer = torch.nn.Module()
-        given = {"w13_weight": a["w13"].view(torch.int8), "w2_weight": a["w2"].view(torch.int8)}
-        given |= {"w13_weight_scale": a["s13"], "w2_weight_scale": a["s2"]}
+        # Gate first, scales row-major.
+        inter = a["w13"].shape[1] // 2
+        s13, s2 = (mxfp4.unswizzle_scales(a[name].view(torch.uint8)) for name in ("s13", "s2"))
+        given = {"w13_weight": a["w13"].view(torch.int8).roll(inter, 1), "w2_weight": a["w2"].view(torch.int8)}
+        given |= {"w13_weight_scale": s13.roll(inter, 1).view(torch.float8_e8m0fnu)}
+        given |= {"w2_weight_scale": s2.view(torch.float8_e8m0fnu)}
         for name, value in given.items():
             setattr(layer, name, torch.nn.Parameter(value, requires_grad=False))
         prepare_moe_mxfp4_layer_for_marlin(layer)
@@ -332,7 +330,7 @@ def _upstream_post(f: torch.Tensor, x: torch.Tensor, post: torch.Tensor, comb: t
 
 
 def _prenorm_splits(rows: int, width: int, device: torch.device) -> int:
-    """How SGLang splits the mixing GEMM over its depth (`layers/mhc.py`)."""
+    """How SGLang splits the mixing GEMM over its depth (`kernels/ops/layernorm/mhc.py`)."""
     sms = torch.cuda.get_device_properties(device).multi_processor_count
     return max(1, min(sms // -(-rows // 64), width // 64 // 4))
 
@@ -360,44 +358,55 @@ def _deep_gemm_post_pre(a: Arguments) -> Run:
     return run
 
 
-def _tilelang_mix(x: torch.Tensor, a: Arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    from sglang.srt.layers.mhc import mhc_pre
-
-    post, comb, y = mhc_pre(
-        x, a["fn"], a["scale"], a["base"], 1e-6, 1e-6, 1e-6, 2.0, 20, norm_weight=a["norm_weight"], norm_eps=1e-6
-    )
-    return y, post.view(-1, 4), comb.view(-1, 4, 4)
-
-
 def _tilelang_pre(a: Arguments) -> Run:
-    return lambda: _tilelang_mix(a["x"], a)
+    from sglang.kernels.ops.layernorm.mhc import mhc_pre
+    from sglang.srt.runtime_context import get_parallel
+
+    def run() -> tuple[torch.Tensor, ...]:
+        # Asked for, but not used without symmetric memory.
+        with get_parallel().override(tp_group=None):
+            post, comb, y = mhc_pre(
+                a["x"], a["fn"], a["scale"], a["base"], 1e-6, 1e-6, 1e-6, 2.0, 20,
+                norm_weight=a["norm_weight"], norm_eps=1e-6,
+            )  # fmt: skip
+        return y, post.view(-1, 4), comb.view(-1, 4, 4)
+
+    return run
 
 
 def _tilelang_post(a: Arguments) -> Run:
     # `mhc_post` around it wants a server's arguments.
-    from sglang.srt.layers.mhc import mhc_post_tilelang
+    from sglang.kernels.ops.layernorm.mhc import mhc_post_tilelang
 
     out = torch.empty_like(a["x"])
+    rows, streams, hidden = out.shape
+    # As `mhc_post` spreads a row of few.
+    parts = hidden // math.gcd(hidden, 1024) if rows <= 256 else 1
 
     def run() -> torch.Tensor:
-        mhc_post_tilelang(a["comb"], a["x"], a["post"], a["f"], out, *out.shape[1:])
+        mhc_post_tilelang(a["comb"], a["x"], a["post"], a["f"], out, streams, hidden, num_h_blocks=parts)
         return out
 
     return run
 
 
 def _tilelang_post_pre(a: Arguments) -> Run:
-    exit_block = _tilelang_post(a)
+    from sglang.kernels.ops.layernorm.mhc import mhc_fused_post_pre
+    from sglang.srt.runtime_context import get_parallel
 
     def run() -> tuple[torch.Tensor, ...]:
-        x = exit_block()
-        return x, *_tilelang_mix(x, a)
+        with get_parallel().override(tp_group=None):
+            x, post, comb, y = mhc_fused_post_pre(
+                a["f"], a["x"], a["post"], a["comb"], a["fn"], a["scale"], a["base"], 1e-6, 1e-6, 1e-6, 2.0, 20,
+                norm_weight=a["norm_weight"], norm_eps=1e-6,
+            )  # fmt: skip
+        return x, y, post.view(-1, 4), comb
 
     return run
 
 
 def _tilelang_sinkhorn(a: Arguments) -> Run:
-    from sglang.srt.layers.mhc import hc_split_sinkhorn
+    from sglang.kernels.ops.layernorm.mhc import hc_split_sinkhorn
 
     def run() -> tuple[torch.Tensor, ...]:
         parts = hc_split_sinkhorn(a["mixes"].unsqueeze(1), a["scale"], a["base"], 4, a["iters"], a["eps"])
@@ -407,7 +416,7 @@ def _tilelang_sinkhorn(a: Arguments) -> Run:
 
 
 def _sglang_head(a: Arguments) -> Run:
-    from sglang.srt.layers.mhc_head import fused_hc_head
+    from sglang.kernels.ops.layernorm.mhc_head import fused_hc_head
 
     return lambda: fused_hc_head(a["x"], a["fn"], a["scale"], a["base"], 1e-6, 1e-6)
 
@@ -445,15 +454,15 @@ _OTHERS = [
              FP8_SUMS, ("deep_gemm",), compiles=True),
     Baseline("sglang_torch", "indexer_logits", "fp8_paged_mqa_logits_torch, a loop over rows", _sglang_torch_logits,
              FP32, ("sglang",), captured=False),
-    Baseline("deep_gemm", "indexer_topk", "fp8_paged_mqa_logits + topk_transform_512_v2, plans made outside",
+    Baseline("deep_gemm", "indexer_topk", "fp8_paged_mqa_logits + topk_transform_paged_v2, plans made outside",
              _deep_gemm_indexer, EXACT, _GEMM, compiles=True),
-    Baseline("sglang_cuda", "topk_slots", "topk_transform_512_v2, its plan made outside", _sglang_topk_slots, EXACT,
+    Baseline("sglang_cuda", "topk_slots", "topk_transform_paged_v2, its plan made outside", _sglang_topk_slots, EXACT,
              ("sglang",), compiles=True),
-    Baseline("sglang_torch", "topk_slots", "topk_transform_512_pytorch_vectorized", _sglang_torch_topk, EXACT,
+    Baseline("sglang_torch", "topk_slots", "topk_transform_pytorch_vectorized", _sglang_torch_topk, EXACT,
              ("sglang",), captured=False),
     Baseline("sglang_cuda", "router_topk", "moe_fused_gate", _sglang_gate, FP32, ("sglang",), compiles=True),
-    Baseline("flash_mla", "sparse_mla", "sgl_kernel sparse decode: one cache, no sink, no RoPE, 64 heads", _flash_mla,
-             BF16_STEPS, ("sgl_kernel",), computes=_without_sink_and_turn),
+    Baseline("flash_mla", "sparse_mla", "FlashMLA's sparse decode: no inverse RoPE, 64 heads", _flash_mla, BF16_STEPS,
+             ("flash_mla", "sglang"), computes=_without_turn),
     Baseline("marlin", "mxfp4_moe", "SGLang's Marlin MXFP4 MoE", _marlin, BF16_STEPS, ("sglang",), compiles=True),
     Baseline("deep_gemm", "mhc_pre", "tf32_hc_prenorm_gemm, the rest in torch",
              lambda a: lambda: _deep_gemm_mix(a["x"], a), TF32, ("deep_gemm",), compiles=True),
@@ -463,8 +472,9 @@ _OTHERS = [
              lambda a: lambda: _upstream_post(a["f"], a["x"], a["post"], a["comb"]), BF16),
     Baseline("tilelang", "mhc_pre", "SGLang's mhc_pre: DeepGEMM and TileLang", _tilelang_pre, TF32,
              ("tilelang", *_GEMM), compiles=True),
-    Baseline("tilelang", "mhc_post", "SGLang's mhc_post", _tilelang_post, BF16, ("tilelang", "sglang"), compiles=True),
-    Baseline("tilelang", "mhc_post_pre", "SGLang's mhc_post and mhc_pre", _tilelang_post_pre, TF32,
+    Baseline("tilelang", "mhc_post", "SGLang's mhc_post_tilelang", _tilelang_post, BF16, ("tilelang", "sglang"),
+             compiles=True),
+    Baseline("tilelang", "mhc_post_pre", "SGLang's mhc_fused_post_pre", _tilelang_post_pre, TF32,
              ("tilelang", *_GEMM), compiles=True),
     Baseline("tilelang", "sinkhorn", "SGLang's hc_split_sinkhorn", _tilelang_sinkhorn, FP32, ("tilelang", "sglang"),
              compiles=True),

@@ -1,10 +1,10 @@
 """Time of a decode step of the whole model, served: `python bench/decode_step.py --out DIR`.
 
 All layers at full width with the experts cut to what fits one card (128 of 256 touch the same bytes per token at batch
-1), written as a `config.json` and served by `sglang.launch_server --load-format dummy` with CUDA graphs. The dummy
-weights are then replaced through SGLang's `/update_weights_from_tensor` by random ones of the model's magnitudes, one
-set for all layers: with SGLang's dummy values every token chooses the same six experts, and larger batches would look
-too fast.
+1), written as a `config.json` and served by `sglang.launch_server --load-format dummy` with CUDA graphs and the step.
+With SGLang's dummy values every token chooses the same experts, so batches above 1 read fewer than real ones and look
+too fast: their times are lower bounds. (SGLang refuses to replace the weights of a server with the step.)
+Unverified with SGLang 0.5.23: no GPU has run it since the step was made.
 
 Per batch and context it sends that many prompts of random tokens, and takes the median time between streamed tokens
 from the moment all of them decode. One profiled pass per batch gives kernel time by op and launches per layer, and
@@ -15,14 +15,12 @@ Writes DIR/decode_step.json, the server's log and the traces; prints a table las
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import random
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +32,16 @@ import torch
 
 import traces
 from bench import lower
-from calls import DEVICE, calls_of, triton_ops
+from calls import calls_of, triton_ops
 from local_server import LocalServer, ServerError
 from sglang_sm120 import registry
 from sglang_sm120.checkpoint.config import ReferenceConfig, model_config
-from sglang_sm120.checkpoint.layout import Parameter, Storage, parameters
 from sglang_sm120_reference import tokenizer
 
 TARGET_MS = 5.0
 STREAM_INTERVAL, INTERVALS = 16, 12
 PROFILED_STEPS = 6
-FP8_STD, FP4_STD = 7.0, 2.9
-"""Standard deviations of uniformly drawn E4M3 bytes up to 30 and of uniformly drawn E2M1 nibbles, about."""
+STEP_SERVES = "the step takes its first decode pass"
 TOKENS = 10_000
 """Prompts are drawn from the first so many tokens."""
 
@@ -57,82 +53,6 @@ def write_model(folder: Path, experts: int) -> ReferenceConfig:
     (folder / "config.json").write_text(json.dumps(source, indent=1))
     tokenizer.write(folder, source["vocab_size"], source["max_position_embeddings"])
     return ReferenceConfig.from_json(source)
-
-
-class RandomWeights:
-    """Random tensors on the GPU by shape and storage, made once and used by every layer."""
-
-    def __init__(self) -> None:
-        self._rng = torch.Generator(DEVICE).manual_seed(0)
-        self._made: dict[tuple[Any, ...], dict[str, torch.Tensor]] = {}
-
-    def of(self, parameter: Parameter) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors that a checkpoint holds for `parameter`."""
-        # Experts differ; a layer's one differs from the same one of another layer by its inputs only.
-        expert = parameter.name.rpartition("experts.")[2].partition(".")[0] if ".experts." in parameter.name else ""
-        kind = "norm" if "norm.weight" in parameter.name else "bias" if parameter.name.endswith(".bias") else ""
-        key = (parameter.shape, parameter.storage, kind, expert)
-        if key not in self._made:
-            self._made[key] = self._draw(parameter, kind)
-        for part, tensor in self._made[key].items():
-            yield parameter.scale_name if part == "scale" else parameter.name, tensor
-
-    def _draw(self, parameter: Parameter, kind: str) -> dict[str, torch.Tensor]:
-        made = {}
-        for name, (shape, dtype) in parameter.stored().items():
-            made["scale" if name != parameter.name else "value"] = self._values(parameter, shape, dtype, kind)
-        return made
-
-    def _values(self, parameter: Parameter, shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> torch.Tensor:
-        if kind == "norm":
-            return torch.ones(shape, dtype=dtype, device=DEVICE)
-        if kind == "bias":
-            return torch.zeros(shape, dtype=dtype, device=DEVICE)
-        if dtype == torch.float8_e8m0fnu:
-            std = FP8_STD if parameter.storage is Storage.FP8 else FP4_STD
-            exponent = round(torch.tensor(parameter.shape[-1] ** -0.5 / std).log2().item())
-            return torch.full(shape, 127 + exponent, dtype=torch.uint8, device=DEVICE).view(dtype)
-        if dtype == torch.float8_e4m3fn:
-            magnitude = self._integers(0x5F, shape)
-            return (magnitude | self._integers(2, shape) << 7).view(dtype)
-        if dtype == torch.int8:
-            return self._integers(256, shape).view(dtype)
-        if dtype == torch.int32:
-            raise ValueError(f"{parameter.name} is not a weight to draw")
-        scale = shape[-1] ** -0.5 if len(shape) > 1 else 0.1
-        return (torch.randn(shape, generator=self._rng, device=DEVICE) * scale).to(dtype)
-
-    def _integers(self, high: int, shape: tuple[int, ...]) -> torch.Tensor:
-        return torch.randint(0, high, shape, generator=self._rng, device=DEVICE, dtype=torch.uint8)
-
-
-def replace_weights(url: str, config: ReferenceConfig) -> None:
-    """Give the served model random weights, a layer at a time.
-
-    Raises:
-        RuntimeError: the server refused them.
-    """
-    from sglang.srt.utils import MultiprocessingSerializer
-    from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
-
-    # Both sides name a tensor's GPU in the same way.
-    monkey_patch_torch_reductions()
-    weights = RandomWeights()
-    plain = dataclasses.replace(
-        config, num_nextn_predict_layers=0, compress_ratios=config.compress_ratios[: config.num_hidden_layers]
-    )
-    layers: dict[str, list[Parameter]] = {}
-    for parameter in parameters(plain):
-        # SGLang keeps its own table of hashed experts, and the position terms in a layout of its own.
-        if parameter.storage is not Storage.INT32 and not parameter.name.endswith(".ape"):
-            owner = ".".join(parameter.name.split(".")[:2]) if parameter.name.startswith("layers.") else "rest"
-            layers.setdefault(owner, []).append(parameter)
-    for members in layers.values():
-        named = [tensor for parameter in members for tensor in weights.of(parameter)]
-        body = {"serialized_named_tensors": [MultiprocessingSerializer.serialize(named, output_str=True)]}
-        answer = httpx.post(f"{url}/update_weights_from_tensor", json={**body, "flush_cache": False}, timeout=120)
-        if answer.status_code != 200:
-            raise RuntimeError(f"/update_weights_from_tensor answers {answer.status_code}: {answer.text[:300]}")
 
 
 def generate(url: str, batch: int, context: int, rng: random.Random) -> list[list[float]]:
@@ -200,6 +120,13 @@ def known_kernels(batches: list[int], context: int, folder: Path) -> dict[str, d
     return traces.ranges(trace, "op:")
 
 
+def environment() -> dict[str, str]:
+    """Variables of a server with the step on this machine's card."""
+    # Hopper's own prefill cannot read experts in SM120's layout.
+    hopper = {"SGLANG_SM120_PREFILL": "overlay"} if torch.cuda.get_device_capability()[0] == 9 else {}
+    return {"SGLANG_SM120_FORCE": "1", **hopper}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
@@ -220,18 +147,20 @@ def main() -> int:
         config = write_model(Path(folder), args.experts)
         flags = [
             "--load-format", "dummy", "--mem-fraction-static", "0.8", "--grammar-backend", "none",
-            "--max-running-requests", str(max(args.batch)), "--cuda-graph-bs", *map(str, sorted(args.batch)),
+            "--max-running-requests", str(max(args.batch)), "--cuda-graph-bs-decode", *map(str, sorted(args.batch)),
             "--context-length", str(max(args.context) + 1024), "--chunked-prefill-size", "8192",
             *(f"--{flag}" for flag in args.flag),
         ]  # fmt: skip
         server = LocalServer(
-            Path(folder), *flags, log=args.out / "server.log", env={"SGLANG_SM120_FORCE": "1"}, ready_seconds=400
+            Path(folder), *flags, log=args.out / "server.log", env=environment(), ready_seconds=400
         )
         try:
             with server:
                 ready = time.monotonic() - began
                 print(f"ready after {ready:.0f} s", flush=True)
                 result = measure(server.url, args, config, began)
+                if STEP_SERVES not in server.log.read_text(errors="replace"):
+                    result["problems"].append("the step served no decode pass: server.log says why")
                 if not server.alive():
                     result["problems"].append(f"the server died, its log ends in: {server.log_tail()[-1500:]}")
         except ServerError as error:
@@ -251,17 +180,17 @@ def measure(url: str, args: argparse.Namespace, config: ReferenceConfig, began: 
     result: dict[str, Any] = {"steps": [], "profiles": [], "foreign": [], "problems": []}
     known: dict[str, dict[Any, str]] = {"exact": {}, "compiled": {}, "name": {}}
 
-    def cell(batch: int, context: int, weights: str) -> None:
+    def cell(batch: int, context: int) -> None:
         if time.monotonic() - began > args.seconds:
             result["problems"].append(f"batch {batch} at {context} tokens was not measured: out of time")
             return
-        about = {"batch": batch, "context": context, "weights": weights}
+        about = {"batch": batch, "context": context, "weights": "dummy"}
         try:
             ms = step_ms(generate(url, batch, context, rng))
             result["steps"].append({**about, "ms": round(ms, 3), "tokens_per_s": round(batch * 1000 / ms, 1)})
             print(json.dumps(result["steps"][-1]), flush=True)
             if context == shortest:
-                stages = profile(url, args.out / f"traces-{batch}-{weights}", batch, context, rng)
+                stages = profile(url, args.out / f"traces-{batch}", batch, context, rng)
                 for stage, found in stages.items():
                     result["foreign"] += [f"{stage} at batch {batch}: {name}" for name in traces.foreign(found)]
                 summary = traces.summary(stages["DECODE"], known, config.num_hidden_layers)
@@ -276,18 +205,9 @@ def measure(url: str, args: argparse.Namespace, config: ReferenceConfig, began: 
     except RuntimeError as error:
         result["problems"].append(f"kernels keep their own names in the tables, their ops did not run here: {error}")
     torch.cuda.empty_cache()
-    weights = "dummy"
-    # At batch 1 the weights do not matter: a first time, should the server not take others.
-    cell(1, shortest, weights)
-    try:
-        replace_weights(url, config)
-        weights = "random"
-    except (RuntimeError, ValueError, httpx.HTTPError) as error:
-        result["problems"].append(f"weights were not replaced, batches above 1 read too few experts: {error}")
-    torch.cuda.empty_cache()
     for context in sorted(args.context):
         for batch in sorted(args.batch):
-            cell(batch, context, weights)
+            cell(batch, context)
     return result
 
 

@@ -66,8 +66,8 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
                         "synthetic where --synthetic names a file)")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help=f"{cookbook.QUICK_QUESTIONS} questions of GSM8K, "
                         "needles up to 16K; the rest is marked not run")  # fmt: skip
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="questions of GSM8K, GPQA and AIME25 "
-                        "(default: SGLang's own download)")  # fmt: skip
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="questions of GSM8K and GPQA "
+                        "(default: their tools' own download)")  # fmt: skip
     parser.add_argument("--synthetic", type=Path, metavar="FILE.jsonl", help="questions with exact answers")
     parser.add_argument("--lengths", type=_numbers, default=list(needles.LENGTHS), metavar="N,…",
                         help="of needle prompts with their answers (default: 4K,16K,64K,256K,1M)")  # fmt: skip

@@ -1,6 +1,6 @@
 """`make accuracy-cpu`: the suite `synthetic` on the trained small checkpoint, served by SGLang on this machine's CPU.
 
-python evals/accuracy_cpu.py PACKED QUESTIONS.jsonl [--short] [--longest TOKENS] [--out FILE.json]
+python evals/accuracy_cpu.py PACKED QUESTIONS.jsonl [--short] [--longest TOKENS] [--mtp] [--out FILE.json]
 
 Exit code as of `make accuracy`: 0 every score reached its floor · 1 one did not · 2 misuse, in one sentence.
 """
@@ -18,6 +18,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1] / "reference")]
 
 import accuracy
+from client import Client
 from local_server import LocalServer, ServerError
 from questions import masked_recall
 from report import Row, exit_code, table
@@ -25,10 +26,15 @@ from sglang_sm120_reference.packed import unpack
 
 SHORT = {"far recall": 4, "call": 0}
 """Questions of a task in the short form, the shortest; one of every other task. A call is 107 tokens one by one."""
-FLAGS = ("--device", "cpu", "--tool-call-parser", "deepseekv4", "--watchdog-timeout", "3600")
-"""SGLang ends a server whose forward pass takes five minutes, as a prefill in Triton's interpreter may."""
-READY_SECONDS = 900
-"""With Triton kernels in Triton's interpreter the server's own first request takes minutes."""
+FLAGS = ("--device", "cpu", "--tool-call-parser", "deepseekv4")
+DRAFT_TOKENS = 4
+MTP = (
+    "--speculative-algorithm", "EAGLE", "--speculative-num-steps", "3", "--speculative-eagle-topk", "1",
+    "--speculative-num-draft-tokens", str(DRAFT_TOKENS), "--decode-log-interval", "1",
+)  # fmt: skip
+"""SGLang counts accepted tokens when it logs: by default after 40 passes, which the last answers may not fill."""
+READY_SECONDS = 600
+"""Imports alone take minutes on two cores that others use too."""
 CONCURRENCY = 1
 """Questions of one conversation follow each other, so that each finds its prefix in the cache."""
 
@@ -44,11 +50,24 @@ def shortest(lines: Sequence[str], longest: int) -> list[str]:
     return [line for number, line in enumerate(lines) if number in chosen]
 
 
-def judge(checkpoint: Path, questions: Path, out: Path, log: Path) -> int:
-    """Serve the checkpoint, ask, print the table; the harness's exit code."""
-    with LocalServer(checkpoint, *FLAGS, log=log, ready_seconds=READY_SECONDS) as server:
+def judge(checkpoint: Path, questions: Path, out: Path, log: Path, mtp: bool = False) -> int:
+    """Serve the checkpoint, ask, print the table; the harness's exit code.
+
+    With mtp the server speculates, and how many tokens a verification gave in the mean is printed too.
+
+    Raises:
+        ServerError: the server does not start, or does not speculate as it should.
+    """
+    with LocalServer(checkpoint, *FLAGS, *(MTP if mtp else ()), log=log, ready_seconds=READY_SECONDS) as server:
         words = ["--only=synthetic", f"--synthetic={questions}", f"--concurrency={CONCURRENCY}", f"--out={out}"]
-        return accuracy.main([server.url, *words])
+        code = accuracy.main([server.url, *words])
+        # What stopped the harness was said already.
+        if mtp and code == 0:
+            accepted = Client(server.url).accept_length()
+            if accepted is None:
+                raise ServerError("The server was to speculate and tells of no acceptance length.")
+            print(f"mean accepted length with MTP: {accepted:.2f} of {DRAFT_TOKENS} tokens a verification")
+        return code
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -58,6 +77,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("questions", type=Path, metavar="QUESTIONS.jsonl", help="as evals/questions.py writes")
     parser.add_argument("--short", action="store_true", help="the shortest questions, no oracle")
     parser.add_argument("--longest", type=int, metavar="TOKENS", help="with --short: of prompts up to so long")
+    parser.add_argument("--mtp", action="store_true", help="with speculation by the checkpoint's MTP layer")
     parser.add_argument("--out", type=Path, default=Path("accuracy.json"), metavar="FILE.json",
                         help="result (default: %(default)s)")  # fmt: skip
     arguments = parser.parse_args(words)
@@ -77,7 +97,7 @@ def main(words: Sequence[str] | None = None) -> int:
             return 2
         rows: list[Row] = [] if arguments.short else [masked_recall(checkpoint)]
         try:
-            code = judge(checkpoint, questions, arguments.out, log)
+            code = judge(checkpoint, questions, arguments.out, log, arguments.mtp)
         except ServerError as error:
             print(f"make accuracy-cpu: {error}", file=sys.stderr)
             return 1

@@ -9,6 +9,7 @@ back, and the demo fails when it does not.
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import signal
 import sys
@@ -77,6 +78,23 @@ def _answer(client: OpenAI, model: str, messages: list[ChatCompletionMessagePara
     return answer, chat.usage.prompt_tokens
 
 
+def _constrained(client: OpenAI, model: str, word: str) -> None:
+    """A JSON object by a schema, and the right one."""
+    values = {"type": "string", "enum": [f" {key}" for key in RECORDS]}
+    schema: dict[str, object] = {"type": "object", "properties": {"word": values}, "required": ["word"]}
+    chat = client.chat.completions.create(
+        model=model,
+        messages=[ChatCompletionUserMessageParam(role="user", content=f"json {word}")],
+        max_tokens=32,
+        temperature=0,
+        response_format={"type": "json_schema", "json_schema": {"name": "words", "schema": schema}},
+    )
+    answer = chat.choices[0].message.content or ""
+    _say(f"by a JSON schema: {answer!r}")
+    if json.loads(answer) != {"word": f" {word}"}:
+        raise ServerError(f"The answer by a JSON schema is {answer!r}, right is the word ' {word}'.")
+
+
 def _show_requests(url: str) -> None:
     for path in ("/health", "/v1/models"):
         response = httpx.get(url + path, timeout=60)
@@ -98,6 +116,7 @@ def _show_requests(url: str) -> None:
             raise ServerError(f"The answer is {answer!r}, right is ' {key} {RECORDS[key]}'.")
         messages.append(ChatCompletionAssistantMessageParam(role="assistant", content=answer))
         text = ""
+    _constrained(client, model, ASKED[0])
 
 
 def main(argv: list[str] | None = None) -> int:

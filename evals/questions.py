@@ -108,8 +108,8 @@ def _conversation(rng: np.random.Generator, part: Part, number: int) -> Iterator
             continue
         line: dict[str, Any] = {"id": f"{number}-{i + 1}", "task": part.task, "distance": turn.distance}
         if turn.task == "call":
-            # SGLang's parser strips a parameter's text.
-            word = _text(turn.question[-1:]).strip()
+            # SGLang's parser gives a parameter's text as it stands.
+            word = _text(turn.question[-1:])
             line |= {"messages": _messages(row, turns[: i + 1]), "tools": data.TOOLS}
             line["answer"] = json.dumps([["look", {"word": word}]])
         else:

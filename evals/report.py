@@ -19,7 +19,6 @@ from urllib.parse import urlsplit
 from client import Client, Misuse
 from intervals import wilson
 
-ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = 1
 """Version of the JSON file."""
 SHOWN = 5
@@ -158,7 +157,7 @@ def facts(client: Client) -> dict[str, Any]:
         Misuse: the overlay or the launcher is not installed, or SGLANG_SM120_PROVIDER names what does not exist.
     """
     try:
-        import sglang_sm120.ops  # noqa: F401  importing an op registers its providers
+        import sglang_sm120.ops  # importing an op registers its providers
         from sglang_sm120 import __version__, registry
         from sglang_sm120_launch.machine import Machine
     except ImportError as error:
@@ -167,7 +166,7 @@ def facts(client: Client) -> dict[str, Any]:
         providers = [row._asdict() for row in registry.table()]
     except registry.ProviderError as error:
         raise Misuse(str(error)) from None
-    lock = (ROOT / "sglang.lock").read_bytes()
+    lock = Path(sglang_sm120.__file__).with_name("sglang.lock").read_bytes()
     return {
         "url": client.url,
         "model": client.model,

@@ -1,17 +1,23 @@
-"""The maintainer's side of the series: lint the patches, and rewrite them and sglang.lock after a change."""
+"""The maintainer's side of the series: lint the patches, and rewrite them and their lock after a change."""
 
 from __future__ import annotations
 
+import ast
 import difflib
 import io
 import json
 import re
 from pathlib import Path
-from typing import Dict, List, Tuple
+from typing import Dict, List, Set, Tuple
 
 import atomic
-from series import Refused, Series, Site, placed_series, released, run_patches, sha256
+from series import LOCK, Refused, Series, Site, placed_series, released, run_patches, sha256
 
+# In the order in which they are applied.
+GROUPS = ("core", "fixes", "cpu", "speed")
+MAX_PATCHES = 26
+MAX_ADDED_LINES = 350
+HOOKS = "sglang_sm120.hooks"
 FIELDS = ("Description", "Origin", "Forwarded", "Applies-To", "Drop-When")
 MAX_CHANGED_LINES = 40
 MAX_FILES = 4
@@ -21,15 +27,16 @@ CONTEXT = 3
 Change = Tuple[int, int, int, int]
 # A patch redirects, the overlay computes: an added line defines no function, class or kernel.
 DEFINITION = re.compile(r"\s*(async\s+def|def|class)\s|.*(@\s*(triton|tilelang)\.|__global__|=\s*lambda\b)")
+IMPORT = re.compile(r"^[ ]*(?:from\s+(\S+)\s+import\s+(\([^)]*\)|.+)|import\s+(.+))$", re.MULTILINE)
 
 
 def refresh(site: Site, root: Path) -> None:
-    """Re-diff every patch, in order, against the released files of `site`, and rewrite sglang.lock.
+    """Re-diff every patch, in order, against the released files of `site`, and rewrite the lock.
 
     Headers are kept. A site to which a placed series is applied serves too: that series is taken back on copies.
     Raises Refused when the released bytes cannot be had or a patch does not apply at fuzz 0.
     """
-    series = Series.load(root / "patches", root / "sglang.lock", require_lock=False)
+    series = Series.load(root / "patches", require_lock=False)
     site.require_version(series)
     touches = {patch: touched(patch.read_text(encoding="utf-8")) for patch in series.patches}
     before = released(site, sorted({file for files in touches.values() for file in files}), placed_series(site))
@@ -39,7 +46,7 @@ def refresh(site: Site, root: Path) -> None:
         new = run_patches((patch,), old, atomic.stage_dir(site.folder))
         body = "".join(diff(file, old[file], new[file]) for file in sorted(files))
         if not body:
-            raise Refused(f"{patch.name} changes nothing: drop it from the series")
+            raise Refused(f"{series.name(patch)} changes nothing: drop it from the series")
         rewritten[patch] = (header(patch.read_text(encoding="utf-8")) + body).encode("utf-8")
         contents.update(new)
     for patch, data in rewritten.items():
@@ -47,29 +54,40 @@ def refresh(site: Site, root: Path) -> None:
             patch.write_bytes(data)
     lock = {
         "sglang": series.version,
-        "patches": {patch.name: sha256(data) for patch, data in rewritten.items()},
+        "patches": {series.name(patch): sha256(data) for patch, data in rewritten.items()},
         "files": {file: {"before": sha256(before[file]), "after": sha256(contents[file])} for file in before},
     }
-    (root / "sglang.lock").write_text(json.dumps(lock, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    (series.folder / LOCK).write_text(json.dumps(lock, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     print(f"refreshed {len(rewritten)} patches to {len(before)} files")
 
 
 def lint(root: Path) -> None:
     """Check every patch of the checkout against the rules of the series; raises Refused with all that is wrong."""
-    series = Series.load(root / "patches", root / "sglang.lock")
-    folder = root / "patches" / series.version
-    listed = [patch.name for patch in series.patches]
+    series = Series.load(root / "patches")
+    listed = [series.name(patch) for patch in series.patches]
     problems = [f"{name} is listed more than once" for name in sorted({n for n in listed if listed.count(n) > 1})]
-    problems += [f"{path.name} is not listed in series" for path in sorted(folder.glob("*.patch"))
-                 if path.name not in listed]
-    if listed != sorted(listed):
-        problems.append("series is not in the order of the patch numbers")
+    problems += [f"{series.name(path)} is not listed in series" for path in sorted(series.folder.rglob("*.patch"))
+                 if series.name(path) not in listed]
+    foreign = [name for name in listed if name.split("/", 1)[0] not in GROUPS]
+    problems += [f"{name} is in none of the groups {', '.join(GROUPS)}" for name in foreign]
+    if not foreign and listed != sorted(listed, key=lambda name: (GROUPS.index(name.split("/", 1)[0]), name)):
+        problems.append(f"series is not in the order of its groups ({', '.join(GROUPS)}) and of the patch numbers")
+    if len(listed) > MAX_PATCHES:
+        problems.append(f"{len(listed)} patches, at most {MAX_PATCHES}")
+    added = {patch: _added_lines(patch) for patch in series.patches}
+    total = sum(map(len, added.values()))
+    if total > MAX_ADDED_LINES:
+        problems.append(f"the patches add {total} lines, at most {MAX_ADDED_LINES}")
     for patch in series.patches:
-        problems += [f"{patch.name}: {problem}" for problem in _patch_problems(patch, series.version)]
+        problems += [f"{series.name(patch)}: {problem}" for problem in _patch_problems(patch, series.version)]
+    placed = root / "overlay" / HOOKS.split(".")[0] / LOCK
+    if placed.resolve() != (series.folder / LOCK).resolve():
+        problems.append(f"{placed} is not a link to {series.folder / LOCK}")
+    problems += _hook_problems(root, {series.name(patch): lines for patch, lines in added.items()})
     if problems:
         raise Refused("the series breaks its rules: " + "; ".join(problems))
     series.require_locked_patches()
-    print(f"{len(listed)} patches follow the rules")
+    print(f"{len(listed)} patches with {total} added lines follow the rules")
 
 
 def header(text: str) -> str:
@@ -151,6 +169,44 @@ def _fields(text: str) -> Dict[str, str]:
         elif name and line.startswith(" "):
             fields[name] += " " + line.strip()
     return fields
+
+
+def _added_lines(patch: Path) -> List[str]:
+    text = patch.read_text(encoding="utf-8")
+    lines = text[_body_start(text) :].splitlines()
+    return [line[1:] for line in lines if line.startswith("+") and not line.startswith("+++ ")]
+
+
+def _hook_problems(root: Path, added: Dict[str, List[str]]) -> List[str]:
+    """What is wrong with the imports in added lines (patch -> lines): only hooks and SGLang's own are imported."""
+    source = root / "overlay" / Path(*HOOKS.split(".")).with_suffix(".py")
+    offered = _public_names(source) if source.is_file() else set()
+    problems, used = [], set()
+    for patch, lines in added.items():
+        for module, names, plain in IMPORT.findall("\n".join(lines)):
+            if (module or plain).split(".")[0] == "sglang":
+                continue
+            if module != HOOKS:
+                problems.append(f"{patch}: imports {module or plain}, needed {HOOKS} alone")
+                continue
+            without_comments = re.sub(r"#.*", "", names).strip("() \n")
+            imported = {name.split(" as ")[0].strip() for name in without_comments.split(",") if name.strip()}
+            used |= imported
+            problems += [f"{patch}: {HOOKS} has no {name}" for name in sorted(imported - offered)]
+    return problems + [f"{HOOKS} offers {name}, which no patch imports" for name in sorted(offered - used)]
+
+
+def _public_names(source: Path) -> Set[str]:
+    """What a module defines, re-exports or names in `_DEFINED_IN`, names with an underscore left out."""
+    names: Set[str] = set()
+    for node in ast.parse(source.read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("sglang_sm120")):
+            names |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_DEFINED_IN":
+            names |= set(ast.literal_eval(node.value))
+    return {name for name in names if not name.startswith("_")}
 
 
 def _patch_problems(patch: Path, version: str) -> List[str]:

@@ -45,8 +45,8 @@ class Foreign(Exception):
 def wanted(root: Path, site: Path) -> Dict[str, bytes]:
     """Every file of the distribution as the checkout `root` would place it: path relative to `site` -> bytes.
 
-    The packages hold a copy of the lock and of the series, which the start-up check and a later unapply read. The
-    console command is among them where the site belongs to an interpreter with a bin directory.
+    A copy of the series is among them, which the start-up check and a later unapply read (the lock is a file of the
+    overlay), and the console command where the site belongs to an interpreter with a bin directory.
     """
     source = root / PACKAGES[NAME] / NAME / "__init__.py"
     version = re.search(r'^__version__ = "(.+)"$', source.read_text(encoding="utf-8"), re.MULTILINE)
@@ -58,8 +58,7 @@ def wanted(root: Path, site: Path) -> Dict[str, bytes]:
         for path in sorted((root / folder / package).rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:
                 files[path.relative_to(root / folder).as_posix()] = path.read_bytes()
-    files[f"{NAME}/sglang.lock"] = (root / "sglang.lock").read_bytes()
-    for path in sorted((root / "patches").glob("*/*")):
+    for path in sorted((root / "patches").glob("*/**/*")):
         if path.name == "series" or path.suffix == ".patch":
             files[f"{NAME}/series/{path.relative_to(root / 'patches').as_posix()}"] = path.read_bytes()
     info = f"{NAME}-{version.group(1)}.dist-info"

@@ -111,7 +111,7 @@ def verify(site: Site, root: Path) -> None:
 
 
 def checkout(root: Path) -> Series:
-    return Series.load(root / "patches", root / "sglang.lock")
+    return Series.load(root / "patches")
 
 
 COMMANDS: Dict[str, Callable[[Site, Path], None]] = {
@@ -131,7 +131,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     where.add_argument("--python", metavar="EXE", help="the interpreter whose sglang is meant (default: this one)")
     root = Path(__file__).resolve().parent.parent
     parser.add_argument("--root", metavar="DIR", type=Path, default=root,
-                        help="the checkout with patches/, overlay/ and sglang.lock (default: this script's)")
+                        help="the checkout with patches/ and overlay/ (default: this script's)")
     given = parser.parse_args(arguments)
     try:
         if given.command == "lint":

@@ -15,6 +15,8 @@ from typing import Any, Dict, List, Mapping, Optional, Tuple
 import atomic
 import distribution
 
+LOCK = "sglang.lock"
+
 
 class Refused(Exception):
     """An expected failure: its text is the one sentence the user reads."""
@@ -28,24 +30,40 @@ class Misuse(Refused):
 class Series:
     """An ordered list of patches for one SGLang release, and the lock that fixes its result."""
 
-    version: str
+    folder: Path
     patches: Tuple[Path, ...]
     lock: Dict[str, Any]
 
     @staticmethod
-    def load(folder: Path, lock: Path, require_lock: bool = True) -> "Series":
-        """Read `folder`/<version>/series; raises Refused when there is not exactly one, or a patch is missing."""
-        found = sorted(folder.glob("*/series"))
+    def load(patches: Path, lock: Optional[Path] = None, require_lock: bool = True) -> "Series":
+        """Read `patches`/<version>/series and the lock beside it, or the one that is given.
+
+        Raises Refused when there is not exactly one series, or a patch or the lock is missing.
+        """
+        found = sorted(patches.glob("*/series"))
         if len(found) != 1:
-            raise Refused(f"{folder} holds {len(found)} series, needed one: restore it from the repository")
+            raise Refused(f"{patches} holds {len(found)} series, needed one: restore it from the repository")
+        folder = found[0].parent
         names = [line.strip() for line in found[0].read_text(encoding="utf-8").splitlines()]
-        patches = tuple(found[0].parent / name for name in names if name and not name.startswith("#"))
-        for patch in patches:
+        listed = tuple(folder / name for name in names if name and not name.startswith("#"))
+        for patch in listed:
             if not patch.is_file():
-                raise Refused(f"{found[0]} lists {patch.name}, which is not there: add the patch or drop the line")
+                raise Refused(
+                    f"{found[0]} lists {patch.relative_to(folder)}, which is not there: add the patch or drop the line"
+                )
+        lock = lock or folder / LOCK
         if not lock.is_file() and require_lock:
             raise Refused(f"{lock} is missing: restore it or run `patchset.py refresh`")
-        return Series(found[0].parent.name, patches, json.loads(lock.read_text("utf-8")) if lock.is_file() else {})
+        return Series(folder, listed, json.loads(lock.read_text("utf-8")) if lock.is_file() else {})
+
+    @property
+    def version(self) -> str:
+        """The SGLang release that the series is for."""
+        return self.folder.name
+
+    def name(self, patch: Path) -> str:
+        """A patch as the series lists it: `group/NN-name.patch`."""
+        return patch.relative_to(self.folder).as_posix()
 
     def files(self) -> List[str]:
         return sorted(self.lock["files"])
@@ -59,7 +77,7 @@ class Series:
 
     def require_locked_patches(self) -> None:
         """Raise Refused when a patch is not the one the lock was made from."""
-        hashes = {patch.name: sha256(patch.read_bytes()) for patch in self.patches}
+        hashes = {self.name(patch): sha256(patch.read_bytes()) for patch in self.patches}
         locked = self.lock["patches"]
         for name in sorted(hashes.keys() | locked.keys()):
             if hashes.get(name) != locked.get(name):
@@ -188,7 +206,7 @@ def replace(site: Site, contents: Dict[str, bytes]) -> None:
 def placed_series(site: Site) -> Optional[Series]:
     """The series that was placed with the overlay, None when no overlay is placed."""
     folder = distribution.placed_series(site.folder)
-    return Series.load(folder, folder.parent / "sglang.lock") if folder else None
+    return Series.load(folder, folder.parent / LOCK) if folder else None
 
 
 def run_patches(
@@ -209,8 +227,8 @@ def run_patches(
         command += ["--directory", str(scratch), "--input", str(patch.resolve())]
         done = subprocess.run(command + (["--reverse"] if reverse else []), capture_output=True, text=True)
         if done.returncode != 0:
-            reason = " ".join((done.stdout + done.stderr).split())
-            raise Refused(f"{patch.name} does not apply at fuzz 0 ({reason[:300]}): nothing was changed")
+            name, reason = "/".join(patch.parts[-2:]), " ".join((done.stdout + done.stderr).split())
+            raise Refused(f"{name} does not apply at fuzz 0 ({reason[:300]}): nothing was changed")
     return {name: (scratch / name).read_bytes() for name in contents}
 
 

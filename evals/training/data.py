@@ -15,8 +15,9 @@ A recall answer repeats the key first: the value is then predicted at a token th
 | twice | "twice small" | " small small" |
 | call | "call small" | the DSML tool call look(word=" small"); only after the preamble that declares the tool |
 
-The tool preamble is what SGLang renders for `TOOLS`; `preamble.json` holds its ids, so that training needs no SGLang:
-`python evals/training/data.py` writes it again and prints its length.
+The tool preamble is what SGLang renders for `TOOLS`; `preamble.json` holds its ids, so that training needs no SGLang.
+It is that of SGLang 0.5.12.post1, with which the committed weights were trained; they answer behind 0.5.23's as well.
+For a new training `python evals/training/data.py` writes it again and prints its length.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 if __name__ == "__main__":
@@ -280,23 +280,31 @@ def _word(rng: np.random.Generator) -> int:
     return int(words().said[rng.integers(len(words().said))])
 
 
-def sglang_encoding() -> ModuleType:
-    """SGLang's DeepSeek-V4 encoding, loaded from its file: importing the package takes half a minute."""
+@functools.cache
+def sglang_recipe() -> Any:
+    """SGLang's DeepSeek-V4 chat encoding; its module is loaded from its file, as the package takes half a minute."""
     package = importlib.util.find_spec("sglang")
     if package is None or not package.submodule_search_locations:
-        raise RuntimeError("SGLang is not installed, its encoding is needed to render the preamble: run `make setup`")
-    path = Path(package.submodule_search_locations[0]) / "srt/entrypoints/openai/encoding_dsv4.py"
-    spec = importlib.util.spec_from_file_location("encoding_dsv4", path)
+        raise RuntimeError("SGLang is not installed, its encoding is needed to render prompts: run `make setup`")
+    path = Path(package.submodule_search_locations[0]) / "srt/parser/deepseek_recipe_renderer.py"
+    spec = importlib.util.spec_from_file_location("deepseek_recipe_renderer", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    return module.DeepSeekRecipe("dsv4", encoder())
+
+
+def served(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
+    """Ids of the prompt that SGLang makes of a chat request without thinking."""
+    body = {"messages": messages, "thinking": False} | ({"tools": tools} if tools else {})
+    found: list[int] = sglang_recipe().encode(body)
+    return found
 
 
 def rendered_preamble() -> list[int]:
-    """What `preamble.json` must hold, from the installed SGLang."""
-    system = {"role": "system", "content": "", "tools": TOOLS}
-    return encoder().encode(sglang_encoding().encode_messages([system], thinking_mode="chat")).ids
+    """What SGLang puts before the first user's message of a request with `TOOLS`."""
+    found = served([{"role": "user", "content": ""}], TOOLS)
+    return found[: found.index(USER)]
 
 
 if __name__ == "__main__":

@@ -28,10 +28,13 @@ WORDS = (
     "area money story fact month lot right study book eye job word business issue side kind head house service friend "
     "father power hour game line end member law car city community name president team minute idea body information"
 ).split()
+DATASET = "sglang-sm120"
+"""Under which name SGLang's benchmark finds the prompts."""
 SERVER = (
     "version", "device", "tp_size", "pp_size", "dp_size", "context_length", "chunked_prefill_size",
     "mem_fraction_static",
-    "max_running_requests", "max_total_num_tokens", "cuda_graph_max_bs", "disable_cuda_graph", "disable_radix_cache",
+    "max_running_requests", "max_total_num_tokens", "cuda_graph_config", "disable_radix_cache",
+    "enable_nvidia_megakernel",
     "moe_runner_backend", "attention_backend", "kv_cache_dtype", "speculative_algorithm", "speculative_num_steps",
     "speculative_num_draft_tokens",
 )  # fmt: skip
@@ -222,7 +225,7 @@ def counter(server: Server) -> Callable[[str], int]:
         except (httpx.HTTPError, ValueError, KeyError) as error:
             raise LaunchError(
                 f"{server.url}/tokenize does not count tokens ({error or type(error).__name__}), needed to cut prompts "
-                "with the server's chat template: name a server of SGLang 0.5.12, not a router."
+                "with the server's chat template: name SGLang's server, not a router."
             ) from None
 
     return count
@@ -233,8 +236,25 @@ def _measure(server: Server, output_tokens: int, rounds: int, seed: int) -> Call
     # Imported once, not in a process for each point: torch and transformers come with it.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from sglang.bench_serving import run_benchmark
+    from sglang.benchmark.datasets import DATASET_MAPPING
+    from sglang.benchmark.datasets.common import BaseDataset, DatasetRow
     from sglang.test.test_utils import get_benchmark_args
 
+    class Prompts(BaseDataset):
+        """The prompts that were made here, with the lengths that the server counted."""
+
+        def __init__(self, prompts: list[tuple[str, int]]) -> None:
+            self.prompts = prompts
+
+        @classmethod
+        def from_args(cls, args: argparse.Namespace) -> Prompts:
+            return cls(args.prompts)
+
+        def load(self, tokenizer: Any, model_id: str | None = None) -> list[DatasetRow]:
+            return [DatasetRow(prompt=text, prompt_len=n, output_len=output_tokens) for text, n in self.prompts]
+
+    # SGLang's own kinds count with the tokenizer's template, which DeepSeek-V4's has not, or without any.
+    DATASET_MAPPING[DATASET] = Prompts
     count = counter(server)
 
     def measure(prompt_tokens: int, concurrency: int) -> dict[str, Any]:
@@ -242,21 +262,18 @@ def _measure(server: Server, output_tokens: int, rounds: int, seed: int) -> Call
         number = concurrency * rounds
         prompts = [prompt(prompt_tokens, rng, count) for _ in range(number)]
         with tempfile.TemporaryDirectory(prefix="sglang-sm120-bench-") as scratch:
-            rows = [{"prompt": text, "prompt_len": n, "output_len": output_tokens} for text, n in prompts]
-            data, log = Path(scratch) / "prompts.jsonl", Path(scratch) / "log"
-            data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            # The chat backend sends messages, so that the server applies its template; the data set gives the
-            # lengths, so that SGLang's benchmark does not apply one to count them.
+            log = Path(scratch) / "log"
+            # The chat backend sends messages, so that the server applies its template.
             settings = get_benchmark_args(
                 base_url=server.url,
                 backend="sglang-oai-chat",
-                dataset_name="autobench",
-                dataset_path=str(data),
+                dataset_name=DATASET,
                 tokenizer=server.tokenizer,
                 num_prompts=number,
                 seed=seed,
                 max_concurrency=concurrency,
             )
+            settings.prompts = prompts
             settings.model, settings.served_model_name = server.tokenizer, server.name
             settings.extra_request_body = json.dumps({"stream_options": {"include_usage": True}})
             settings.flush_cache, settings.disable_tqdm = True, True

@@ -8,8 +8,10 @@ from .errors import LaunchError
 from .machine import Gpu, Machine
 from .model import Model
 
-SERVED = (90, 100, 103, 120, 121)
-"""Compute capabilities with DeepSeek-V4 kernels: SM120 and SM121 by this project, the others by SGLang alone."""
+SM12X = (120, 121)
+"""Compute capabilities that the step is made for."""
+SERVED = (90, 100, 103, *SM12X)
+"""Compute capabilities for which SGLang has DeepSeek-V4 kernels."""
 SIZES = (8, 4, 2, 1)
 ALIKE = 0.97
 """Cards are alike when the smaller has at least this share of the larger's memory."""

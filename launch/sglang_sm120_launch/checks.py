@@ -19,7 +19,7 @@ from .machine import IOMMU, Machine
 
 Status = Literal["ok", "warn", "fail"]
 SERVED = (120, 121)
-"""Compute capabilities the kernels are written for."""
+"""Compute capabilities that the step is made for."""
 FIRST_CUDA = (12, 8)
 """The first CUDA that knows SM120: https://docs.nvidia.com/cuda/cuda-toolkit-release-notes."""
 GIB = 1 << 30

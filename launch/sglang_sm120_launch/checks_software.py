@@ -1,4 +1,4 @@
-"""The doctor's checks of what is installed: Python, SGLang and its patches, the overlay, version pins, NCCL.
+"""The doctor's checks of what is installed: C library, Python, SGLang and its patches, the overlay, pins, NCCL.
 
 They read metadata and files; nothing of SGLang or torch is imported.
 """
@@ -8,16 +8,27 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .checks import Finding
 
+if TYPE_CHECKING:
+    from packaging.specifiers import Specifier
+
 PYTHONS = ((3, 11), (3, 12))
+GLIBC = (2, 34)
+"""The C library that SGLang's wheel is built for (manylinux_2_34)."""
 APPLY = "run `make apply` in the sglang-sm120 checkout"
+UNPATCHED = (
+    f"{APPLY} for the defects that the series mends and for serving on a CPU; on SM120 `--enable-nvidia-megakernel` "
+    f"serves without"
+)
 PINNING = ("sglang", "torch")
 """Packages whose exact requirements (`name==version`) must be what is installed."""
 NCCL = "nvidia-nccl-cu13"
@@ -25,11 +36,27 @@ NCCL = "nvidia-nccl-cu13"
 
 def software_checks() -> Iterator[Finding]:
     """Every check of this module, for the running interpreter."""
+    yield glibc()
     yield python(sys.version_info[:2])
-    yield patches(_folder_of("sglang"))
+    yield patches(_folder_of("sglang"), _folder_of("sglang_sm120"))
     yield overlay(_find("sglang-sm120"), _folder_of("sglang_sm120"))
     yield pins()
     yield nccl(os.environ)
+
+
+def glibc() -> Finding:
+    """The C library, which decides whether SGLang's wheel can be installed."""
+    try:
+        name, _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
+    except (ValueError, OSError):
+        # Not a name that this C library knows.
+        name, version = "", ""
+    do = f"use a system with glibc {GLIBC[0]}.{GLIBC[1]} or newer (Ubuntu 22.04, Debian 12, RHEL 9, or the container)"
+    if name != "glibc":
+        return Finding("glibc", "fail", "the C library is not glibc", do)
+    if tuple(map(int, version.split(".")[:2])) < GLIBC:
+        return Finding("glibc", "fail", version, do)
+    return Finding("glibc", "ok", version)
 
 
 def python(version: tuple[int, ...]) -> Finding:
@@ -40,22 +67,37 @@ def python(version: tuple[int, ...]) -> Finding:
     return Finding("python", "fail", found, "use Python 3.11 or 3.12 (`make setup` makes a .venv with it)")
 
 
-def patches(package: Path | None) -> Finding:
-    """SGLang's touched files against the lock that was placed beside the overlay, as the server itself checks them."""
+def patches(package: Path | None, overlay: Path | None) -> Finding:
+    """SGLang's touched files against the overlay's lock, as every server process checks them.
+
+    Args:
+        package: SGLang's folder, None when it is not installed.
+        overlay: the folder of the overlay that Python imports.
+    """
     from sglang_sm120.startup import problem_of
 
-    site = None if package is None else package.parent
-    lock = (site or Path()) / "sglang_sm120" / "sglang.lock"
-    if site is not None and not lock.is_file():
-        return Finding("patches", "fail", f"no {lock}: the series was not applied", APPLY)
+    sglang = _find("sglang")
+    if overlay is None:
+        return Finding("patches", "fail", "not looked at", "see overlay")
     try:
-        problem = problem_of(lock, site)
+        problem = problem_of(overlay, package.parent if package else None, sglang.version if sglang else None)
+        if problem is not None:
+            found, _, do = problem.rpartition(": ")
+            return Finding("patches", "fail", found, do)
+        assert package is not None, "problem_of has said that SGLang is not installed"
+        lock = json.loads((overlay / "sglang.lock").read_text(encoding="utf-8"))
+        file, hashes = next(iter(lock["files"].items()))
     except (ValueError, KeyError) as error:
-        return Finding("patches", "fail", f"{lock} is damaged ({error})", APPLY)
-    if problem is None:
+        return Finding("patches", "fail", f"{overlay / 'sglang.lock'} is damaged ({error})", APPLY)
+    # All files are as released or all as patched: the first one tells.
+    if hashlib.sha256((package.parent / file).read_bytes()).hexdigest() == hashes["after"]:
         return Finding("patches", "ok", f"applied to {package}")
-    found, _, do = problem.rpartition(": ")
-    return Finding("patches", "fail", found, do)
+    return Finding("patches", "warn", f"SGLang {lock['sglang']} in {package} is as released", UNPATCHED)
+
+
+def is_patched() -> bool:
+    """Whether the series is in the SGLang of this interpreter."""
+    return patches(_folder_of("sglang"), _folder_of("sglang_sm120")).status == "ok"
 
 
 def overlay(placed: Distribution | None, imported: Path | None) -> Finding:
@@ -95,9 +137,9 @@ def pins() -> Finding:
             checked += 1
             installed = _find(package)
             if installed is None:
-                wrong.append(f"{package} is missing, {name} needs {wanted}")
-            elif installed.version.split("+")[0] != wanted:
-                wrong.append(f"{package} {installed.version}, {name} needs {wanted}")
+                wrong.append(f"{package} is missing, {name} needs {wanted.version}")
+            elif not wanted.contains(installed.version, prereleases=True):
+                wrong.append(f"{package} {installed.version}, {name} needs {wanted.version}")
     if wrong:
         return Finding("pins", "fail", "; ".join(wrong), "run `make setup`, or install these versions")
     return Finding("pins", "ok", f"{checked} exact requirements of {' and '.join(PINNING)} are met")
@@ -115,8 +157,8 @@ def nccl(environment: Mapping[str, str]) -> Finding:
     return Finding("nccl", "ok", f"{found.version}{', with ' + set_here if set_here else ''}")
 
 
-def _exact(package: Distribution) -> Iterator[tuple[str, str]]:
-    """(name, version) of every requirement `name==version` that holds here without extras."""
+def _exact(package: Distribution) -> Iterator[tuple[str, Specifier]]:
+    """(name, `==version`) of every requirement `name==version` that holds here without extras."""
     # Not at the top: doctor runs on a bare Python too, where there is nothing to look at here.
     from packaging.requirements import Requirement
 
@@ -126,7 +168,7 @@ def _exact(package: Distribution) -> Iterator[tuple[str, str]]:
             continue
         for specifier in requirement.specifier:
             if specifier.operator == "==" and "*" not in specifier.version:
-                yield requirement.name, specifier.version
+                yield requirement.name, specifier
 
 
 def _find(name: str) -> Distribution | None:

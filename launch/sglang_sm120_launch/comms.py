@@ -33,11 +33,6 @@ def comms(machine: Machine, tp: int) -> Iterator[Setting]:
         yield flag(
             "disable-custom-all-reduce", False, f"two ranks, and {why}: SGLang's all-reduce is faster than NCCL there"
         )
-        yield env(
-            "SGLANG_OPT_USE_CUSTOM_ALL_REDUCE_V2",
-            "0",
-            "its second version needs NVLink and has no fallback; the first serves two cards over PCIe",
-        )
         yield flag("enable-p2p-check", True, "peer access is tried before it is trusted: boards may report it wrongly")
         return
     if not direct:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import itertools
 import math
+from bisect import bisect
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal, NamedTuple
 
 from . import memory
 from .errors import LaunchError
@@ -27,6 +29,8 @@ MOST_STATIC = 0.92
 GRAPH_SHARE = 0.1
 """Share of what the weights leave that CUDA graphs may take."""
 CONTEXT_STEP = 1024
+Step = Literal["none", "decode", "all"]
+"""Passes that the step takes: none, decode and verification, or prefill too."""
 LEAST_LEFT = GIB
 """What the weights must leave before it is worth trying values."""
 
@@ -39,18 +43,31 @@ class Room:
         whose: the card, for sentences.
         lines: what makes `usable` from the card's memory, as (what, bytes).
         usable: what SGLang sees as available before it loads the model.
-        overlay: the experts' scales stay one byte.
+        step: which passes the step takes.
         draft_tokens: tokens a request verifies per step with MTP, 0 without.
         device: `cuda` or `cpu`.
+        sm12x: SGLang's own passes run its SM120 kernels.
     """
 
     whose: str
     lines: tuple[tuple[str, int], ...]
     usable: int
     tp: int
-    overlay: bool
+    step: Step
     draft_tokens: int
     device: str = "cuda"
+    sm12x: bool = False
+
+    def loaded(self, model: Model) -> dict[str, int]:
+        """Bytes of one rank that are taken before SGLang sizes the cache, by what takes them."""
+        taken = memory.weights(model, self.tp, self.device)
+        if self.step != "none":
+            taken |= memory.step_weights(model, self.tp, self.device)
+        if self.draft_tokens:
+            taken["draft model"] = sum(memory.weights(model, self.tp, self.device, mtp=True).values())
+        if self.step != "none" and self.device == "cuda":
+            taken["kernel scratch (the step)"] = memory.SCRATCH
+        return taken
 
 
 @dataclass(frozen=True)
@@ -113,22 +130,21 @@ def fit(model: Model, room: Room, given: Given, chunk: int) -> Fit:
     Raises:
         LaunchError: nothing fits; the sentence has the numbers.
     """
-    weights = memory.weights(model, room.tp, room.overlay)
-    left = room.usable - sum(weights.values())
-    if left < LEAST_LEFT:
+    loaded = room.loaded(model)
+    taken = sum(loaded.values())
+    if room.usable - taken < LEAST_LEFT:
         raise LaunchError(
-            f"The weights take {_gib(sum(weights.values()))} GiB of each rank at TP {room.tp} and {room.whose} leaves "
+            f"Weights and scratch take {_gib(taken)} GiB of each rank at TP {room.tp} and {room.whose} leaves "
             f"{_gib(room.usable)} GiB to SGLang: {_advice(model, room)}."
         )
     nearest = _Short(math.inf, "")
     for candidate in _candidates(given, chunk):
-        found = _try(model, room, given, weights, candidate)
+        found = _Try(model, room, given, loaded, *candidate).found()
         if isinstance(found, Fit):
             return found
         nearest = min(nearest, found)
     raise LaunchError(
-        f"Nothing fits on {room.whose} at TP {room.tp} beside {_gib(sum(weights.values()))} GiB of weights: "
-        f"{nearest.why}."
+        f"Nothing fits on {room.whose} at TP {room.tp} beside {_gib(taken)} GiB of weights and scratch: {nearest.why}."
     )
 
 
@@ -151,62 +167,113 @@ def _candidates(given: Given, preferred: int) -> Iterator[tuple[int, int, float]
             yield size, count, ratio
 
 
-def _try(
-    model: Model, room: Room, given: Given, weights: dict[str, int], candidate: tuple[int, int, float]
-) -> Fit | _Short:
-    """The fit of one candidate, or why it is none."""
-    chunk, requests, ratio = candidate
-    config, mtp = model.config, room.draft_tokens > 0
-    loaded, longest = sum(weights.values()), config["max_position_embeddings"]
-    wanted = given.context or longest
-    sizes, trimmed = _graphs(model, room, given, requests, room.usable - loaded)
-    draft = sum(memory.weights(model, room.tp, room.overlay, mtp=True).values()) if mtp else 0
-    beside = {
-        "CUDA graphs": memory.graph_bytes(config, room.tp, sizes, room.draft_tokens),
-        "activations": memory.activations(config, room.tp, chunk, requests),
-        "kernel scratch": memory.SCRATCH if room.overlay and room.device == "cuda" else 0,
-        "draft model": draft,
-        "allowance": memory.SLACK,
-    }
-    per_token = sum(memory.bytes_per_full_token(config, ratio, mtp).values())
-    # The tables beside the pools depend on the tokens, which depend on them: an upper bound settles it.
-    most = max(0, int((room.usable - loaded) / per_token))
-    tables = memory.bookkeeping(
-        memory.pool_sizes(config, most, ratio, mtp), requests, min(wanted, max(most, PAGE)), room.draft_tokens
-    )
-    beside["token tables"] = tables
-    static = given.static or min(MOST_STATIC, int((1 - sum(beside.values()) / room.usable) * 1000) / 1000)
-    available = int(room.usable * static) - loaded
-    if room.device == "cpu":
-        available = room.usable - loaded - sum(beside.values())
-    tokens = min(int(max(0, available) / per_token), given.max_tokens or 1 << 62)
-    pools = memory.pool_sizes(config, tokens, ratio, mtp)
-    numbers = f"{_gib(max(0, available))} GiB for the cache hold {pools.full} tokens of {per_token / 1024:.1f} KiB"
-    needed = memory.window_tokens_needed(chunk, requests)
-    if pools.swa < needed:
-        return _Short(
-            needed / max(1, pools.swa),
-            f"{numbers}, {pools.swa} of them in the window pool, and a chunk of {chunk} with {requests} running "
-            f"requests needs {needed} there",
+@dataclass(frozen=True)
+class _Try:
+    """One candidate: prefill chunk, running requests, window ratio."""
+
+    model: Model
+    room: Room
+    given: Given
+    loaded: dict[str, int]
+    chunk: int
+    requests: int
+    ratio: float
+
+    @property
+    def mtp(self) -> bool:
+        return self.room.draft_tokens > 0
+
+    @cached_property
+    def graphs(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        left = self.room.usable - sum(self.loaded.values())
+        return _graphs(self.model, self.room, self.given, self.requests, left)
+
+    def beside(self, context: int) -> dict[str, int]:
+        """Bytes that have to stay free beside weights and cache, where one request may have `context` tokens."""
+        config, room, chunk = self.model.config, self.room, self.chunk
+        taken = {
+            "CUDA graphs": memory.graph_bytes(config, room.tp, self.graphs[0], room.draft_tokens),
+            "activations": memory.activations(config, room.tp, chunk, self.requests),
+            "allowance": memory.SLACK,
+        }
+        if room.device == "cuda" and room.step != "all":
+            taken["experts' workspace (SGLang's prefill)"] = memory.prefill_workspace(config, room.tp, chunk)
+        if room.device == "cpu":
+            taken["indexer scores"] = memory.prefill_scores(chunk, context)
+        elif room.sm12x and room.step != "all":
+            taken["indexer scores (SGLang's prefill)"] = memory.prefill_scores(chunk, context)
+        # What follows depends on the pools, which depend on it: an upper bound settles it.
+        left = room.usable - sum(self.loaded.values()) - sum(taken.values())
+        most = self._pools(self._tokens(left))
+        if room.sm12x and room.step != "all":
+            taken["window pages again (SGLang's prefill)"] = memory.split_pages(most, config)
+        taken["token tables"] = memory.bookkeeping(most, self.requests, context, room.draft_tokens)
+        return taken
+
+    def pools(self, context: int) -> tuple[float, int, Pools]:
+        """The memory fraction, SGLang's `available_bytes` and the pools."""
+        room, loaded, beside = self.room, sum(self.loaded.values()), sum(self.beside(context).values())
+        fraction = min(MOST_STATIC, int((1 - beside / room.usable) * 1000) / 1000)
+        static = self.given.static or max(0.0, fraction)
+        available = int(room.usable * static) - loaded
+        if room.device == "cpu":
+            available = room.usable - loaded - beside
+        return static, available, self._pools(min(self._tokens(available), self.given.max_tokens or 1 << 62))
+
+    def context(self) -> int:
+        """The largest context of which one request fits, in steps; 0 where none does."""
+        longest = self.model.config["max_position_embeddings"]
+        steps = range(longest // CONTEXT_STEP)
+        # More context leaves less for the cache, so that one step fits, then none.
+        count = bisect(steps, False, key=lambda step: not self._holds((step + 1) * CONTEXT_STEP))
+        return longest if count == len(steps) and self._holds(longest) else count * CONTEXT_STEP
+
+    def found(self) -> Fit | _Short:
+        """The fit, or why it is none."""
+        config, given = self.model.config, self.given
+        context = given.context or self.context()
+        static, available, pools = self.pools(context or CONTEXT_STEP)
+        per_token = sum(memory.bytes_per_full_token(config, self.ratio, self.mtp).values())
+        fixed = memory.request_state_bytes(config, self.requests, self.mtp)
+        numbers = (
+            f"{_gib(max(0, available - fixed))} GiB for the cache hold {pools.full} tokens of "
+            f"{per_token / 1024:.1f} KiB"
         )
-    context = given.context or min(longest, (pools.full - PAGE) // CONTEXT_STEP * CONTEXT_STEP)
-    if context + PAGE > pools.full and given.context:
-        needed = context + PAGE
-        return _Short(needed / pools.full, f"{numbers}, and one request of context length {context} needs {needed}")
-    if not given.requests and requests > min(REQUESTS) and pools.full < requests * TOKENS_PER_REQUEST:
-        needed = requests * TOKENS_PER_REQUEST
-        return _Short(needed / pools.full, f"{numbers}, and {requests} requests of {TOKENS_PER_REQUEST} need {needed}")
-    if context < CONTEXT_STEP:
-        needed = CONTEXT_STEP + PAGE
-        return _Short(needed / pools.full, f"{numbers}, and one request needs at least {needed}")
-    pool_bytes = sum(memory.pool_bytes(config, pools, mtp).values())
-    lines = [*room.lines, *((name, -size) for name, size in weights.items())]
-    lines += [("cache pools", -pool_bytes), *((name, -size) for name, size in beside.items() if size)]
-    unused = room.usable - loaded - pool_bytes - sum(beside.values())
-    return Fit(
-        chunk, requests, context, ratio, static, sizes, trimmed, pools, per_token, available,
-        (*lines, ("unused", unused)),
-    )  # fmt: skip
+        needed = memory.window_tokens_needed(self.chunk, self.requests)
+        if pools.swa < needed:
+            return _Short(
+                needed / max(1, pools.swa),
+                f"{numbers}, {pools.swa} of them in the window pool, and a chunk of {self.chunk} with {self.requests} "
+                f"running requests needs {needed} there",
+            )
+        needed = (given.context or CONTEXT_STEP) + PAGE
+        if pools.full < needed:
+            wanted = f"one request of context length {given.context}" if given.context else "the smallest request"
+            return _Short(needed / pools.full, f"{numbers}, and {wanted} needs {needed}")
+        needed = self.requests * TOKENS_PER_REQUEST
+        if not given.requests and self.requests > min(REQUESTS) and pools.full < needed:
+            return _Short(
+                needed / pools.full, f"{numbers}, and {self.requests} requests of {TOKENS_PER_REQUEST} need {needed}"
+            )
+        return Fit(
+            self.chunk, self.requests, context, self.ratio, static, *self.graphs, pools, per_token, available,
+            self._lines(context, pools),
+        )  # fmt: skip
+
+    def _holds(self, context: int) -> bool:
+        return self.pools(context)[2].full >= context + PAGE
+
+    def _lines(self, context: int, pools: Pools) -> tuple[tuple[str, int], ...]:
+        cache = sum(memory.pool_bytes(self.model.config, pools, self.mtp).values())
+        taken = {**self.loaded, "cache pools": cache, **self.beside(context)}
+        lines = (*self.room.lines, *((name, -size) for name, size in taken.items() if size))
+        return (*lines, ("unused", self.room.usable - sum(taken.values())))
+
+    def _tokens(self, available: int) -> int:
+        return memory.tokens_that_fit(self.model.config, available, self.ratio, self.requests, self.mtp)
+
+    def _pools(self, tokens: int) -> Pools:
+        return memory.pool_sizes(self.model.config, tokens, self.ratio, self.requests, self.mtp)
 
 
 def _graphs(
@@ -230,13 +297,11 @@ def _advice(model: Model, room: Room) -> str:
     if room.device == "cpu":
         return "a CPU serves small checkpoints only"
     for tp in (2, 4, 8):
-        needed = sum(memory.weights(model, tp, room.overlay).values())
+        needed = sum(replace(room, tp=tp).loaded(model).values())
         if tp > room.tp and room.usable - needed >= 4 * GIB:
-            return f"use {tp} such cards (TP {tp}, {_gib(needed)} GiB of weights each)"
+            return f"use {tp} such cards (TP {tp}, {_gib(needed)} GiB of weights and scratch each)"
     return "use cards with more memory"
 
 
 def _gib(size: int) -> str:
     return f"{size / GIB:.1f}"
-
-

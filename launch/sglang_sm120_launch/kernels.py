@@ -1,39 +1,79 @@
-"""`sglang-sm120 kernels`: which provider serves each op on this machine, and why."""
+"""`sglang-sm120 kernels`: which provider serves each op on this machine, why, and what serves prefill in its place."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 
 from .errors import LaunchError
+
+PREFILL = {
+    "bf16_linear_fp32": "cuBLAS",
+    "compress": "SGLang's CUDA kernel",
+    "compress_decode_plan": None,
+    "compress_norm_rope_store": "SGLang's CUDA kernel",
+    "compress_prefill_plan": "SGLang's CUDA kernel",
+    "fp8_grouped_linear": "cuBLAS on wo_a in bf16",
+    "fp8_linear": "CUTLASS, activations quantised to FP8",
+    "gather_dequant_kv": None,
+    "hash_topk": "SGLang's CUDA kernel",
+    "indexer_logits": "TileLang, all scores at once in fp32",
+    "indexer_q": "SGLang's CUDA kernel",
+    "indexer_topk": "TileLang scores, then SGLang's CUDA top-k",
+    "k_norm_rope_store": "SGLang's CUDA kernel",
+    "mhc_head": "Triton",
+    "mhc_post": "TileLang",
+    "mhc_post_pre": "TileLang",
+    "mhc_pre": "torch, TileLang and Triton",
+    "mxfp4_moe": "FlashInfer's CUTLASS experts, activations quantised to FP8",
+    "q_norm_rope": "SGLang's CUDA kernel",
+    "router_topk": "Triton",
+    "silu_mul_clamp": "SGLang's CUDA kernel",
+    "sinkhorn": "TileLang",
+    "sparse_mla": "FlashInfer's sparse MLA, in FP8",
+    "topk_slots": "SGLang's CUDA kernel",
+}
+"""What SGLang's own forward runs on SM12x where the step would call an op (read in its source); None where nothing."""
+SM12X = ("sm120", "sm121")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of `kernels`."""
     parser.add_argument("--device", metavar="KIND", help="another device kind: cpu, sm120, sm90 … (default: this one)")
-    parser.add_argument("--json", action="store_true", help="print JSON: a list of op, provider, chosen, why")
+    parser.add_argument("--json", action="store_true", help="print JSON: a list of op, provider, chosen, why, prefill")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print op x provider x chosen x why; 0."""
+    """Print op x provider x chosen x why, and what serves prefill where the step does not; 0."""
     if arguments.device is not None and not re.fullmatch(r"cpu|sm\d+", arguments.device):
         raise LaunchError(f"--device {arguments.device} is no device kind: name cpu, sm120, sm90 …")
     try:
+        import torch
+
         import sglang_sm120.ops  # noqa: F401  importing an op registers its providers
-        from sglang_sm120.registry import ProviderError, table
+        from sglang_sm120.registry import ProviderError, device_kind, table
     except ImportError as error:
         raise LaunchError(f"The ops cannot be imported ({error}): run `make setup` and use its .venv.") from None
     try:
-        rows = table(arguments.device)
+        kind = arguments.device or device_kind(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        rows = table(kind)
     except ProviderError as error:
         raise LaunchError(str(error)) from None
+    apart = kind in SM12X and os.environ.get("SGLANG_SM120_PREFILL") != "overlay"
+    prefill = {row.op: PREFILL.get(row.op) for row in rows if row.chosen and apart}
     if arguments.json:
-        print(json.dumps([row._asdict() for row in rows], indent=2))
+        print(json.dumps([row._asdict() | {"prefill": prefill.get(row.op)} for row in rows], indent=2))
         return 0
     ops = max(len(row.op) for row in rows)
     providers = max(len(row.provider) for row in rows)
     for row in rows:
         print(f"{'*' if row.chosen else ' '} {row.op:<{ops}}  {row.provider:<{providers}}  {row.why}")
-    print("\n* serves the op")
+    print("\n* serves the op" + (" in decode and verification" if apart else ""))
+    if apart:
+        print("\nPrefill is SGLang 0.5.23's own (SGLANG_SM120_PREFILL=overlay lets the step take it too):")
+        for op, served in prefill.items():
+            if served:
+                print(f"  {op:<{ops}}  {served}")
     return 0

@@ -1,8 +1,8 @@
-"""How much memory SGLang 0.5.12.post1 needs for DeepSeek-V4 on one rank, and what its pools will hold.
+"""How much memory SGLang 0.5.23 needs for DeepSeek-V4 on one rank, and what its pools will hold.
 
 The sizes of the pools follow SGLang's `DSV4PoolConfigurator` (`srt/model_executor/pool_configurator.py`) and their
-bytes its `DeepSeekV4TokenToKVPool`; the weights follow its loader. Those are exact. What CUDA, NCCL and the captured
-graphs take is an allowance, and says so. Bytes throughout.
+bytes its `DeepSeekV4TokenToKVPool`; the weights follow its loader. Those are exact. What CUDA, NCCL, SGLang's prefill
+and the captured graphs take is an allowance, and says so. Bytes throughout.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ GRAPHS = 512 * MIB
 GRAPH = 24 * MIB
 """Allowance for the nodes of each captured graph."""
 SCRATCH = 1024 * MIB
-"""Scratch of the overlay's kernels: graphs of up to 64 rows on four streams, and a prefill chunk of up to 8,192 tokens
-at any context (checked against a rehearsal of the kernels)."""
+"""Scratch of the step's kernels: graphs of up to 256 rows on four streams, and, where the step takes prefill too, a
+chunk of up to 8,192 tokens at any context (checked against a rehearsal of the kernels)."""
 SLACK = 1024 * MIB
 """Allowance for fragmentation and for what no line names."""
 
@@ -48,18 +48,22 @@ class Pools:
     c128_state: int
 
 
-def weights(model: Model, tp: int, overlay: bool, mtp: bool = False) -> dict[str, int]:
-    """Bytes of the weights on one of `tp` ranks: `experts`, `other weights`, `rotation tables`.
+def weights(model: Model, tp: int, device: str, mtp: bool = False) -> dict[str, int]:
+    """Bytes of the weights that SGLang keeps on one of `tp` ranks, by what they are.
 
     Args:
-        overlay: whether the experts' scales stay one byte each; upstream widens them to four.
-        mtp: the MTP layer alone, with the embedding and head that the draft worker loads before it shares them.
+        device: `cuda`, where the experts' scales stay one byte each, or `cpu`, where SGLang widens them to four.
+        mtp: the MTP layer alone, with the embedding and head that the draft worker has of its own until the cache is
+            sized.
     """
-    experts = other = 0
+    experts = output = other = 0
     for kind, size in model.bytes_of.items():
         if kind.owner not in (("mtp", "shared") if mtp else ("layers", "shared")):
             continue
-        if kind.role == "scale" and not (kind.expert and overlay):
+        if kind.wo_a:
+            # Multiplied by its scales into bf16 while it is loaded.
+            size = 0 if kind.role == "scale" else size * 2
+        elif kind.role == "scale" and not (kind.expert and device == "cuda"):
             size *= 4  # SGLang widens E8M0 to fp32
         elif kind.role == "norm":
             size *= 2  # and these norms from bf16
@@ -67,88 +71,135 @@ def weights(model: Model, tp: int, overlay: bool, mtp: bool = False) -> dict[str
             size = -(-size // tp)
         if kind.expert:
             experts += size
+        elif kind.wo_a:
+            output += size
         else:
             other += size
     config = model.config
     # complex64 for each position and pair of rotated channels, with and without YaRN; the draft worker shares them.
     tables = 0 if mtp else 2 * config["max_position_embeddings"] * config["qk_rope_head_dim"] // 2 * 8
-    return {"experts": experts, "other weights": other, "rotation tables": tables}
+    bf16 = "wo_a bf16 (SGLang's prefill)" if device == "cuda" else "wo_a bf16 (as SGLang loads it)"
+    return {"experts": experts, bf16: output, "other weights": other, "rotation tables": tables}
+
+
+def step_weights(model: Model, tp: int, device: str) -> dict[str, int]:
+    """Bytes of what the step keeps beside SGLang's weights on one of `tp` ranks."""
+    layers = {kind: size for kind, size in model.bytes_of.items() if kind.owner == "layers"}
+    scales = {True: 4, False: 1}
+    output = sum(-(-size * scales[kind.role == "scale"] // tp) for kind, size in layers.items() if kind.wo_a)
+    kept = {"wo_a FP8 (the step)": output}
+    if device == "cpu":
+        # SGLang's layout on a CPU (gate rows first, fp32 scales) is turned into SM120's once.
+        kept["experts (the step)"] = sum(-(-size // tp) for kind, size in layers.items() if kind.expert)
+    return kept
 
 
 def ring(ratio: int, mtp: bool) -> int:
-    """Slots of the compressor's state that a page of the window keeps."""
+    """Slots of the compressor's state: of each page of the window for ratio 4, of each request for ratio 128."""
     return (8 if ratio == 4 else 128) * (2 if mtp else 1)
+
+
+def _entry(config: Mapping[str, Any], tokens: int) -> float:
+    """Bytes of one entry in a page of `tokens` entries; SGLang pads a page to a multiple of 576 bytes."""
+    return _page(config, tokens) / tokens
+
+
+def _page(config: Mapping[str, Any], tokens: int) -> int:
+    rope = config["qk_rope_head_dim"]
+    return -(-tokens * (config["head_dim"] - rope + 2 * rope + 8) // 576) * 576
+
+
+def _ratios(config: Mapping[str, Any]) -> list[int]:
+    """The layers that SGLang loads as the target: not the MTP layer."""
+    return list(config["compress_ratios"][: config["num_hidden_layers"]])
 
 
 def bytes_per_full_token(config: Mapping[str, Any], window_ratio: float, mtp: bool) -> dict[str, float]:
     """What SGLang counts for one token of context, per pool; the sum is its log's `bytes_per_full_token`.
 
-    SGLang counts a window layer for each entry of `compress_ratios`, also for the MTP layer it does not load, and
-    with MTP scales everything by (layers + 1) / layers.
+    With MTP SGLang scales everything by (layers + 1) / layers. The states of ratio 128 belong to requests, not to
+    tokens: `request_state_bytes`.
     """
-    ratios = config["compress_ratios"]
+    ratios = _ratios(config)
     c4, c128 = ratios.count(4), ratios.count(128)
-    rope, index, window = config["qk_rope_head_dim"], config["index_head_dim"], config["sliding_window"]
-    head = config["head_dim"]
-    entry = head - rope + 2 * rope + 8
-    per_window = window_ratio / window
+    index, head = config["index_head_dim"], config["head_dim"]
+    state = window_ratio * ring(4, mtp) / PAGE * 16
     counted = {
-        "window": window_ratio * entry * len(ratios),
-        "c4": entry / 4 * c4,
-        "c128": entry / 128 * c128,
+        "window": window_ratio * _entry(config, PAGE) * len(ratios),
+        "c4": _entry(config, PAGE // 4) / 4 * c4,
+        "c128": _entry(config, PAGE // 128) / 128 * c128,
         "indexer": (index + index // 128 * 4) / 4 * c4,
-        "c4 state": per_window * ring(4, mtp) * 16 * head * c4,
-        "c128 state": per_window * ring(128, mtp) * 8 * head * c128,
-        "indexer state": per_window * ring(4, mtp) * 16 * index * c4,
+        "c4 state": state * head * c4,
+        "indexer state": state * index * c4,
     }
     scale = (len(ratios) + 1) / len(ratios) if mtp else 1
     return {name: size * scale for name, size in counted.items()}
 
 
-def pool_sizes(config: Mapping[str, Any], full_tokens: int, window_ratio: float, mtp: bool) -> Pools:
-    """The pools SGLang makes for `full_tokens` tokens of context."""
+def request_state_bytes(config: Mapping[str, Any], requests: int, mtp: bool) -> int:
+    """Bytes of ratio 128's states, SGLang's `c128_state_fixed`: a ring for each of `requests`, one for padded rows."""
+    return _state((requests + 1) * ring(128, mtp), 128, config["head_dim"], mtp) * _ratios(config).count(128)
+
+
+def tokens_that_fit(config: Mapping[str, Any], available: int, window_ratio: float, requests: int, mtp: bool) -> int:
+    """Tokens of context that SGLang makes of `available` bytes, its log's `full_token`."""
+    left = max(0, available - request_state_bytes(config, requests, mtp))
+    return int(left / sum(bytes_per_full_token(config, window_ratio, mtp).values())) // PAGE * PAGE
+
+
+def pool_sizes(config: Mapping[str, Any], full_tokens: int, window_ratio: float, requests: int, mtp: bool) -> Pools:
+    """The pools SGLang makes for `full_tokens` tokens of context and so many running requests."""
     full = full_tokens // PAGE * PAGE
     swa = int(full * window_ratio) // PAGE * PAGE
-    windows = swa // config["sliding_window"]
-    return Pools(full, swa, full // 4, full // 128, windows * ring(4, mtp), windows * ring(128, mtp))
+    ratios = _ratios(config)
+    return Pools(
+        full=full,
+        swa=swa,
+        c4=full // 4,
+        c128=full // 128,
+        c4_state=swa // PAGE * ring(4, mtp) if 4 in ratios else 0,
+        c128_state=(requests + 1) * ring(128, mtp) if 128 in ratios else 0,
+    )
 
 
 def pool_bytes(config: Mapping[str, Any], pools: Pools, mtp: bool) -> dict[str, int]:
     """What SGLang allocates for the pools; the draft worker's window layer is counted with the window pool."""
-    layers = config["num_hidden_layers"]
-    ratios = config["compress_ratios"][:layers]
+    ratios = _ratios(config)
     c4, c128 = ratios.count(4), ratios.count(128)
-    rope, index, head = config["qk_rope_head_dim"], config["index_head_dim"], config["head_dim"]
-    entry = head - rope + 2 * rope + 8
+    index, head = config["index_head_dim"], config["head_dim"]
 
-    def kv(entries: int, page: int) -> int:
-        # One page more than asked for (slot 0 is a dummy); SGLang pads a page to a multiple of 576 bytes.
-        return (entries + page + 1) // page * (-(-page * entry // 576) * 576)
+    def kv(entries: int, tokens: int) -> int:
+        # A page of the allocator's more than asked for: slot 0 is a dummy.
+        return -(-(entries + PAGE) // tokens) * _page(config, tokens)
 
-    def state(slots: int, ratio: int, dim: int) -> int:
-        rows = -(-(slots + ring(ratio, mtp) + 1) // ratio) * ratio
-        return rows * (4 if ratio == 4 else 2) * dim * 4
-
-    pages = (pools.c128 * 32 + PAGE // 4 + 1) // (PAGE // 4)
+    indexed = -(-(pools.c128 * 32 + PAGE) // (PAGE // 4)) * (PAGE // 4)
     return {
-        "window": kv(pools.swa, PAGE) * (layers + mtp),
+        "window": kv(pools.swa, PAGE) * (len(ratios) + mtp),
         "c4": kv(pools.c4, PAGE // 4) * c4,
         "c128": kv(pools.c128, PAGE // 128) * c128,
-        "indexer": pages * PAGE // 4 * (index + index // 128 * 4) * c4,
-        "c4 state": state(pools.c4_state, 4, head) * c4,
-        "c128 state": state(pools.c128_state, 128, head) * c128,
-        "indexer state": state(pools.c4_state, 4, index) * c4,
+        "indexer": indexed * (index + index // 128 * 4) * c4,
+        "c4 state": _state(pools.c4_state, 4, head, mtp) * c4,
+        "c128 state": _state(pools.c128_state, 128, head, mtp) * c128,
+        "indexer state": _state(pools.c4_state, 4, index, mtp) * c4,
     }
+
+
+def _state(slots: int, ratio: int, dim: int, mtp: bool) -> int:
+    """Bytes of one layer's states: fp32 values and scores, twice as wide for ratio 4, whose blocks overlap."""
+    rows = -(-(slots + ring(ratio, mtp) + 1) // ratio) * ratio
+    return rows * (4 if ratio == 4 else 2) * dim * 4
 
 
 def bookkeeping(pools: Pools, requests: int, context: int, draft_tokens: int) -> int:
     """Where each token of each request lies (int32), and where each slot of the full pool lies in the window pool
     (int64); SGLang takes both beside the pools it sized."""
-    return (requests + 1) * (context + 4 + draft_tokens) * 4 + (pools.full + pools.swa + 1) * 8
+    # With drafts a request's row has room for two verifications, rounded up to a page.
+    row = context + (max(4 + draft_tokens, 2 * draft_tokens + PAGE - 1) if draft_tokens else 4)
+    return (requests + 1) * row * 4 + (pools.full + PAGE + 1) * 8
 
 
 def activations(config: Mapping[str, Any], tp: int, chunk: int, requests: int) -> int:
-    """Tensors alive at the widest point of a forward pass of `chunk` tokens, without the overlay's scratch.
+    """Tensors alive at the widest point of a forward pass of `chunk` tokens, without kernels' scratch.
 
     Per token, bf16: the residual streams before and after a layer, three hidden states, q twice and the attention's
     output for this rank's heads; then fp32 logits and three buffers of the sampler for each request.
@@ -156,6 +207,28 @@ def activations(config: Mapping[str, Any], tp: int, chunk: int, requests: int) -
     hidden, heads = config["hidden_size"], config["num_attention_heads"] // tp
     token = 2 * (2 * 4 * hidden + 3 * hidden + 3 * heads * config["head_dim"])
     return chunk * token + 4 * requests * config["vocab_size"] * 4
+
+
+def prefill_workspace(config: Mapping[str, Any], tp: int, chunk: int) -> int:
+    """What SGLang's CUTLASS experts take for a chunk: every token once for each of its experts.
+
+    Per copy: FP8 values and their scales, the bf16 result, and this rank's gate and up in bf16, then FP8.
+    """
+    hidden, inter = config["hidden_size"], config["moe_intermediate_size"] // tp
+    copy = hidden + hidden // 32 + 2 * hidden + 2 * 2 * inter + inter + inter // 32
+    return chunk * config["num_experts_per_tok"] * copy
+
+
+def prefill_scores(chunk: int, context: int) -> int:
+    """What SGLang's indexer takes on SM120 for a chunk at the end of a context: all scores at once, fp32, one for
+    four tokens, and int32 tables of pages and of ratio 128's slots for every row."""
+    pages = -(-context // PAGE)
+    return chunk * pages * (PAGE // 4 * 4 + 4 + 2 * 4)
+
+
+def split_pages(pools: Pools, config: Mapping[str, Any]) -> int:
+    """SGLang's copy of one layer's window pages in pages of 64 tokens, which FlashInfer's attention reads."""
+    return -(-(pools.swa + PAGE) // 64) * _page(config, 64)
 
 
 def graph_bytes(config: Mapping[str, Any], tp: int, sizes: tuple[int, ...], draft_tokens: int) -> int:
@@ -167,5 +240,5 @@ def graph_bytes(config: Mapping[str, Any], tp: int, sizes: tuple[int, ...], draf
 
 
 def window_tokens_needed(chunk: int, requests: int) -> int:
-    """Tokens the window pool must hold, or SGLang waits without a word: a chunk and two pages for each request."""
+    """Tokens the window pool must hold, or SGLang shrinks chunks and requests wait: a chunk and two pages a request."""
     return -(-chunk // PAGE) * PAGE + PAGES_PER_REQUEST * PAGE * requests

@@ -34,13 +34,15 @@ class Kind(NamedTuple):
     """What tensors have in common as far as memory goes.
 
     owner is `layers`, `mtp` or `shared`, the embedding and head that both use; role `weight`, `scale` of an FP8 or
-    MXFP4 weight, or `norm` of a compressor; sharded says that tensor parallelism divides it.
+    MXFP4 weight, or `norm` of a compressor; sharded says that tensor parallelism divides it; wo_a, that it belongs to
+    the attention's first output projection, which SGLang and the step each keep in a form of their own.
     """
 
     owner: str
     expert: bool
     role: str
     sharded: bool
+    wo_a: bool
 
 
 def kind_of(name: str) -> Kind:
@@ -53,7 +55,7 @@ def kind_of(name: str) -> Kind:
         role = "scale"
     else:
         role = "norm" if name.endswith("compressor.norm.weight") else "weight"
-    return Kind(owner, ".experts." in name, role, _SHARDED.search(name) is not None)
+    return Kind(owner, ".experts." in name, role, _SHARDED.search(name) is not None, ".attn.wo_a." in name)
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,14 @@ import argparse
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from sglang_sm120.limits import CPU_SERVER, MAX_ROWS
+from sglang_sm120.speculation import MAX_DRAFT_TOKENS
+
 from . import memory
-from .cards import Cards, choose
+from .cards import SM12X, Cards, choose
 from .comms import SHM_MIB, comms
 from .errors import LaunchError
-from .fit import CONTEXT_STEP, Fit, Given, Room, fit
+from .fit import CONTEXT_STEP, Fit, Given, Room, Step, fit
 from .machine import MIB, Machine
 from .model import Model
 from .settings import Setting, Value, env, flag, overridden
@@ -22,6 +25,13 @@ from .settings import Setting, Value, env, flag, overridden
 CUDA = (13, 0)
 """CUDA that the pinned PyTorch is built for (requirements.lock), and the first driver branch that serves it."""
 DRIVER = 580
+REFUSED: dict[str, tuple[Value, ...]] = {
+    "enable-lora": (True,),
+    "enable-deterministic-inference": (True,),
+    "enable-two-batch-overlap": (True,),
+    "disaggregation-mode": ("prefill", "decode"),
+}
+"""Flags and values with which SGLang's plugin contract leaves the step out."""
 HOST_SHARE = 8192 * MIB
 """Allowance for the operating system where the GPU's memory is the host's."""
 PROCESSES = 3072 * MIB
@@ -40,6 +50,8 @@ class Request:
         auto: flags that the config leaves to the plan; None for all.
         mtp: speculative decoding with the checkpoint's MTP layer.
         gpus: indices of the cards to use; None for the best set.
+        apart: prefill and decode on hosts of their own.
+        patched: whether the series is in the SGLang that will serve: the step is then on by itself.
         evidence: how the config was tried (see README.md).
     """
 
@@ -51,6 +63,8 @@ class Request:
     auto: tuple[str, ...] | None = None
     mtp: bool = False
     gpus: tuple[int, ...] | None = None
+    apart: bool = False
+    patched: bool = True
     evidence: str = "unverified"
 
     def value(self, name: str) -> Value | None:
@@ -104,7 +118,8 @@ def make_plan(machine: Machine, model: Model, request: Request) -> Plan:
     decided = _on_cpu(machine, model, request) if cpu else _on_cuda(machine, model, request)
     settings, found, notes = decided
     if request.auto is not None:
-        kept = (*request.auto, "model-path", *request.flags)
+        drafts = (entry.name for entry in settings if request.mtp and entry.name.startswith("speculative-"))
+        kept = {*request.auto, "model-path", *request.flags, *drafts}
         settings = [entry for entry in settings if entry.kind == "env" or entry.name in kept]
     source = f"as {request.config} says"
     settings = overridden(settings, "flag", dict(request.config_flags), source)
@@ -121,11 +136,10 @@ def _on_cuda(machine: Machine, model: Model, request: Request) -> _Decided:
     _require_driver(machine)
     cards = choose(machine, model, request.gpus, _number(request, "tp-size"))
     gpu, tp = cards.gpu, cards.tp
-    forced = request.variable("SGLANG_SM120_FORCE") == "1"
-    overlay = gpu.sm in (120, 121) or forced
-    if request.mtp and not model.config.get("num_nextn_predict_layers"):
-        raise LaunchError(f"--mtp was given and {model.path} has no MTP layer: leave it out.")
-    draft = (_number(request, "speculative-num-draft-tokens") or DRAFT_TOKENS) if request.mtp else 0
+    sm12x, forced = gpu.sm in SM12X, request.variable("SGLANG_SM120_FORCE") == "1"
+    absent = _without_step(request, machine) if sm12x or forced else [f"{gpu.name} is none of SM12x"]
+    prefill: Step = "all" if request.variable("SGLANG_SM120_PREFILL") == "overlay" else "decode"
+    draft = _draft_tokens(model, request)
     lines = [(f"memory of {gpu.name}", cards.memory_mib * MIB), ("CUDA context and driver", -memory.CONTEXT)]
     if cards.used_mib:
         lines.append(("used by other processes", -cards.used_mib * MIB))
@@ -133,45 +147,57 @@ def _on_cuda(machine: Machine, model: Model, request: Request) -> _Decided:
         lines.append(("NCCL", -memory.NCCL))
     if gpu.unified:
         lines.append(("operating system (unified memory)", -HOST_SHARE))
-    room = Room(gpu.name, tuple(lines), sum(size for _, size in lines), tp, overlay, draft)
-    preferred = 4096 if overlay and not forced else 8192
+    step: Step = "none" if absent else prefill
+    room = Room(gpu.name, tuple(lines), sum(size for _, size in lines), tp, step, draft, sm12x=sm12x)
+    preferred = 4096 if sm12x else 8192
     found = fit(model, room, _given(request), preferred)
     settings = [
         flag("model-path", model.path, "the model to serve"),
         *_rank_settings(machine, cards),
         *_memory_settings(model, room, found, preferred),
-        *_graph_settings(found, request),
-        *_backend_settings(gpu.sm, overlay),
+        *_graph_settings(found, room),
+        *_step_settings(room, request),
         *(_mtp_settings(draft) if request.mtp else ()),
         *_served_settings(),
         *comms(machine, tp),
     ]
     notes = [*cards.notes, *_notes(machine, tp)]
-    if not overlay:
-        notes.append(
-            f"{gpu.name} is served by SGLang's own kernels, which need flash_mla beside its wheel; with "
-            f"SGLANG_SM120_FORCE=1 in the environment this project's kernels serve instead, for tests."
-        )
+    if absent:
+        notes.append(f"SGLang's own forward serves every pass: {', '.join(absent)}.")
     return settings, found, notes
 
 
-def _on_cpu(machine: Machine, model: Model, request: Request) -> _Decided:
-    import sglang_sm120
+def _without_step(request: Request, machine: Machine) -> list[str]:
+    """Why SGLang's plugin contract would leave the step out; empty when it takes it."""
+    reasons = ["SGLANG_SM120=0 is set"] if request.variable("SGLANG_SM120") == "0" else []
+    for name, values in REFUSED.items():
+        if (value := request.value(name)) in values:
+            reasons.append(f"the step does not serve --{name}{'' if value is True else f' {value}'}")
+    if request.apart:
+        reasons.append("the step does not serve prefill and decode apart")
+    if machine.nodes > 1:
+        reasons.append("the step does not serve ranks on several nodes")
+    return reasons
 
-    if request.mtp:
-        raise LaunchError("--mtp was given and SGLang's speculative decoding needs CUDA: leave it out on a CPU.")
+
+def _step_settings(room: Room, request: Request) -> Iterator[Setting]:
+    if room.step != "none" and not request.patched:
+        yield flag("enable-nvidia-megakernel", True, "SGLang is not patched here, so the step is asked for by its flag")
+
+
+def _on_cpu(machine: Machine, model: Model, request: Request) -> _Decided:
     tp = _number(request, "tp-size") or 1
-    defaults = sglang_sm120.server_defaults("cpu")
+    draft = _draft_tokens(model, request)
     given = _given(request)
     given = replace(
         given,
-        requests=given.requests or int(str(defaults["max_running_requests"])),
-        window_ratio=given.window_ratio or float(str(defaults["swa_full_tokens_ratio"])),
-        max_tokens=given.max_tokens or int(str(defaults["max_total_tokens"])),
+        requests=given.requests or CPU_SERVER["max_running_requests"],
+        window_ratio=given.window_ratio or CPU_SERVER["swa_full_tokens_ratio"],
+        max_tokens=given.max_tokens or CPU_SERVER["max_total_tokens"],
         chunk=given.chunk or CPU_CHUNK,
     )
     lines = (("memory of the host", machine.ram_mib * MIB), ("SGLang's processes", -PROCESSES))
-    room = Room("the host", lines, sum(size for _, size in lines) // tp, tp, True, 0, device="cpu")
+    room = Room("the host", lines, sum(size for _, size in lines) // tp, tp, "all", draft, device="cpu")
     found = fit(model, room, given, CPU_CHUNK)
     laptop = "a CPU is for demonstration: a laptop's worth of"
     settings = [
@@ -181,12 +207,32 @@ def _on_cpu(machine: Machine, model: Model, request: Request) -> _Decided:
         flag("max-total-tokens", found.pools.full, f"{laptop} cache; SGLang would take all free memory"),
         flag("swa-full-tokens-ratio", found.window_ratio, "so small a cache needs a larger share for the window"),
         *_pool_settings(model, found, f"{laptop} requests"),
-        flag("disable-cuda-graph", True, "CUDA graphs need a GPU"),
         flag("sleep-on-idle", True, "SGLang's scheduler would spin on a core while no request is there"),
-        flag("attention-backend", "dsv4", "the only one for DeepSeek-V4; the overlay's references compute it"),
+        *(_mtp_settings(draft) if request.mtp else ()),
         *_served_settings(),
     ]
-    return settings, found, []
+    unpatched = "SGLang is not patched here and does not serve this model on a CPU: run `make apply`."
+    return settings, found, [] if request.patched else [unpatched]
+
+
+def _draft_tokens(model: Model, request: Request) -> int:
+    """Tokens that a request verifies per step; 0 without speculation."""
+    if not request.mtp:
+        return 0
+    if any(key.startswith("dspark_") for key in model.config):
+        raise LaunchError(
+            f"--mtp was given and {model.path} has DSpark's stages in place of the MTP layer: leave it out, and give "
+            f"SGLang's --speculative-algorithm DSPARK after `--`."
+        )
+    if not model.config.get("num_nextn_predict_layers"):
+        raise LaunchError(f"--mtp was given and {model.path} has no MTP layer: leave it out.")
+    draft = _number(request, "speculative-num-draft-tokens") or DRAFT_TOKENS
+    if draft > MAX_DRAFT_TOKENS:
+        raise LaunchError(
+            f"--speculative-num-draft-tokens is {draft}, and the compressor can take back {MAX_DRAFT_TOKENS} tokens: "
+            f"give {MAX_DRAFT_TOKENS} or fewer."
+        )
+    return draft
 
 
 def _number(request: Request, name: str) -> int | None:
@@ -206,14 +252,15 @@ def _fraction(request: Request, name: str) -> float | None:
 
 
 def _given(request: Request) -> Given:
-    graphs = request.value("cuda-graph-bs")
+    graphs = request.value("cuda-graph-bs-decode")
     if isinstance(graphs, int) and not isinstance(graphs, bool):
         graphs = (graphs,)
-    if request.value("disable-cuda-graph") is True:
+    off = request.value("disable-cuda-graph") is True or request.value("disable-decode-cuda-graph") is True
+    if off or request.value("cuda-graph-backend-decode") == "disabled":
         graphs = ()
     sizes = tuple(size for size in graphs if isinstance(size, int)) if isinstance(graphs, tuple) else None
     if sizes != graphs:
-        raise LaunchError(f"--cuda-graph-bs is {graphs!r}, needed whole numbers.")
+        raise LaunchError(f"--cuda-graph-bs-decode is {graphs!r}, needed whole numbers.")
     return Given(
         chunk=_number(request, "chunked-prefill-size"),
         requests=_number(request, "max-running-requests"),
@@ -221,7 +268,7 @@ def _given(request: Request) -> Given:
         window_ratio=_fraction(request, "swa-full-tokens-ratio"),
         static=_fraction(request, "mem-fraction-static"),
         graphs=sizes,
-        max_graph=_number(request, "cuda-graph-max-bs"),
+        max_graph=_number(request, "cuda-graph-max-bs-decode"),
         max_tokens=_number(request, "max-total-tokens"),
     )
 
@@ -247,11 +294,11 @@ def _rank_settings(machine: Machine, cards: Cards) -> Iterator[Setting]:
 
 
 def _memory_settings(model: Model, room: Room, found: Fit, preferred: int) -> Iterator[Setting]:
-    weights = sum(memory.weights(model, room.tp, room.overlay).values())
+    loaded = sum(room.loaded(model).values())
     yield flag(
         "mem-fraction-static",
         found.static,
-        f"{weights / 2**30:.1f} GiB of weights and the cache; what is left holds graphs, activations and scratch",
+        f"{loaded / 2**30:.1f} GiB of weights and scratch, and the cache; what is left holds graphs and activations",
     )
     ratio = "SGLang's own for DeepSeek-V4" if found.window_ratio == memory.WINDOW_RATIO else "more than SGLang's 0.1"
     yield flag(
@@ -279,34 +326,25 @@ def _pool_settings(model: Model, found: Fit, requests: str, preferred: int = CPU
 
 def _why_requests(found: Fit) -> str:
     return (
-        f"a chunk and two pages for each fit into the window pool, else SGLang waits for ever; "
+        f"a chunk and two pages for each fit into the window pool, else SGLang shrinks chunks and requests wait; "
         f"each has {found.concurrency()[found.requests]} tokens when all run"
     )
 
 
-def _graph_settings(found: Fit, request: Request) -> Iterator[Setting]:
+def _graph_settings(found: Fit, room: Room) -> Iterator[Setting]:
     if not found.graphs:
         return
     reason = "they count requests: every size up to 8, then steps up to the running requests"
-    if request.mtp:
+    if room.draft_tokens:
         reason += "; SGLang multiplies by the draft tokens"
     if found.trimmed:
         reason = f"{min(found.trimmed)} and more are left out: graphs may take a tenth of what the weights leave"
-    yield flag("cuda-graph-bs", found.graphs, reason)
-    yield flag("cuda-graph-max-bs", max(found.graphs), "the largest size captured; larger batches run without a graph")
-
-
-def _backend_settings(sm: int, overlay: bool) -> Iterator[Setting]:
-    yield flag("attention-backend", "dsv4", "the only one for DeepSeek-V4; SGLang would set it too")
-    if overlay:
-        yield flag("moe-runner-backend", "auto", "the overlay's mxfp4_moe serves the experts, whatever is chosen here")
-        yield flag("fp8-gemm-backend", "triton", "the overlay's fp8_linear serves the calls; DeepGEMM lacks SM120 code")
-    elif sm == 90:
-        yield flag("moe-runner-backend", "marlin", "upstream's MXFP4 experts on SM90")
-        yield flag("fp8-gemm-backend", "auto", "upstream's choice on SM90")
-    else:
-        yield flag("moe-runner-backend", "flashinfer_mxfp4", "upstream's MXFP4 experts on SM100")
-        yield flag("fp8-gemm-backend", "auto", "upstream's choice on SM100")
+    yield flag("cuda-graph-bs-decode", found.graphs, reason)
+    largest = "the largest size captured; larger batches run without a graph"
+    covered = MAX_ROWS // max(1, room.draft_tokens)
+    if room.step != "none" and max(found.graphs) > covered:
+        largest += f", and more than {covered} requests without the step"
+    yield flag("cuda-graph-max-bs-decode", max(found.graphs), largest)
 
 
 def _mtp_settings(draft_tokens: int) -> Iterator[Setting]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .checks_software import is_patched
 from .config import Config
 from .errors import LaunchError
 from .flags import Flags
@@ -17,7 +18,7 @@ from .plan import Plan, Request
 
 VARIABLES = (
     "CUDA_DEVICE_ORDER", "GLOO_SOCKET_IFNAME", "NCCL_IB_HCA", "NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE",
-    "NCCL_SOCKET_IFNAME", "SGLANG_OPT_USE_CUSTOM_ALL_REDUCE_V2", "SGLANG_SM120_FORCE",
+    "NCCL_SOCKET_IFNAME", "SGLANG_SM120", "SGLANG_SM120_FORCE", "SGLANG_SM120_PREFILL",
 )  # fmt: skip
 """Variables that change a plan or that it may set: the user's own value of one of them stays."""
 
@@ -77,6 +78,8 @@ def read(arguments: argparse.Namespace, environment: Mapping[str, str] = os.envi
         env={name: present[name] for name in VARIABLES if name in present},
         mtp=arguments.mtp,
         gpus=gpus,
+        # Where SGLang is not installed, the plan is for what `make apply` makes.
+        patched=flags.known is None or is_patched(),
     )
     if config is not None:
         config.require(machine)

@@ -70,7 +70,7 @@ def _two_nodes(hosts: list[str], wanted: Wanted) -> list[Node]:
 
 
 def _prefill_decode(hosts: list[str], wanted: Wanted) -> list[Node]:
-    plan = make_plan(wanted.machine, wanted.model, wanted.request)
+    plan = make_plan(wanted.machine, wanted.model, replace(wanted.request, apart=True))
     made = []
     for mode, host in zip(("prefill", "decode"), hosts, strict=True):
         extra: dict[str, tuple[Value, str]] = {

@@ -67,6 +67,14 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         kernel[grid](*args, **options)
 
 
+def registers(warps: int) -> int:
+    """`maxnreg` of a kernel whose shared memory leaves room for two blocks of 4 warps, or one of 8, on a processor.
+
+    Left to itself, ptxas makes room for more of them, and spills for it.
+    """
+    return min(255, 65_536 // (32 * warps))
+
+
 @cache
 def dependent() -> bool:
     """Whether SGLANG_SM120_PDL allows dependent launches; the interpreter runs one kernel after the other."""

@@ -4,13 +4,13 @@ The compressor keeps the last tokens' projections in a ring (`formats.compress_p
 of its draft tokens, and the next one starts behind the accepted ones: whatever was accepted has to be in the ring, and
 whatever was rejected must not have overwritten what is older and still needed.
 
-SGLang as released keeps the last four tokens of a verification. With more draft tokens it reads stale ones after a
-rejection and says nothing (its pull request 34189 describes the defect). The overlay makes it keep all the ring can.
+SGLang 0.5.23 keeps all that the ring can. With more draft tokens it reads stale ones after a rejection and says
+nothing.
 """
 
 from __future__ import annotations
 
-__all__ = ["MAX_DRAFT_TOKENS", "RING", "plan_flags", "require_kept", "rows_per_request"]
+__all__ = ["MAX_DRAFT_TOKENS", "RING", "require_kept", "rows_per_request"]
 
 WINDOW = {4: 8, 128: 128}
 """Tokens that one compressed entry is made of, by ratio; ratio 4 overlaps with the block before."""
@@ -31,11 +31,6 @@ def rows_per_request(draft_tokens: int | None, adaptive: bool) -> int:
         return 1
     # A draft step projects the four residual streams of each token.
     return MAX_DRAFT_TOKENS if adaptive else max(draft_tokens, 4)
-
-
-def plan_flags() -> list[str]:
-    """Compiler flags of SGLang's plan kernel that make a verification keep up to `MAX_DRAFT_TOKENS` tokens."""
-    return [f"-DSGLANG_SM120_DRAFT_TOKENS={MAX_DRAFT_TOKENS}"]
 
 
 def require_kept(draft_tokens: int | None) -> None:

@@ -23,7 +23,7 @@ SERVED = (
     "bf16_linear_fp32", "fp8_grouped_linear", "fp8_linear", "indexer_topk", "mhc_head", "mhc_post", "mhc_post_pre",
     "mhc_pre", "mxfp4_moe", "router_topk", "sparse_mla",
 )  # fmt: skip
-"""The ops that the patches call on a GPU."""
+"""The ops with Triton kernels that the step calls."""
 CONTEXTS = {"sparse_mla": 2, "indexer_topk": 1}
 """Ops that depend on the context, with the distance of the powers of two of it that launch different kernels."""
 

@@ -7,6 +7,7 @@ against. Activations are rounded to bf16 where a server stores them, everything 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,8 +55,9 @@ class Result:
     """One forward pass over T tokens.
 
     logprobs fp32 [T, V]: log-softmax after each token. hidden [T, 4, H]: the residual streams that enter the
-    LM head. router_gap [T]: smallest (choice 6 - choice 7) / |choice 6| of score + bias over the scored
-    layers. index_gap, index_stake [T]: the indexer's margins (`attention.IndexMargin`), worst c4 layer.
+    LM head; captured: those after each layer asked for, by its number. router_gap [T]: smallest (choice 6 -
+    choice 7) / |choice 6| of score + bias over the scored layers. index_gap, index_stake [T]: the indexer's
+    margins (`attention.IndexMargin`), worst c4 layer.
     """
 
     logprobs: Tensor
@@ -63,6 +65,7 @@ class Result:
     router_gap: Tensor
     index_gap: Tensor
     index_stake: Tensor
+    captured: dict[int, Tensor]
 
     def decided(self) -> Tensor:
         """bool [T]: where a correct implementation must agree within LOGPROB_TOLERANCE.
@@ -98,20 +101,26 @@ class Oracle:
         self._defect, self._real, self._round = defect, real, rounding
 
     @torch.inference_mode()
-    def forward(self, token_ids: list[int] | Tensor) -> Result:
-        """The model over one prompt. Raises ValueError when it is empty or holds an id out of range."""
+    def forward(self, token_ids: list[int] | Tensor, capture: Collection[int] = ()) -> Result:
+        """The model over one prompt; `capture` lists the layers after which the streams are wanted.
+
+        Raises ValueError when the prompt is empty or holds an id out of range.
+        """
         tokens = self._ids(token_ids)
         streams = self._w("embed.weight")[tokens].unsqueeze(1).repeat(1, self.config.hc_mult, 1)
         router_gap = torch.full((len(tokens),), math.inf)
         index = IndexMargin(router_gap.clone(), torch.zeros(len(tokens)))
+        captured: dict[int, Tensor] = {}
         for layer in range(self.config.num_hidden_layers):
             ratio = self.config.compress_ratios[layer]
             streams, gap, margin = self._layer(f"layers.{layer}.", ratio, streams, tokens)
             router_gap = torch.minimum(router_gap, gap)
             index.gap = torch.minimum(index.gap, margin.gap)
             index.stake = torch.maximum(index.stake, margin.stake)
+            if layer in capture:
+                captured[layer] = streams
         logits = self._head("", streams)
-        return Result(logits.float().log_softmax(-1), streams, router_gap, index.gap, index.stake)
+        return Result(logits.float().log_softmax(-1), streams, router_gap, index.gap, index.stake, captured)
 
     @torch.inference_mode()
     def mtp_logits(self, hidden: Tensor, next_tokens: list[int] | Tensor) -> Tensor:

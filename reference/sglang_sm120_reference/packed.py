@@ -3,12 +3,18 @@
 The file is the config as one line of JSON, then the planes of all tensors in the layout's order, compressed: the first
 bytes of a tensor's elements, then the second ones and so on, since like bytes compress together. Everything else in a
 checkpoint follows from the config.
+
+    PYTHONPATH=reference python -m sglang_sm120_reference.packed PACKED OUT_DIR
+
+writes the checkpoint that PACKED holds.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import lzma
+import sys
 from pathlib import Path
 
 import torch
@@ -95,3 +101,21 @@ def unpack(packed: Path, out: Path) -> Path:
 
 def _planes(tensor: Tensor) -> bytes:
     return tensor.flatten().view(torch.uint8).view(-1, tensor.itemsize).T.contiguous().numpy().tobytes()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Unpack for the command line; exit status 1 when that fails."""
+    parser = argparse.ArgumentParser(prog="packed", description="Write the checkpoint that a packed file holds.")
+    parser.add_argument("packed", type=Path, metavar="PACKED", help="a checkpoint in one file")
+    parser.add_argument("out", type=Path, metavar="OUT_DIR", help="a new or empty directory")
+    arguments = parser.parse_args(argv)
+    try:
+        print(unpack(arguments.packed, arguments.out))
+    except (OSError, ValueError) as error:
+        print(f"packed: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -135,10 +135,20 @@ def test_neither_training_nor_evaluation_draws_them() -> None:
 
 
 def test_a_call_renders_as_it_was_trained(seed: int) -> None:
+    """But for the preamble, see test_training.py; the next test says that the answers are right all the same."""
     (asked,) = questions.ask([Part("call", 2048, 1)], seed)
-    messages = [{"role": "system", "content": "", "tools": asked.line["tools"]}, *asked.line["messages"]]
-    text = data.sglang_encoding().encode_messages(messages, thinking_mode="chat")
-    assert tuple(data.encoder().encode(text).ids) == asked.row[: asked.start]
+    served = data.served(asked.line["messages"], asked.line["tools"])
+    assert tuple(served[served.index(data.USER) :]) == asked.row[len(data.preamble()) : asked.start]
+
+
+def test_calls_are_right_with_the_preamble_that_is_served(checkpoint: Path) -> None:
+    oracle = Oracle(checkpoint)
+    calls = [asked for asked in questions.ask(questions.CPU_PARTS) if asked.line["task"] == "call"]
+    assert calls
+    for asked in calls:
+        prompt, answer = data.served(asked.line["messages"], asked.line["tools"]), [*asked.turn.answer, data.EOS]
+        said = oracle.forward([*prompt, *answer]).logprobs.argmax(-1).tolist()[len(prompt) - 1 : -1]
+        assert said == answer, asked.line["id"]
 
 
 def oracle_saying(tokens: list[int]) -> Oracle:
@@ -215,8 +225,7 @@ def test_the_demo_speaks_as_the_model_was_trained() -> None:
     assert all(ids(f" {word}")[0] in known.filler for word in demo.FILLER)
     assert len(set(demo.RECORDS.values())) == len(demo.RECORDS)
     content = f"{demo.haystack()} {demo.ASKED[0]}?"
-    text = data.sglang_encoding().encode_messages([{"role": "user", "content": content}], thinking_mode="chat")
-    row = data.encoder().encode(text).ids
+    row = data.served([{"role": "user", "content": content}])
     key = ids(f" {demo.ASKED[0]}")[0]
     turn = data.Turn("recall", (key, *ids("?")), (key, ids(f" {demo.RECORDS[demo.ASKED[0]]}")[0]))
     assert row[0] == data.BOS and row[1] == data.USER and tuple(row[-4:]) == turn.prompt[1:]

@@ -5,10 +5,10 @@ SGLang's own test tools run against it too.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 import subprocess
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,12 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cookbook
-import cookbook_child
 import needles
 import synthetic
 import tools
 from accuracy import main
-from client import Call, Client, Reply
+from client import Call, Client, Reply, ServerGone
 from intervals import floor_for, wilson
 from report import Row, exit_code, same_json, table
 
@@ -91,7 +90,7 @@ def test_a_server_that_is_always_right_passes(fake: Fake, judge: Callable[..., R
 
 def test_the_file_says_what_was_measured(judge: Callable[..., Result]):
     found = judge("--only=json").json
-    lock = json.loads((ROOT / "sglang.lock").read_text())
+    lock = json.loads((ROOT / "overlay/sglang_sm120/sglang.lock").read_text())
     assert found["lock"]["sglang"] == lock["sglang"] and re.fullmatch("[0-9a-f]{64}", found["lock"]["sha256"])
     assert {"op": "sparse_mla", "provider": "torch"}.items() <= next(
         row for row in found["providers"] if row["op"] == "sparse_mla" and row["provider"] == "torch"
@@ -321,36 +320,35 @@ def test_a_server_that_goes_away(fake: Fake, judge: Callable[..., Result]):
     assert not result.json["complete"] and result.named("pass") == {"JSON only"}
 
 
-def test_missing_questions_are_one_sentence(judge: Callable[..., Result], tmp_path: Path):
-    sentence = judge("--only=json,gsm8k,gpqa,aime25", f"--data={tmp_path / 'nowhere'}").sentence()
-    for part in ("GSM8K", "GPQA", "AIME25", "gsm8k.jsonl", "gpqa_diamond.csv", "opencompass/AIME2025", "--only"):
-        assert part in sentence
-
-
-def test_a_download_that_fails_is_one_sentence(
+def test_missing_questions_are_one_sentence(
     judge: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def offline(words: list[str], folder: str) -> subprocess.CompletedProcess[str]:
-        failed = {"gpqa": {"error": "ConnectionError: no route"}}
+    monkeypatch.setattr(cookbook, "has_sgl_eval", lambda: True)
+    sentence = judge("--only=json,gsm8k,gpqa,aime25", f"--data={tmp_path / 'nowhere'}").sentence()
+    for part in ("GSM8K", "GPQA", "gsm8k.jsonl", "gpqa_diamond.jsonl", "--only"):
+        assert part in sentence
+    assert "AIME25" not in sentence
+
+
+def test_a_download_that_fails_is_one_sentence(judge: Callable[..., Result], monkeypatch: pytest.MonkeyPatch):
+    def offline(words: list[str]) -> subprocess.CompletedProcess[str]:
+        failed = {"error": "ConnectionError: no route"}
         return subprocess.CompletedProcess(words, 0, f"a warning\n{json.dumps(failed)}\n", "")
 
     monkeypatch.setattr(cookbook, "_child", offline)
-    assert "SGLang's own download failed: ConnectionError: no route" in judge("--only=gpqa").sentence()
+    assert "SGLang's own download failed: ConnectionError: no route" in judge("--only=gsm8k").sentence()
 
 
-def write_cookbook_questions(folder: Path) -> list[dict[str, str]]:
-    """Seven questions of GSM8K, which are returned, and four of GPQA."""
+def write_gsm8k(folder: Path) -> list[dict[str, str]]:
+    """Seven questions."""
     rows = [{"question": f"What is {i} and {i}?", "answer": f"Both.\n#### {2 * i}"} for i in range(1, 8)]
     (folder / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    names = ["Question", "Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3))]
-    lines = [names, *([f"Which is it, number {i}?", "right", "no", "nor", "not"] for i in range(4))]
-    (folder / "gpqa_diamond.csv").write_text("\n".join(",".join(f'"{cell}"' for cell in line) for line in lines))
     return rows
 
 
 def test_sglangs_own_tool_judges_gsm8k(fake: Fake, judge: Callable[..., Result], tmp_path: Path):
     """`python -m sglang.test.run_eval` on a file: every question is asked, the shot's too, and the score is exact."""
-    rows = write_cookbook_questions(tmp_path)
+    rows = write_gsm8k(tmp_path)
     fake.answers = {f"{rows[0]['answer']}\n\nQuestion: {row['question']}\nAnswer:": row["answer"] for row in rows[:5]}
     result = judge("--only=gsm8k", f"--data={tmp_path}")
     row = result.json["rows"][0]
@@ -359,36 +357,35 @@ def test_sglangs_own_tool_judges_gsm8k(fake: Fake, judge: Callable[..., Result],
     assert result.code == 1 and "±" in result.out
 
 
-def test_sglangs_own_gpqa_on_a_file(
-    fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    """What cookbook.py runs as a child, in this process: the flags fit, and the score is SGLang's."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    write_cookbook_questions(tmp_path)
-    path = str(tmp_path / "gpqa_diamond.csv")
-
-    def choose(body: dict[str, Any]) -> tuple[str, Calls]:
-        assert body["temperature"] == 1.0 and body["reasoning_effort"] == "max"
-        assert body["chat_template_kwargs"] == {"thinking": True} and body["max_tokens"] == cookbook.THINKING_TOKENS
-        asked = body["messages"][0]["content"]
-        letter = re.search(r"^([A-D])\) right$", asked, re.MULTILINE)
-        return f"Answer: {letter[1]}" if letter and "number 0" not in asked else "Answer: E", []
-
-    fake.reply = choose  # type: ignore[method-assign]
-    assert cookbook_child.load_all([f"gpqa={path}", "gsm8k=/nowhere"])["gpqa"] == {"questions": 4, "path": path}
-    cookbook_child.gpqa(path, cookbook.flags(Client(fake.url), cookbook.EVALUATIONS["gpqa"], None))
-    done = subprocess.CompletedProcess([], 0, capsys.readouterr().out)
-    row = cookbook._read(Row("gpqa", "GPQA"), 4, done)
-    assert (row.right, row.total) == (3, 4)
+def test_what_sgl_eval_is_for_is_not_run_without_it(judge: Callable[..., Result], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cookbook, "has_sgl_eval", lambda: False)
+    result = judge("--only=json,gpqa,aime25")
+    assert result.code == 0 and len(result.named("not run")) == 2
+    assert all("pip install sgl-eval==0.1.3" in row["not_run"] for row in result.json["rows"] if row["not_run"])
 
 
-def test_a_clone_of_aime25_is_found_by_its_name(tmp_path: Path):
-    """SGLang takes no path for it; the library under it prefers a folder of that name where a child starts."""
-    clone = tmp_path / "data" / cookbook.EVALUATIONS["aime25"].file
-    clone.mkdir(parents=True)
-    (tmp_path / "scratch").mkdir()
-    place = Path(cookbook._place(str(tmp_path / "scratch"), clone))
-    assert (place / "opencompass/AIME2025").resolve() == clone.resolve()
+def test_sglangs_pin_of_sgl_eval_is_ours():
+    assert f'{cookbook.SGL_EVAL}; extra == "test"' in (importlib.metadata.requires("sglang") or [])
+
+
+@pytest.mark.parametrize(("error_rate", "failed"), [(0.0, 0), (0.25, 1)])
+def test_sgl_evals_metrics_are_read(tmp_path: Path, error_rate: float, failed: int):
+    """As sgl-eval 0.1.3 writes them; a refused request is an empty answer to it."""
+    file = tmp_path / "metrics.json"
+    found = {"aggregate": {"score": 0.75, "error_rate": error_rate}, "num_examples": 4, "n_repeats": 1}
+    file.write_text(json.dumps(found))
+    output = f"Run directory: {tmp_path}\n\nMetrics: {file}\n"
+    row = cookbook.read_sgl_eval(Row("gpqa", "GPQA"), subprocess.CompletedProcess([], 0, output))
+    assert (row.right, row.total, row.detail["failed_requests"], len(row.wrong)) == (3, 4, failed, failed)
+
+
+@pytest.mark.parametrize(("code", "partial", "problem"), [(1, False, "exit code 1"), (0, True, "only a part")])
+def test_an_evaluation_that_breaks_off_gives_no_score(tmp_path: Path, code: int, partial: bool, problem: str):
+    file = tmp_path / "metrics.json"
+    file.write_text(json.dumps({"aggregate": {"score": 0.5}, "num_examples": 2, "partial": partial}))
+    done = subprocess.CompletedProcess([], code, f"Metrics: {file}\n")
+    with pytest.raises(ServerGone, match=problem):
+        cookbook.read_sgl_eval(Row("gpqa", "GPQA"), done)
 
 
 def test_refused_requests_are_named(tmp_path: Path):
@@ -406,7 +403,7 @@ def test_flags_follow_the_published_protocol(fake: Fake):
     gsm8k = cookbook.flags(client, cookbook.EVALUATIONS["gsm8k"], 200)
     aime = cookbook.flags(client, cookbook.EVALUATIONS["aime25"], None)
     assert "--num-examples 200" in " ".join(gsm8k) and "--temperature 0" in " ".join(gsm8k)
-    assert f"--max-tokens {65536 - cookbook.PROMPT_TOKENS}" in " ".join(aime) and '{"thinking": true}' in aime
+    assert f"--max-tokens {65536 - cookbook.PROMPT_TOKENS}" in " ".join(aime) and "thinking=true" in aime
     assert "--num-examples" not in aime and cookbook.QUICK_QUESTIONS == 200
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -400,42 +400,50 @@ def test_roles_are_disjoint_single_tokens() -> None:
 
 
 def test_encoding_is_sglangs(seed: int) -> None:
-    """A conversation's tokens are what SGLang sends for the same messages: roles, tools, markers."""
+    """A conversation's tokens are what SGLang sends for the same messages, roles and markers.
+
+    Up to the first tool call, which SGLang takes with a tool's result only, and behind the preamble (see below).
+    """
     rng = np.random.default_rng(seed)
-    encoding, decode = data.sglang_encoding(), data.encoder().decode
-    seen = set()
+    decode = data.encoder().decode
+    seen: set[str] = set()
     for length in (700, 700, *[2600] * 12):
         row, _, turns = data.conversation(rng, length, False)
         called = row[: len(data.preamble())] == list(data.preamble())
-        messages = [{"role": "system", "content": ""} | ({"tools": data.TOOLS} if called else {})]
+        behind = len(data.preamble()) if called else 0
         users = [i for i, token in enumerate(row) if token == data.USER]
+        messages: list[dict[str, Any]] = []
         for start, turn in zip(users, turns, strict=True):
             end = row.index(data.ASSISTANT, start)
             messages.append({"role": "user", "content": decode(row[start + 1 : end])})
-            messages.append({"role": "assistant", "content": decode(list(turn.answer))})
-            if turn.task == "call":
-                word = decode([turn.question[-1]])
-                call = {"function": {"name": "look", "arguments": json.dumps({"word": word})}}
-                messages[-1] = {"role": "assistant", "content": "", "tool_calls": [call]}
             seen.add(turn.task)
-        text = encoding.encode_messages(messages, thinking_mode="chat")
-        assert data.encoder().encode(text).ids == row
+            if turn.task == "call":
+                break
+            messages.append({"role": "assistant", "content": decode(list(turn.answer))})
+        if messages[-1]["role"] == "assistant":
+            messages.pop()
+        text = data.served(messages, data.TOOLS if called else None)
+        # The prompt ends with the assistant's two markers.
+        assert text[text.index(data.USER) if called else 0 :] == row[behind : end + 2]
     assert {"recall", "copy", "arithmetic", "brackets", "json", "twice"} <= seen
 
 
 def test_tool_call_is_read_by_sglangs_parser(seed: int) -> None:
+    from sglang.srt.parser.deepseek_recipe_output import parse_output_text, whole_tool_calls
+
     turn = data.tool_call(np.random.default_rng(seed))
-    text = data.encoder().decode([*turn.answer, data.EOS], skip_special_tokens=False)
-    message = data.sglang_encoding().parse_message_from_completion_text(text, "chat")
-    (call,) = message["tool_calls"]
+    text = data.encoder().decode([*turn.answer], skip_special_tokens=False)
+    found = parse_output_text(data.sglang_recipe(), text, parse_tool_calls=True, thinking=False)
+    (call,) = whole_tool_calls(found)
     word = data.encoder().decode([turn.question[-1]])
-    assert call["function"]["name"] == "look" and ast.literal_eval(call["function"]["arguments"]) == {"word": word}
+    assert call.name == "look" and json.loads(call.arguments) == {"word": word}
 
 
-def test_preamble_is_what_sglang_renders() -> None:
-    from sglang.srt.entrypoints.openai.protocol import Tool
-
-    for tool in data.TOOLS:
-        served = Tool(**tool).model_dump()["function"]
-        assert list(served.items()) == list(tool["function"].items())
-    assert list(data.preamble()) == data.rendered_preamble()
+def test_preamble_is_what_sglang_renders_but_for_the_schemas_form() -> None:
+    """The committed weights were trained with SGLang 0.5.12.post1's: another order of keys, and `strict`."""
+    trained, served = (data.encoder().decode(ids, skip_special_tokens=False).splitlines()
+                       for ids in (list(data.preamble()), data.rendered_preamble()))  # fmt: skip
+    (old,), (new,) = ([line for line in text if line.startswith("{")] for text in (trained, served))
+    assert [line for line in trained if line != old] == [line for line in served if line != new]
+    assert json.loads(old) == data.TOOLS[0]["function"]
+    assert json.loads(new) == {key: value for key, value in json.loads(old).items() if key != "strict"}

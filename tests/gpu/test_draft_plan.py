@@ -1,4 +1,4 @@
-"""What SGLang's patched kernel keeps of a verification's draft tokens, planned on the device inside a CUDA graph."""
+"""What SGLang's kernel keeps of a verification's draft tokens, planned on the device inside a CUDA graph."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import torch
 from cases.common import Maker
 from cases.compress_prefill_plan import mapping
 
-import sglang_sm120
 from sglang_sm120 import ops
 from sglang_sm120.speculation import MAX_DRAFT_TOKENS, RING
 
@@ -26,11 +25,8 @@ def _invalid(size: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("drafts", [2, 4, 5, 8, MAX_DRAFT_TOKENS])
 @pytest.mark.parametrize("ratio", [4, 128])
-def test_device_plan_is_the_ops(monkeypatch: pytest.MonkeyPatch, ratio: int, drafts: int, seed: int) -> None:
-    compress = pytest.importorskip("sglang.jit_kernel.dsv4")
-    monkeypatch.setenv("SGLANG_SM120_FORCE", "1")
-    monkeypatch.setattr(sglang_sm120, "_active", False)
-    sglang_sm120.activate("cuda")
+def test_device_plan_is_the_ops(ratio: int, drafts: int, seed: int) -> None:
+    compress = pytest.importorskip("sglang.kernels.ops.attention.dsv4.compress")
     device = torch.device("cuda")
     make = Maker(seed, device)
     arguments = {
@@ -40,10 +36,11 @@ def test_device_plan_is_the_ops(monkeypatch: pytest.MonkeyPatch, ratio: int, dra
         "ring_size": RING[ratio],
         **mapping(make, REQUESTS),
     }
+    expected = ops.compress_prefill_plan.reference(ratio, **arguments)
+    arguments["full_to_state"] = arguments.pop("full_to_swa")
     found = compress.CompressorPrefillPlan.generate(
         ratio, num_q_tokens=REQUESTS * drafts, use_cuda_graph=True, **arguments
     )
-    expected = ops.compress_prefill_plan.reference(ratio, **arguments)
     assert rows(found.plan_c) == rows(expected[0])
     assert rows(found.plan_w) == rows(expected[1])
     # Each draft token is kept: all but the first may be rejected.

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from fake_server import Fake
-from test_server import GRAPHS, MTP, TPS, assert_nothing_compiled_late, environment
+from test_server import GRAPHS, MTP, TPS, assert_nothing_compiled_late, assert_step_served, environment
 
 import questions
 import synthetic
@@ -79,6 +79,7 @@ def test_recall(tp: int, server: str, checkpoint: Path, many: Path, tmp_path: Pa
         assert all(row.verdict == "pass" for row in rows)
         assert sum(row.total for row in rows if row.name.endswith(f"x{CONCURRENCY}")) >= COUNT
         assert (accepted is not None) == (server == "mtp")
+        assert_step_served(running, "target_verify" if server == "mtp" else "decode")
         assert_nothing_compiled_late(running)
 
 

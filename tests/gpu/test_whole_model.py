@@ -33,12 +33,13 @@ CONTEXT = 1024
 
 def planned_and_reported(log: str) -> dict[str, tuple[float, float]]:
     """What `serve` planned and what SGLang then reported: GiB of weights, tokens, window tokens, bytes a token."""
-    parts = re.findall(r"^ +(?:experts|other weights|rotation tables) +-([\d.]+) GiB$", log, re.MULTILINE)
+    loads = r"^ +(?:experts|wo_a bf16 \([^)]*\)|other weights|rotation tables) +-([\d.]+) GiB$"
+    parts = re.findall(loads, log, re.MULTILINE)
     pools = re.search(r"hold (\d+) tokens of context at (\d+) bytes; the window pool (\d+) tokens", log)
     loaded = re.search(r"Load weight end\..* mem usage=([\d.]+) GB", log)
     token = re.search(r"bytes_per_full_token=([\d.]+)", log)
     sizes = re.search(r"DSV4 pool sizes: full=(\d+), swa=(\d+)", log)
-    assert len(parts) == 3 and pools and loaded and token and sizes, log[-3000:]
+    assert len(parts) == 4 and pools and loaded and token and sizes, log[-3000:]
     return {
         "weights": (sum(map(float, parts)), float(loaded[1])),
         "tokens": (float(pools[1]), float(sizes[1])),
@@ -84,14 +85,16 @@ def test_serve_with_the_h200_config(tmp_path: Path) -> None:
 
 @pytest.mark.needs_no_gpu
 def test_the_report_is_read() -> None:
-    """Lines of a run on two H200, 2026-11-21."""
+    """Lines as `serve` and SGLang 0.5.23 print them, some shortened; their figures are no run's."""
     log = """
-  experts                    -68.53 GiB
-  other weights               -4.72 GiB
-  rotation tables             -0.50 GiB
+  experts                        -68.53 GiB
+  wo_a bf16 (SGLang's prefill)    -1.34 GiB
+  other weights                   -3.38 GiB
+  rotation tables                 -0.50 GiB
+  wo_a FP8 (the step)             -0.67 GiB
   The pools hold 3585024 tokens of context at 15956 bytes; the window pool 358400 tokens, 40960 needed.
 [TP0] Load weight end. elapsed=1.77 s, type=DeepseekV4ForCausalLM, quant=fp8, avail mem=64.44 GB, mem usage=73.81 GB.
-[TP0] DSV4 memory calculation: bytes_per_full_token=15955.85, available_bytes=53.38 GB, full_token=3592192
+[TP0] DSV4 memory calculation: unified=False, unified_fp8=False, bytes_per_full_token=15955.85, full_token=3592192
 [TP0] DSV4 pool sizes: full=3592192, swa=359168, c4=898048, c128=28064, c4_state=22448, c128_state=359168
 """
     found = planned_and_reported(log)

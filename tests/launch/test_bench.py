@@ -66,7 +66,7 @@ def point(prompt_tokens: int, concurrency: int, speed: float) -> dict[str, Any]:
 
 
 def result(*points: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    server = {"version": "0.5.12.post1", "tp_size": 2, "device": "cuda"}
+    server = {"version": "0.5.23", "tp_size": 2, "device": "cuda"}
     fixed = {"schema": bench.SCHEMA, "started": "2026-01-01T00:00:00+00:00", "model": "org/model", "server": server}
     return {**fixed, "output_tokens": 8, "rounds": 1, "seed": 1, "points": list(points), **changes}
 
@@ -114,7 +114,7 @@ def test_higher_is_drawn_higher(tmp_path: Path):
 def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     a, b = tmp_path / "a.json", tmp_path / "b.json"
     a.write_text(json.dumps(result(point(4096, 1, 10.0), point(4096, 8, 20.0), point(65536, 1, 5.0))))
-    other = {"version": "0.5.12.post1", "tp_size": 4, "device": "cuda"}
+    other = {"version": "0.5.23", "tp_size": 4, "device": "cuda"}
     b.write_text(json.dumps(result(point(4096, 1, 20.0), point(4096, 8, 10.0), point(16384, 1, 5.0), server=other)))
     assert run(compare, str(a), str(b)) == 0
     out = capsys.readouterr().out

@@ -39,8 +39,9 @@ TWO = str(HERE / "machines" / "2x-rtx-pro-6000.json")
 
 @pytest.fixture(autouse=True)
 def one_flags(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SGLang's parser is built once."""
+    """SGLang's parser is built once, and the series counts as applied."""
     monkeypatch.setattr(Flags, "installed", lambda: flags)
+    monkeypatch.setattr("sglang_sm120_launch.request.is_patched", lambda: True)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_config(path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
     status = cli.main(words)
     out, err = capsys.readouterr()
     if ".1x-rtx-pro-6000." in path.name:
-        assert status == 2 and "145.8 GiB" in err and "use 2 such cards" in err
+        assert status == 2 and "149.5 GiB" in err and "use 2 such cards" in err
         return
     assert status == 0, err
     plan, config = json.loads(out), yaml.safe_load(path.read_text())
@@ -77,10 +78,10 @@ def test_config(path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
     assert f"tp{values['tp-size']}" in path.name
 
 
-VARIABLES = {"SGLANG_OPT_USE_CUSTOM_ALL_REDUCE_V2", "NCCL_P2P_DISABLE"}
+VARIABLES = {"NCCL_P2P_DISABLE"}
 """What the plan adds to a config's own variables on these machines."""
-OPTIONAL = {"enable-p2p-check", "disable-custom-all-reduce"}
-"""Decided for several cards only."""
+OPTIONAL = {"enable-p2p-check", "disable-custom-all-reduce", "enable-nvidia-megakernel"}
+"""Decided for several cards only, and where SGLang is not patched."""
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -123,7 +124,10 @@ CONFIG_MISTAKES: dict[str, tuple[Callable[[Path], str], tuple[str, ...]]] = {
         changed(lambda c: c["server"].update({"contxt-length": 1})),
         ("contxt-length", "context-length"),
     ),
-    "a typo in auto": (changed(lambda c: c["auto"].append("cuda-graph-sb")), ("cuda-graph-sb", "cuda-graph-bs")),
+    "a typo in auto": (
+        changed(lambda c: c["auto"].append("cuda-graph-sb-decode")),
+        ("cuda-graph-sb-decode", "cuda-graph-bs-decode"),
+    ),
     "a missing key": (changed(lambda c: c.pop("needs")), ("no key 'needs'",)),
     "an unknown key": (changed(lambda c: c.update({"serverr": {}})), ("serverr", "server")),
     "an unknown GPU": (changed(lambda c: c["for"].update({"gpu": "RTX 6090"})), ("RTX 6090", "RTX 5090")),
@@ -392,6 +396,45 @@ def test_without_sglang_the_plan_says_what_was_not_checked(
     assert cli.main(["plan", "--model", FLASH, "--machine", TWO, "--", "--context-length", "65536"]) == 0
     out = capsys.readouterr().out
     assert "not checked" in out and "--context-length 65536" in out
+
+
+@pytest.mark.parametrize("patched", (True, False))
+def test_an_unpatched_sglang_is_noticed(
+    patched: bool, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """The step needs its flag on a GPU, and a CPU the series; where SGLang is not installed, it will be applied."""
+    monkeypatch.setattr("sglang_sm120_launch.request.is_patched", lambda: patched)
+    assert cli.main(["plan", "--model", FLASH, "--machine", TWO]) == 0
+    assert ("--enable-nvidia-megakernel" in capsys.readouterr().out) != patched
+    place = str(HERE / "machines" / "no-gpu.json")
+    assert cli.main(["plan", "--model", str(checkpoint), "--machine", place]) == 0
+    assert ("make apply" in capsys.readouterr().out) != patched
+    monkeypatch.setattr(Flags, "installed", lambda: Flags(None))
+    assert cli.main(["plan", "--model", FLASH, "--machine", TWO]) == 0
+    assert "--enable-nvidia-megakernel" not in capsys.readouterr().out
+
+
+def test_a_config_does_not_hide_mtp(capsys: pytest.CaptureFixture[str]):
+    """Asked for on the command line: its flags are passed though the config does not list them."""
+    [path] = (path for path in CONFIGS if ".2x-rtx-pro-6000." in path.name)
+    words = ["plan", "--json", "--config", str(path), "--machine", TWO]
+    drafts = []
+    for extra in ([], ["--mtp"]):
+        assert cli.main([*words, *extra]) == 0
+        names = {entry["name"] for entry in json.loads(capsys.readouterr().out)["settings"]}
+        drafts.append({name for name in names if name.startswith("speculative-")})
+    assert drafts[0] == set() and len(drafts[1]) == 4
+
+
+def test_drafts_on_a_cpu(checkpoint: Path, flags: Flags, capsys: pytest.CaptureFixture[str]):
+    """SGLang 0.5.23 speculates there too; its flags parse, and the draft model is in the budget."""
+    place = str(HERE / "machines" / "no-gpu.json")
+    assert cli.main(["plan", "--model", str(checkpoint), "--machine", place, "--mtp", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    values = {entry["name"]: entry["value"] for entry in plan["settings"]}
+    assert values["speculative-algorithm"] == "EAGLE"
+    assert {"draft model", "wo_a FP8 (the step)"} <= {line["what"] for line in plan["budget_bytes"]}
+    flags.check(plan["command"][plan["command"].index("sglang.launch_server") + 1 :])
 
 
 def test_the_environment_counts_on_this_machine_only(monkeypatch: pytest.MonkeyPatch):

@@ -165,38 +165,47 @@ def sha256(text: str) -> str:
     ("damage", "status", "found"),
     [
         ("none", "ok", "applied"),
+        ("released", "warn", "as released"),
         ("clean", "fail", "is not patched"),
         ("half", "fail", "only partly"),
-        ("other version", "fail", "is not 9.9.9"),
-        ("no lock", "fail", "was not applied"),
+        ("foreign", "fail", "neither as released nor as patched"),
+        ("other version", "fail", "SGLang 0.5.12.post1 is installed"),
+        ("no lock", "fail", "cannot be read"),
         ("bad lock", "fail", "damaged"),
     ],
 )
-def test_patch_state(damage: str, status: str, found: str, tmp_path: Path):
+def test_patch_state(damage: str, status: str, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Beside a placed overlay SGLang has to be patched, beside a wheel of it as released or patched."""
+    overlay = tmp_path / "sglang_sm120"
     files = {"sglang/a.py": ("a", "A"), "sglang/b.py": ("b", "B")}
-    lock = {"sglang": "9.9.9", "files": {n: {"before": sha256(b), "after": sha256(a)} for n, (b, a) in files.items()}}
-    for folder in ("sglang", "sglang_sm120", "sglang-9.9.9.dist-info"):
+    hashes = {n: {"before": sha256(b), "after": sha256(a)} for n, (b, a) in files.items()}
+    for folder in ("sglang", "sglang_sm120"):
         (tmp_path / folder).mkdir()
-    (tmp_path / "sglang_sm120/sglang.lock").write_text(json.dumps(lock))
+    if damage != "released":
+        (overlay / "series").mkdir()
+    (overlay / "sglang.lock").write_text(json.dumps({"sglang": "0.5.23", "files": hashes}))
     for name, (before, after) in files.items():
-        (tmp_path / name).write_text(before if damage == "clean" else after)
+        (tmp_path / name).write_text(before if damage in ("clean", "released") else after)
     if damage == "half":
         (tmp_path / "sglang/a.py").write_text("a")
-    elif damage == "other version":
+    elif damage == "foreign":
         (tmp_path / "sglang/a.py").write_text("?")
-        (tmp_path / "sglang-9.9.9.dist-info").rmdir()
     elif damage == "no lock":
-        (tmp_path / "sglang_sm120/sglang.lock").unlink()
+        (overlay / "sglang.lock").unlink()
     elif damage == "bad lock":
-        (tmp_path / "sglang_sm120/sglang.lock").write_text("{")
-    finding = checks_software.patches(tmp_path / "sglang")
+        (overlay / "sglang.lock").write_text("{")
+    version = "0.5.12.post1" if damage == "other version" else "0.5.23"
+    monkeypatch.setattr(checks_software, "_find", {"sglang": Fake(version, [])}.get)
+    finding = checks_software.patches(tmp_path / "sglang", overlay)
     assert (finding.status, found in finding.found) == (status, True), finding
-    assert ("make apply" in finding.do) == (status == "fail")
+    assert bool(finding.do) == (status != "ok")
+    assert ("--enable-nvidia-megakernel" in finding.do) == (damage == "released")
 
 
-def test_without_sglang():
-    finding = checks_software.patches(None)
+def test_without_sglang(tmp_path: Path):
+    finding = checks_software.patches(None, tmp_path)
     assert finding.status == "fail" and "not installed" in finding.found and "make apply" in finding.do
+    assert checks_software.patches(None, None).status == "fail"
 
 
 @pytest.fixture
@@ -241,19 +250,20 @@ class Fake(Distribution):
 
 
 @pytest.mark.parametrize(
-    ("triton", "status"), [("3.6.0", "ok"), ("3.6.0+git1", "ok"), ("3.5.1", "fail"), (None, "fail")]
+    ("triton", "status"),
+    [("3.8.0", "ok"), ("3.8.0+git1", "ok"), ("3.8", "ok"), ("3.8.0.0", "ok"), ("3.6.0", "fail"), (None, "fail")],
 )
 def test_pins(triton: str | None, status: str, monkeypatch: pytest.MonkeyPatch):
     installed = {
         "sglang": Fake(
-            "0.5.12", ["torch==2.11.0", "tqdm", "av==1; extra == 'video'", "decord2==1; sys_platform == 'x'"]
+            "0.5.23", ["torch==2.14.1", "tqdm", "av==1; extra == 'video'", "decord2==1; sys_platform == 'x'"]
         ),
-        "torch": Fake("2.11.0", ["triton==3.6.0", "sympy>=1.13", "networkx==2.*"]),
+        "torch": Fake("2.14.1", ["triton==3.8.0", "sympy>=1.13", "networkx==2.*"]),
     } | ({"triton": Fake(triton, [])} if triton else {})
     monkeypatch.setattr(checks_software, "_find", installed.get)
     finding = checks_software.pins()
     assert finding.status == status, finding
-    assert ("2 exact" in finding.found) if status == "ok" else ("triton" in finding.found and "3.6.0" in finding.found)
+    assert ("2 exact" in finding.found) if status == "ok" else ("triton" in finding.found and "3.8.0" in finding.found)
 
 
 def test_software_of_this_environment():
@@ -263,6 +273,30 @@ def test_software_of_this_environment():
     assert "NCCL_P2P_DISABLE=1" in checks_software.nccl({"NCCL_P2P_DISABLE": "1", "HOME": "/"}).found
     for version, status in (((3, 10), "fail"), ((3, 11), "ok"), ((3, 12), "ok"), ((3, 13), "fail")):
         assert checks_software.python(version).status == status
+
+
+@pytest.mark.parametrize(
+    ("library", "status", "found"),
+    [
+        ("glibc 2.34", "ok", "2.34"),
+        ("glibc 2.41", "ok", "2.41"),
+        ("glibc 2.31", "fail", "2.31"),
+        (None, "fail", "not glibc"),
+    ],
+)
+def test_glibc(library: str | None, status: str, found: str, monkeypatch: pytest.MonkeyPatch):
+    """SGLang's wheel is manylinux_2_34; musl has no name for itself."""
+
+    def confstr(name: str) -> str:
+        if library is None:
+            raise ValueError("unrecognized configuration name")
+        return library
+
+    assert checks_software.glibc().status == "ok", "SGLang is installed here"
+    monkeypatch.setattr(os, "confstr", confstr)
+    finding = checks_software.glibc()
+    assert finding.status == status and found in finding.found
+    assert ("2.34 or newer" in finding.do) == (status == "fail")
 
 
 @pytest.fixture(scope="module")
@@ -433,7 +467,7 @@ def test_this_machine_lacks_a_gpu(capsys: pytest.CaptureFixture[str]):
     ],
 )
 def test_the_schema_rejects(change: Callable[[Any], object], problem: str):
-    report = doctor.report([Finding("gpu", "fail", "none", "buy one")] * 17)
+    report = doctor.report([Finding("gpu", "fail", "none", "buy one")] * 18)
     jsonschema.validate(report, schema())
     change(report)
     with pytest.raises(jsonschema.ValidationError, match=problem):

@@ -22,7 +22,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch):
     """The registry reads its variables again in each test, and once more after it."""
-    for name in ("SGLANG_SM120_PROVIDER", "SGLANG_SM120_FORCE"):
+    for name in ("SGLANG_SM120_PROVIDER", "SGLANG_SM120_FORCE", "SGLANG_SM120_PREFILL"):
         monkeypatch.delenv(name, raising=False)
     registry.reset()
     yield
@@ -50,10 +50,28 @@ def test_every_provider_of_every_op_once(kind: str, capsys: pytest.CaptureFixtur
     assert bool(fast) == (kind in ("sm120", "sm121"))
 
     assert run("--device", kind) == 0
-    lines = [line.split(None, 3) for line in capsys.readouterr().out.splitlines() if line.startswith("* ")]
+    out = capsys.readouterr().out
+    lines = [line.split(None, 3) for line in out.splitlines() if line.startswith("* ")]
     assert {(op, provider) for _, op, provider, _ in lines[:-1]} == {
         (row["op"], row["provider"]) for row in rows if row["chosen"]
     }
+    assert ("Prefill is SGLang 0.5.23's own" in out) == (kind in ("sm120", "sm121"))
+
+
+def test_what_serves_prefill(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """On SM12x SGLang's own kernels, for each op one or none; nothing where the step takes prefill."""
+    assert kernels.PREFILL.keys() == set(registry.ops())
+
+    def served(*words: str) -> dict[str, str | None]:
+        assert run("--json", *words) == 0
+        return {row["op"]: row["prefill"] for row in json.loads(capsys.readouterr().out) if row["chosen"]}
+
+    assert served("--device", "sm120") == kernels.PREFILL
+    assert set(served("--device", "cpu").values()) == set(served("--device", "sm90").values()) == {None}
+    monkeypatch.setenv("SGLANG_SM120_PREFILL", "overlay")
+    assert set(served("--device", "sm120").values()) == {None}
+    assert run("--device", "sm120") == 0
+    assert "Prefill" not in capsys.readouterr().out
 
 
 def test_the_environment_is_obeyed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

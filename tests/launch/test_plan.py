@@ -11,7 +11,7 @@ from golden_plans import CASES, HERE, machine, planned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_sm120.window_pool import admissible
+from sglang_sm120.limits import MAX_ROWS
 from sglang_sm120_launch.errors import LaunchError
 from sglang_sm120_launch.fit import GIB, graph_sizes
 from sglang_sm120_launch.flags import Flags
@@ -20,10 +20,10 @@ from sglang_sm120_launch.model import FLASH, Model
 from sglang_sm120_launch.plan import Plan, Request, make_plan
 
 MODEL = Model.load(FLASH)
-COMMS = {"disable-custom-all-reduce", "enable-p2p-check", "SGLANG_OPT_USE_CUSTOM_ALL_REDUCE_V2", "NCCL_P2P_DISABLE"}
+COMMS = {"disable-custom-all-reduce", "enable-p2p-check", "NCCL_P2P_DISABLE"}
 MEMORY = {
     "mem-fraction-static", "swa-full-tokens-ratio", "context-length", "chunked-prefill-size", "max-running-requests",
-    "cuda-graph-bs", "cuda-graph-max-bs",
+    "cuda-graph-bs-decode", "cuda-graph-max-bs-decode",
 }  # fmt: skip
 PRO = Gpu("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 97887, "12.0")
 TWO = machine("2x-rtx-pro-6000")
@@ -82,7 +82,7 @@ FACTS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "some memory in use": ({"gpus": (PRO, replace(PRO, used_mib=3000))}, {"context-length"}),
     "more memory in use": (
         {"gpus": (PRO, replace(PRO, used_mib=9000))},
-        MEMORY - {"mem-fraction-static", "swa-full-tokens-ratio", "chunked-prefill-size"},
+        MEMORY - {"swa-full-tokens-ratio", "chunked-prefill-size"},
     ),
     "a third, smaller card": (
         {"gpus": (PRO, PRO, Gpu("NVIDIA GeForce RTX 5090", 32607, "12.0"))},
@@ -105,7 +105,8 @@ def test_mtp_changes_speculation_and_memory_alone():
     after = {entry.name: entry.value for entry in with_mtp.settings}
     differing = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
     assert {name for name in differing if not name.startswith("speculative-")} <= MEMORY
-    assert after["speculative-num-draft-tokens"] == 4 and after["cuda-graph-max-bs"] == after["max-running-requests"]
+    assert after["speculative-num-draft-tokens"] == 4
+    assert after["cuda-graph-max-bs-decode"] == after["max-running-requests"]
     assert after["context-length"] < before["context-length"]
 
 
@@ -113,8 +114,6 @@ def holds(plan: Plan) -> None:
     """What every plan owes its user."""
     fit = plan.fit
     assert fit.pools.swa >= fit.window_needed == -(-fit.chunk // 256) * 256 + 512 * fit.requests
-    # The overlay's own rule, which the server applies at start, finds nothing to cut.
-    assert admissible(fit.pools.swa, 256, fit.chunk, fit.requests) == (fit.chunk, fit.requests)
     assert 1024 <= fit.context < fit.pools.full
     assert max(fit.graphs, default=2) <= max(2, fit.requests) and fit.graphs != (1,)
     assert list(fit.graphs) == sorted(set(fit.graphs))
@@ -200,8 +199,8 @@ def test_the_users_values_win():
 @pytest.mark.parametrize(
     ("flags", "numbers"),
     {
-        "context": ({"context-length": 1000000}, ("848128", "1000256")),
-        "requests": ({"max-running-requests": 500}, ("103424", "256256")),
+        "context": ({"context-length": 1000000, "mem-fraction-static": 0.87}, ("836352", "1000256")),
+        "requests": ({"max-running-requests": 500}, ("137728", "256256")),
         "ranks": ({"tp-size": 3}, ("TP 3", "up to 2")),
         "fraction": ({"mem-fraction-static": 0.7}, ("GiB",)),
     }.values(),
@@ -211,3 +210,83 @@ def test_what_does_not_fit_is_refused_with_the_numbers(flags: dict[str, Any], nu
     with pytest.raises(LaunchError) as refusal:
         make_plan(TWO, MODEL, Request(flags=flags))
     assert all(number in str(refusal.value) for number in numbers)
+
+
+LEFT_OUT: dict[str, tuple[dict[str, Any], str]] = {
+    "switched off": ({"env": {"SGLANG_SM120": "0"}}, "SGLANG_SM120=0"),
+    "LoRA": ({"flags": {"enable-lora": True}}, "--enable-lora"),
+    "deterministic": ({"flags": {"enable-deterministic-inference": True}}, "--enable-deterministic-inference"),
+    "prefill alone": ({"flags": {"disaggregation-mode": "prefill"}}, "--disaggregation-mode prefill"),
+    "one host of two": ({"apart": True}, "prefill and decode apart"),
+    "two nodes": ({"flags": {"nnodes": 2}}, "several nodes"),
+}
+
+
+@pytest.mark.parametrize("reason", LEFT_OUT)
+def test_where_sglang_leaves_the_step_out(reason: str):
+    """A note says why, the budget has nothing of the step's, and the flag that would be refused is absent."""
+    values, words = LEFT_OUT[reason]
+    for patched in (True, False):
+        plan = make_plan(TWO, MODEL, Request(**values, patched=patched))
+        assert any(words in note for note in plan.notes), plan.notes
+        assert plan.value("enable-nvidia-megakernel") is None
+        assert not any("the step" in what for what, _ in plan.fit.lines)
+
+
+def test_the_step_is_the_plugins():
+    """The rows that it takes, and the features that it leaves to SGLang: each is one that a plan knows."""
+    from sglang.kernels.plugin_kernels.nvidia.spec import Feature
+
+    from sglang_sm120.plugin import SPEC
+
+    assert SPEC.max_rows == MAX_ROWS
+    known = {Feature.LORA, Feature.DETERMINISTIC_INFERENCE, Feature.TWO_BATCH_OVERLAP, Feature.PD_DISAGGREGATION}
+    assert not SPEC.features & (known | {Feature.MULTI_NODE_TP})
+    assert Feature.SPECULATIVE_DECODING in SPEC.features
+
+
+@pytest.mark.parametrize("flags", ({"enable-lora": False}, {"disaggregation-mode": "null"}, {"nnodes": 1}))
+def test_what_does_not_leave_the_step_out(flags: dict[str, Any]):
+    """The same flags with the values that they have anyway."""
+    assert make_plan(TWO, MODEL, Request(flags=flags)).notes == ()
+
+
+def test_the_step_in_an_unpatched_sglang():
+    """One flag more, nothing else; on a card that is none of SM12x SGLang serves alone."""
+    patched, released = (make_plan(TWO, MODEL, Request(patched=patched)) for patched in (True, False))
+    assert released.value("enable-nvidia-megakernel") is True
+    assert [entry for entry in released.settings if entry.name != "enable-nvidia-megakernel"] == list(patched.settings)
+    hopper = make_plan(machine("2x-h200"), MODEL, Request(patched=False))
+    assert hopper.value("enable-nvidia-megakernel") is None and "none of SM12x" in hopper.notes[0]
+
+
+def test_what_prefill_takes():
+    """SGLang's own scores of its indexer grow with chunk and context; the step's prefill takes none of that."""
+    ours, theirs = (
+        dict(make_plan(TWO, MODEL, Request(env=env)).fit.lines) for env in ({"SGLANG_SM120_PREFILL": "overlay"}, {})
+    )
+    scores = "indexer scores (SGLang's prefill)"
+    assert -theirs[scores] == 4096 * (1048576 * 4 // 4 + 1048576 // 256 * 12)
+    assert {what for what in theirs if what not in ours} == {
+        scores, "experts' workspace (SGLang's prefill)", "window pages again (SGLang's prefill)",
+    }  # fmt: skip
+    assert ours["cache pools"] < theirs["cache pools"] < 0
+    short = dict(make_plan(TWO, MODEL, Request(flags={"context-length": 65536})).fit.lines)
+    assert short[scores] * 16 == theirs[scores]
+
+
+@pytest.mark.parametrize(("draft", "graphs"), ((4, (1, 64)), (10, (1, 64))))
+def test_more_rows_than_the_step_takes(draft: int, graphs: tuple[int, int]):
+    """256 rows are 64 requests of 4 tokens and 25 of 10: the reason says from where on SGLang serves."""
+    request = Request(mtp=True, flags={"speculative-num-draft-tokens": draft, "cuda-graph-bs-decode": graphs})
+    [reason] = [s.reason for s in make_plan(TWO, MODEL, request).settings if s.name == "cuda-graph-max-bs-decode"]
+    assert ("more than 25 requests without the step" in reason) == (draft == 10), reason
+
+
+def test_drafts_that_cannot_be_served():
+    """More tokens than the compressor can take back, and a checkpoint whose drafts are DSpark's."""
+    with pytest.raises(LaunchError, match="is 11, and the compressor can take back 10 tokens"):
+        make_plan(TWO, MODEL, Request(mtp=True, flags={"speculative-num-draft-tokens": 11}))
+    dspark = replace(MODEL, config={**MODEL.config, "dspark_block_size": 5})
+    with pytest.raises(LaunchError, match="DSPARK"):
+        make_plan(TWO, dspark, Request(mtp=True))

@@ -19,6 +19,15 @@ from sglang_sm120_reference.write import write_checkpoint
 torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For modules whose products are small: a second thread would only wait for the first."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint") / "DeepSeek-V4-small"
@@ -65,3 +74,6 @@ def server(
         env=getattr(module, "SERVER_ENV", None),
     ) as running:
         yield running
+        served = running.log.read_text()
+    assert "sglang_sm120: the step takes its first extend pass" in served, "the step was not installed"
+    assert "SGLang's forward serves a pass" not in served, "a pass was left to SGLang's forward"

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
-from sglang.srt.entrypoints.openai import encoding_dsv4
+from sglang.srt.parser import deepseek_recipe_renderer
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
@@ -304,9 +304,11 @@ def test_a_directory_in_use_is_left_alone(tmp_path: Path, capsys: pytest.Capture
 
 def test_module_runs_as_a_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", write.__name__, str(tmp_path / "out"), *TINY_OPTIONS]
-    done = subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+    # As a user runs it, who gives the folder that pytest has from pyproject.
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(write.__file__).parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'out'}\n"), done.stderr
-    again = subprocess.run(command, capture_output=True, text=True)
+    again = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert again.returncode == 1 and "Traceback" not in again.stderr
 
 
@@ -332,10 +334,11 @@ def test_every_id_is_a_token(tokens: Tokenizer) -> None:
 
 def _encoding_markers() -> list[str]:
     """Every marker that SGLang's DeepSeek-V4 encoding writes or parses."""
-    module = encoding_dsv4
-    named = [module.bos_token, module.eos_token, module.thinking_start_token, module.thinking_end_token]
-    named += [module.dsml_token, module.USER_SP_TOKEN, module.ASSISTANT_SP_TOKEN, module.LATEST_REMINDER_SP_TOKEN]
-    return named + list(module.DS_TASK_SP_TOKENS.values())
+    module = deepseek_recipe_renderer
+    named = [module.ASSISTANT_TOKEN, module.THINK_START_TOKEN, module.THINK_END_TOKEN, *module.TASK_TOKENS.values()]
+    # What deepseek-recipe writes without a name in SGLang.
+    unnamed = ["begin▁of▁sentence", "end▁of▁sentence", "User", "latest_reminder"]
+    return [*named, "｜DSML｜", *(f"<｜{name}｜>" for name in unnamed)]
 
 
 @pytest.mark.parametrize("marker", _encoding_markers())
@@ -356,7 +359,7 @@ def test_transformers_loads_it(checkpoint: Path) -> None:
     assert loaded.model_max_length == ReferenceConfig().max_position_embeddings
     # SGLang's encoding writes the BOS itself.
     assert loaded.encode("hello") == tokenizer.build(1024).encode("hello").ids
-    chat = encoding_dsv4.encode_messages([{"role": "user", "content": "Say é."}], thinking_mode="chat")
-    ids = loaded.encode(chat)
+    recipe = deepseek_recipe_renderer.DeepSeekRecipe.from_hf_tokenizer("dsv4", loaded)
+    ids = recipe.encode({"messages": [{"role": "user", "content": "Say é."}], "thinking": False})
     assert ids[0] == 0 and ids.count(0) == 1
-    assert loaded.decode(ids) == chat
+    assert loaded.encode(loaded.decode(ids)) == ids

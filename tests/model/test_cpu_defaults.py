@@ -1,4 +1,4 @@
-"""What is set before the server starts: pool sizes, environment, and that the started server is stopped."""
+"""What is set before the server starts: cores, environment, and that the started server is stopped."""
 
 from __future__ import annotations
 
@@ -9,47 +9,27 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sglang.srt.model_executor.cuda_graph_config import default_cuda_graph_config
 
-import sglang_sm120
 from local_server import LocalServer, ServerError
-from sglang_sm120 import window_pool
+from sglang_sm120 import cpu
+from sglang_sm120.speculation import MAX_DRAFT_TOKENS, require_kept
 
-PAGE = 256
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT / 'evals'}{os.pathsep}{ROOT / 'reference'}"}
 """Of a child that imports what pytest finds by pyproject's `pythonpath`."""
-
-
-@given(
-    window=st.integers(3 * PAGE, 300 * PAGE),
-    chunk=st.none() | st.integers(-1, 100_000),
-    requests=st.integers(1, 512),
-)
-def test_no_prompt_waits_for_ever(window: int, chunk: int | None, requests: int) -> None:
-    got_chunk, got_requests = window_pool.admissible(window, PAGE, chunk, requests)
-    assert 1 <= got_chunk and 1 <= got_requests <= requests
-    assert -(-got_chunk // PAGE) * PAGE + got_requests * 2 * PAGE <= window
-    unlimited = chunk is None or chunk <= 0
-    assert unlimited or got_chunk <= chunk
-    if not unlimited and -(-chunk // PAGE) * PAGE + requests * 2 * PAGE <= window:
-        assert (got_chunk, got_requests) == (chunk, requests), "values that fit were changed"
-
-
-@given(window=st.integers(0, 3 * PAGE - 1))
-def test_a_pool_too_small_for_one_request_is_refused(window: int) -> None:
-    with pytest.raises(ValueError, match=rf"holds {window} tokens .* at least {3 * PAGE}.*--max-total-tokens"):
-        window_pool.admissible(window, PAGE, 512, 1)
 
 
 @given(cpus=st.sets(st.integers(0, 255), min_size=1), ranks=st.integers(1, 8))
 def test_ranks_share_the_cores_equally(cpus: set[int], ranks: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "sched_getaffinity", lambda pid: cpus)
-        shares = sglang_sm120._cores_of_ranks(ranks)
+        shares = cpu.cores_of_ranks(ranks)
     assert len(shares) == ranks
     assert len({len(share) for share in shares}) == 1
     assert {cpu for share in shares for cpu in share} <= cpus
@@ -57,21 +37,43 @@ def test_ranks_share_the_cores_equally(cpus: set[int], ranks: int) -> None:
         assert len({cpu for share in shares for cpu in share}) == sum(map(len, shares)), "a core has two ranks"
 
 
-def test_prepare_respects_what_the_user_set_and_warns_where_it_cannot(
+def arguments(**given: object) -> SimpleNamespace:
+    """SGLang's server arguments, as far as they are read."""
+    graphs = default_cuda_graph_config()
+    names = (
+        "max_total_tokens", "max_running_requests", "swa_full_tokens_ratio", "sleep_on_idle",
+        "speculative_algorithm", "speculative_num_draft_tokens", "speculative_use_rejection_sampling",
+    )  # fmt: skip
+    return SimpleNamespace(**{**dict.fromkeys(names), "tp_size": 1, "cuda_graph_config": graphs, **given})
+
+
+def test_defaults_respect_what_the_user_set_and_warn_where_they_cannot(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(os, "environ", {"OMP_NUM_THREADS": "1", "SGLANG_OPT_USE_TOPK_V2": "1"})
-    monkeypatch.setattr(sglang_sm120, "_prepared", False)
-    assert sglang_sm120.warmup_sampling() == {}, "another model's first request was changed"
-    assert sglang_sm120.prepare("cpu", 2)
-    assert sglang_sm120.warmup_sampling()["temperature"] > 0
+    defaults = cpu.cpu_defaults(arguments(max_total_tokens=4096, tp_size=2))
+    assert "max_total_tokens" not in defaults and defaults["max_running_requests"] == 8
+    assert defaults["cuda_graph_config"].decode.backend == "disabled"
     assert os.environ["OMP_NUM_THREADS"] == "1"
-    assert os.environ["TRITON_INTERPRET"] == "1"
+    assert "TRITON_INTERPRET" not in os.environ and "SGLANG_USE_CPU_ENGINE" not in os.environ
     assert len(os.environ["SGLANG_CPU_OMP_THREADS_BIND"].split("|")) == 2
-    assert "SGLANG_USE_CPU_ENGINE" not in os.environ
     assert os.environ["SGLANG_OPT_USE_TOPK_V2"] == "0"
     (warning,) = caplog.messages
     assert warning.startswith("SGLANG_OPT_USE_TOPK_V2=1 is replaced by 0")
+
+
+def test_more_drafts_than_can_be_taken_back_are_refused() -> None:
+    for drafts in (None, 4, MAX_DRAFT_TOKENS):
+        require_kept(drafts)
+    with pytest.raises(ValueError, match="is 11, .* take back 10 tokens: use --speculative-num-steps 9 or fewer"):
+        cpu.cpu_defaults(arguments(speculative_num_draft_tokens=MAX_DRAFT_TOKENS + 1))
+
+
+def test_a_cpu_speculates_with_eagle_only() -> None:
+    with pytest.raises(ValueError, match="speculative_algorithm is DSPARK, but a CPU serves EAGLE only"):
+        cpu.cpu_defaults(arguments(speculative_algorithm="DSPARK"))
+    with pytest.raises(ValueError, match="--speculative-use-rejection-sampling needs a GPU: leave it out"):
+        cpu.cpu_defaults(arguments(speculative_algorithm="EAGLE", speculative_use_rejection_sampling=True))
 
 
 # Stands in for the server: answers /health, has a child that ignores SIGTERM, and writes both process ids.

@@ -6,7 +6,6 @@ import functools
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,17 +21,10 @@ from sglang_sm120_reference.checkpoint import Checkpoint
 from sglang_sm120_reference.oracle import INDEX_BAND, INDEX_STAKE, ROUTER_GAP, Oracle, Result, sinkhorn
 from sglang_sm120_reference.write import write_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # So narrow that the indexer chooses within a prompt of 140 tokens.
 NARROW = 8
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The products here are small: a second thread would only wait for the first."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -392,6 +384,17 @@ def test_a_prefix_is_its_own_prompt(exact: Oracle, prompt_of: PromptOf, length: 
     assert torch.equal(whole.decided()[:length], prefix.decided())
 
 
+def test_captured_streams_are_those_that_a_shallower_model_ends_with(exact: Oracle, prompt_of: PromptOf) -> None:
+    tokens, layers = prompt_of(20, 9), exact.config.num_hidden_layers
+    whole = exact.forward(tokens, capture=range(layers))
+    try:
+        for layer in range(layers):
+            object.__setattr__(exact.config, "num_hidden_layers", layer + 1)
+            assert torch.equal(whole.captured[layer], exact.forward(tokens).hidden)
+    finally:
+        object.__setattr__(exact.config, "num_hidden_layers", layers)
+
+
 @pytest.mark.parametrize("place", [0, 3, 127, 128, 200, 259])
 def test_a_later_token_changes_nothing_earlier(exact: Oracle, prompt_of: PromptOf, place: int, seed: int) -> None:
     tokens = prompt_of(260, 4)
@@ -425,7 +428,7 @@ def test_decided_by_hand() -> None:
     nothing = torch.zeros(5, 1)
     router_gap = torch.tensor([math.inf, 2 * ROUTER_GAP, ROUTER_GAP / 2, 1.0, 1.0])
     stake = torch.tensor([0.0, INDEX_STAKE / 2, 0.0, 2 * INDEX_STAKE, INDEX_STAKE])
-    result = Result(nothing, nothing, router_gap, torch.zeros(5), stake)
+    result = Result(nothing, nothing, router_gap, torch.zeros(5), stake, {})
     # A narrow index gap alone leaves a position decided: attention may not look at the entry at all.
     assert result.decided().tolist() == [True, True, False, False, False]
 

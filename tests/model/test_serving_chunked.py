@@ -85,8 +85,8 @@ def _error_of(response: httpx.Response) -> str:
         ({"input_ids": []}, "empty"),
         ({"text": ""}, "empty"),
         ({"input_ids": [7] * (CONTEXT + 1)}, "context length"),
-        ({"input_ids": [7, 1 << 30]}, "vocab"),
-        ({"input_ids": [7, -3]}, "vocab"),
+        ({"input_ids": [7, 1 << 30]}, "valid range is [0, 1024)"),
+        ({"input_ids": [7, -3]}, "valid range is [0, 1024)"),
     ],
     ids=["no tokens", "empty text", "over the context", "id too large", "id negative"],
 )

@@ -6,7 +6,7 @@ from serving import CachedOracle, PromptOf, ask, assert_equal
 
 from local_server import LocalServer
 
-# 0.1 x 8,192 tokens are three pages; SGLang alone never admits a 1,000-token prompt with this chunk.
+# 0.1 x 8,192 tokens are three pages; SGLang has to make this chunk smaller for a 1,000-token prompt.
 SERVER_ARGS = ("--max-total-tokens", "8192", "--swa-full-tokens-ratio", "0.1", "--chunked-prefill-size", "2048")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from mutations.score import ASKED, Score
-from mutations.sites import ATTENTION, ORACLE, Mutation
+from mutations.sites import ATTENTION, ORACLE, STEP, Mutation
 
 from synthetic import floor_of
 
@@ -55,7 +55,8 @@ Written by `make mutations`, which makes each change in a copy of the source and
 {defects} defects in {len(rows)} places, {missed} caught by nothing (it fails if there is one). Kernels run in Triton's
 interpreter.
 
-*unit*: `tests/ops` (a run stops after {ATTENTION.most} failures) or `tests/model/test_oracle.py` (after {ORACLE.most}).
+*unit*: `tests/ops` (a run stops after {ATTENTION.most} failures), `tests/model/test_oracle.py` (after {ORACLE.most}) or
+`tests/model/test_step.py` (after {STEP.most}).
 *accuracy*: the oracle with the defect on the trained small model, {ASKED} recall questions; only where the oracle
 computes with the changed file. {answers}
 

@@ -29,7 +29,7 @@ if __name__ == "__main__":
 
 from mutations.page import Row, page
 from mutations.score import Score
-from mutations.sites import ORACLE, PACKAGES, ROOT, Mutation, Tests, mutate, mutations
+from mutations.sites import ORACLE, PACKAGES, ROOT, STEP, Mutation, Tests, mutate, mutations
 
 from sglang_sm120_reference.packed import unpack
 
@@ -177,7 +177,7 @@ class Runner:
         self._sources, self._folder, self._known, self._model = sources, folder, known, model
         self._end = time.monotonic() + 60 * minutes
         tests = (ROOT / "tests" / name for name in ("conftest.py", "ops", "model"))
-        self._tests = _digest(ROOT / "requirements.lock", ROOT / "evals/local_server.py", *tests)
+        self._tests = _digest(ROOT / "patches/0.5.23/requirements.lock", ROOT / "evals/local_server.py", *tests)
 
     def units(self, sources: Path, tests: Tests) -> Outcome:
         """`outcome_of`, unless it is known."""
@@ -227,7 +227,7 @@ class Runner:
 
     def sound(self) -> None:
         """Raises Unusable if a test fails without a mutation, Unfinished when time is over."""
-        for tests in (ORACLE, Tests(("tests/ops",))):
+        for tests in (ORACLE, STEP, Tests(("tests/ops",))):
             outcome = self.units(self._sources, tests)
             if outcome.failed:
                 raise Unusable(

@@ -92,6 +92,7 @@ COMPRESSOR = _ops("compress")
 SCALES = _ops("test_by_hand or test_formats or linear or mxfp4")
 # What follows a failure there takes a minute and tells no more.
 ORACLE = Tests(("tests/model/test_oracle.py",), most=1)
+STEP = Tests(("tests/model/test_step.py",), most=2)
 
 _KERNELS = (
     Mutation(
@@ -157,8 +158,20 @@ _KERNELS = (
         (("(exponent + 63) << 7", "(exponent + 64) << 7"),), EXPERTS,
     ),
     Mutation(
+        "gate and up swapped", "experts, Triton", "ops/mxfp4_moe/triton.py",
+        (("half = 1 - row // 8 % 2", "half = row // 8 % 2"),), EXPERTS,
+    ),
+    Mutation(
+        "scale of another row", "experts by few rows, Triton", "ops/mxfp4_moe/grouped.py",
+        (("place // 128 * 128 + place % 4 * 32 + place % 128 // 4", "place"),), EXPERTS,
+    ),
+    Mutation(
+        "scale of another row", "experts by many rows, Triton", "ops/mxfp4_moe/grouped.py",
+        (("(place % 32 * 16 + place % 128 // 32 * 4)", "place % 128 * 4"),), EXPERTS,
+    ),
+    Mutation(
         "scale exponent off by one", "KV pages, Triton", "ops/_pages_triton.py",
-        (("kv_scale_bytes(scales, FIRST, GROUPS) - 127", "kv_scale_bytes(scales, FIRST, GROUPS) - 126"),), ATTENTION,
+        (("kv_scale_bytes(scales, FIRST, 1) - 127", "kv_scale_bytes(scales, FIRST, 1) - 126"),), ATTENTION,
     ),
     Mutation(
         "scale exponent off by one", "FP8 linears, Triton", "ops/_linear_triton.py",
@@ -207,7 +220,7 @@ _KERNELS = (
     ),
     Mutation(
         "routed weight scaled twice", "experts, Triton", "ops/mxfp4_moe/triton.py",
-        (("acc * (weight * UNSCALE)[None, :], mask", "acc * (weight * weight * UNSCALE)[None, :], mask"),), EXPERTS,
+        (("total += weight * tl.load", "total += weight * weight * tl.load"),), EXPERTS,
     ),
     Mutation(
         "routed weight scaled twice", "router, Triton", "ops/router_topk/triton.py",
@@ -275,6 +288,26 @@ _REFERENCES = (
         (("(bits & 15, bits >> 4)", "(bits >> 4, bits & 15)"),), SCALES,
     ),
     Mutation(
+        "gate and up swapped", "experts, torch reference", "ops/mxfp4_moe/__init__.py",
+        (("up, gate = (x[row]", "gate, up = (x[row]"),), EXPERTS,
+    ),
+    Mutation(
+        "gate and up swapped", "experts from SGLang's CPU layout", "formats/experts.py",
+        (("Experts(w13.roll(inter, 1), s13", "Experts(w13, s13"),), SCALES,
+    ),
+    Mutation(
+        "scale of another row", "experts, torch reference", "ops/mxfp4_moe/__init__.py",
+        (("mxfp4.unswizzle_scales(e8m0.scale_bytes(scale))", "e8m0.scale_bytes(scale)"),), EXPERTS,
+    ),
+    Mutation(
+        "scale of another row", "swizzled scales", "formats/mxfp4.py",
+        ((".unflatten(-3, (-1, 4, 32))", ".unflatten(-3, (-1, 32, 4)).transpose(-3, -4)"),), SCALES,
+    ),
+    Mutation(
+        "ring of ratio 128 by window page", "plan format", "formats/compress_plan.py",
+        (("if self.ratio == 128:", "if False:"),), COMPRESSOR,
+    ),
+    Mutation(
         "scale exponent off by one", "E8M0 format", "formats/e8m0.py",
         ((".view(torch.float8_e8m0fnu).float()", ".view(torch.float8_e8m0fnu).float() * 2"),), SCALES,
     ),
@@ -316,6 +349,84 @@ _REFERENCES = (
     ),
 )  # fmt: skip
 
+_STEP = (
+    Mutation(
+        "routed weight scaled twice", "step", "step/experts.py",
+        (("alpha=e.factor)", "alpha=e.factor * e.factor)"),), STEP,
+    ),
+    Mutation(
+        "routed experts are not multiplied by 1.5", "step", "step/experts.py",
+        (("torch.add(shared, routed, alpha=e.factor)", "torch.add(shared, routed)"),), STEP,
+    ),
+    Mutation(
+        "gate and up of the shared expert swapped", "step", "step/experts.py",
+        (
+            (
+                "ops.fp8_linear(x, *e.shared_gate_up), e.limit",
+                "ops.fp8_linear(x, *e.shared_gate_up).roll(e.shared_gate_up.weight.shape[0] // 2, 1), e.limit",
+            ),
+        ),
+        STEP,
+    ),
+    Mutation(
+        "hash layers choose experts by score", "step", "step/weights.py",
+        (
+            (
+                "(None, m.topk.tid2eid) if m.is_hash else (m.gate.e_score_correction_bias, None)",
+                "(m.gate.weight[:, 0].float() * 0 if m.is_hash else m.gate.e_score_correction_bias, None)",
+            ),
+        ),
+        STEP,
+    ),
+    Mutation(
+        "norm of the other block", "attention's before the experts", "step/weights.py",
+        (('mix("ffn", module.post_attention_layernorm)', 'mix("ffn", module.input_layernorm)'),), STEP,
+    ),
+    Mutation(
+        "streams not handed on", "from attention to experts", "step/target.py",
+        (
+            (
+                "layer.experts_mix\n        x, y, post, comb = ops.mhc_post_pre",
+                "layer.experts_mix\n        _, y, post, comb = ops.mhc_post_pre",
+            ),
+        ),
+        STEP,
+    ),
+    Mutation(
+        "sum over the ranks left out", "experts", "step/target.py",
+        (
+            (
+                "f = sum_of_experts(experts(layer.experts, y, input_ids))",
+                "f = experts(layer.experts, y, input_ids)",
+            ),
+        ),
+        STEP,
+    ),
+    Mutation(
+        "sum over the ranks left out", "attention", "step/target.py",
+        (("f = sum_of_attention(attention(layer.attention, y, at))", "f = attention(layer.attention, y, at)"),), STEP,
+    ),
+    Mutation(
+        "RoPE table of another layer kind", "the first layer's in every layer", "step/target.py",
+        (
+            (
+                "[weights.prepare(layer) for layer in weights.layers_of(model)]",
+                "[one._replace(attention=one.attention._replace(freqs_cis=model.model.layers[0].self_attn.freqs_cis))"
+                " for one in map(weights.prepare, weights.layers_of(model))]",
+            ),
+        ),
+        STEP,
+    ),
+    Mutation(
+        "streams of the layer before", "means for DSpark", "step/target.py",
+        (("if index - 1 in captured:", "if index in captured:"),), STEP,
+    ),
+    Mutation(
+        "rows of a larger batch", "pass not cut to its rows", "step/metadata.py",
+        (("return rows[: self.rows]", "return rows"),), STEP,
+    ),
+)  # fmt: skip
+
 _NAMES = {
     Defect.COMB_TRANSPOSED: "comb transposed",
     Defect.ONE_SINKHORN_ITERATION: "one Sinkhorn iteration instead of 20",
@@ -346,6 +457,6 @@ def _always(defect: Defect) -> Mutation:
 
 def mutations() -> list[Mutation]:
     """All of them, those of one defect together."""
-    found = [*_KERNELS, *_REFERENCES, *map(_always, Defect)]
+    found = [*_KERNELS, *_REFERENCES, *_STEP, *map(_always, Defect)]
     order = list(dict.fromkeys(mutation.defect for mutation in found))
     return sorted(found, key=lambda mutation: order.index(mutation.defect))

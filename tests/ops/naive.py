@@ -159,10 +159,17 @@ def bf16_linear_fp32(x, w, dtype=torch.float32):
     return out(y) if dtype == torch.float32 else rounded(y)
 
 
+def swizzled(row, column, columns):
+    """Where SM120 keeps the scale byte of a row and column."""
+    tile, inside = row // 128 * 128 * columns + column // 4 * 512, row % 32 * 16 + row % 128 // 32 * 4 + column % 4
+    return tile + inside
+
+
 def mxfp4_moe(x, topk_ids, topk_weights, w13, s13, w2, s2, limit):
     def weight(packed, scale):
         data = raw(packed)
-        exponents = raw(scale).astype(int).repeat(32, -1)
+        rows, columns = np.indices(scale.shape)
+        exponents = raw(scale).reshape(-1)[swizzled(rows, columns, scale.shape[1])].astype(int).repeat(32, -1)
         values = np.zeros((data.shape[0], 2 * data.shape[1]))
         values[:, 0::2], values[:, 1::2] = E2M1[data & 15], E2M1[data >> 4]
         return values * np.where(exponents > 191, 0.0, 2.0 ** np.minimum(exponents - 127, 64))
@@ -175,7 +182,7 @@ def mxfp4_moe(x, topk_ids, topk_weights, w13, s13, w2, s2, limit):
             if e < 0:
                 continue
             first, second = experts[e]
-            gate, up = np.split(first @ tokens[t], 2)
+            up, gate = np.split(first @ tokens[t], 2)
             if limit is not None:
                 gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
             y[t] += float(topk_weights[t, slot]) * (second @ bf16(silu(gate) * up))
@@ -310,7 +317,9 @@ def silu_mul_clamp(gate_up, limit):
     return rounded(silu(np.minimum(gate, limit)) * np.clip(up, -limit, limit))
 
 
-def ring_row(request, position, req_to_token, full_to_swa, swa_page_size, ring_size) -> int:
+def ring_row(ratio, request, position, req_to_token, full_to_swa, swa_page_size, ring_size) -> int:
+    if ratio == 128:
+        return request * ring_size + position % ring_size
     slot = int(full_to_swa[int(req_to_token[request, position])])
     return slot // swa_page_size * ring_size + slot % ring_size
 
@@ -328,7 +337,7 @@ def compress_prefill_plan(
         request = int(req_pool_indices[b])
 
         def row(position, request=request):
-            return ring_row(request, position, req_to_token, full_to_swa, swa_page_size, ring_size)
+            return ring_row(ratio, request, position, req_to_token, full_to_swa, swa_page_size, ring_size)
 
         for j in range(extend):
             position = seq_len - extend + j
@@ -339,7 +348,7 @@ def compress_prefill_plan(
             block = position // ratio
             last = seq_len // ratio - (1 if ratio == 4 else 0)
             page_end = ratio == 4 and (position + 4) // swa_page_size > position // swa_page_size
-            draft = position >= seq_len - min(10, ring_size - ratio)
+            draft = position >= seq_len - {8: 0, 16: 10, 128: 0, 256: 130}[ring_size]
             if block >= last or page_end or draft:
                 write_rows.append(struct.pack("<Ii", ragged, row(position)))
             ragged += 1
@@ -350,7 +359,7 @@ def compress_decode_plan(ratio, req_pool_indices, seq_lens, req_to_token, full_t
     packed = []
     for request, seq_len in zip(req_pool_indices.tolist(), seq_lens.tolist(), strict=True):
         now, before = (
-            ring_row(request, p, req_to_token, full_to_swa, swa_page_size, ring_size)
+            ring_row(ratio, request, p, req_to_token, full_to_swa, swa_page_size, ring_size)
             for p in (seq_len - 1, max(0, seq_len - 1 - ratio))
         )
         packed.append(struct.pack("<Iiii", seq_len, now, before // ratio, now // ratio))

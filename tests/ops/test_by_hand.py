@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from sglang_sm120 import ops
+from sglang_sm120 import ops, registry
 from sglang_sm120.formats import e8m0, fp8_block, indexer_page, kv_page, mxfp4
 
 
@@ -50,6 +50,30 @@ def test_mxfp4_block() -> None:
     assert e8m0.scale_bytes(scale).tolist() == [128]
     back = mxfp4.dequantise(packed, scale)
     assert back[:8].tolist() == [12, -6, 4, -2, 1, 0, 2, 8]
+
+
+def test_mxfp4_moe_reads_up_first_and_swizzled_scales() -> None:
+    # One expert of 128 channels inside and out. A scale byte of row r and block c lies at
+    # (r // 128) * 512 + (r % 32) * 16 + (r % 128 // 32) * 4 + c; the others are 255 and would count as 0.
+    w13, w2 = torch.zeros(1, 256, 64, dtype=torch.uint8), torch.zeros(1, 128, 64, dtype=torch.uint8)
+    s13, s2 = torch.full((1, 256, 4), 255, dtype=torch.uint8), torch.full((1, 128, 4), 255, dtype=torch.uint8)
+    # Up, row 37 = 1 * 32 + 5, channel 67 (block 2): 1.5 * 2^2 = 6.
+    w13[0, 37, 33] = 0x30
+    s13.view(-1)[5 * 16 + 1 * 4 + 2] = 129
+    # Gate, row 128 + 37, channel 0 (block 0): 2 * 2^0 = 2.
+    w13[0, 165, 0] = 0x04
+    s13.view(-1)[512 + 5 * 16 + 1 * 4] = 127
+    # Down, output 100 = 3 * 32 + 4, channel 37 (block 1): 4 * 2^-1 = 2.
+    w2[0, 100, 18] = 0x60
+    s2.view(-1)[4 * 16 + 3 * 4 + 1] = 126
+    x = torch.zeros(1, 128, dtype=torch.bfloat16)
+    x[0, 67], x[0, 0] = 3, 8
+    expected = torch.zeros(1, 128)
+    # Up 18, gate 16: silu(16) = 16 - 2e-6, times 18 = 288, times 2 and the routed weight 1/4.
+    expected[0, 100] = 144
+    for provider in registry.ops()["mxfp4_moe"].providers.values():
+        y = provider.function(x, torch.tensor([[0, -1]]), torch.tensor([[0.25, 9.0]]), w13, s13, w2, s2, None)
+        torch.testing.assert_close(y.float(), expected, msg=provider.name)
 
 
 def test_fp8_block() -> None:

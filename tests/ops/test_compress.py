@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sglang_sm120 import ops
 from sglang_sm120.formats import indexer_page, kv_page
-from sglang_sm120.formats.compress_plan import CompressPlan
+from sglang_sm120.formats.compress_plan import CompressPlan, DecodePlan, WritePlan
 from sglang_sm120.speculation import MAX_DRAFT_TOKENS
 
 DIM = 128
@@ -33,7 +33,7 @@ def direct(rows: torch.Tensor, ape: torch.Tensor, ratio: int) -> torch.Tensor:
 
 
 class Server:
-    """Requests whose tokens arrive in steps, with SGLang's ring and page mapping."""
+    """Requests whose tokens arrive in steps, with SGLang's rings and page mapping."""
 
     def __init__(self, make: Maker, ratio: int, lengths: list[int], ring_size: int) -> None:
         self.ratio, self.ring_size, self.lengths = ratio, ring_size, lengths
@@ -42,8 +42,8 @@ class Server:
         width = DIM * (4 if ratio == 4 else 2)
         self.rows = [make.normal(length, width) for length in lengths]
         self.ape = make.normal(8 if ratio == 4 else 128, DIM)
-        pages = len(self.where["full_to_swa"]) // self.where["swa_page_size"]
-        self.ring = make.poisoned(pages * ring_size // ratio, ratio, width, dtype=torch.float32)
+        rings = len(self.where["full_to_swa"]) // self.where["swa_page_size"] if ratio == 4 else len(lengths)
+        self.ring = make.poisoned(rings * ring_size // ratio, ratio, width, dtype=torch.float32)
         self.done = [0] * len(lengths)
         self.found: list[list[torch.Tensor]] = [[] for _ in lengths]
 
@@ -156,6 +156,54 @@ def test_a_prefix_hit_resumes_from_a_window_page_boundary(ratio: int, seed: int)
     torch.testing.assert_close(torch.stack(server.found[1]).double(), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("ratio", "ring_size", "row", "before", "own"),
+    [
+        (4, 8, 5 * 8 + 1, (4 * 8 + 5) // 4, (5 * 8 + 1) // 4),
+        (4, 16, 5 * 16 + 1, (4 * 16 + 13) // 4, (5 * 16 + 1) // 4),
+        (128, 128, 3 * 128 + 1, 3, 3),
+        (128, 256, 3 * 256 + 1, 3 * 2 + 1, 3 * 2),
+    ],
+)
+def test_rings_belong_to_window_pages_or_to_requests(
+    ratio: int, ring_size: int, row: int, before: int, own: int
+) -> None:
+    # Request 3 has position 257 in window page 5, and 253 and 129 in window page 4.
+    where = {
+        "req_pool_indices": torch.tensor([3]),
+        "req_to_token": torch.arange(4 * 512).int().view(4, 512),
+        "full_to_swa": torch.arange(-2 * 256, 6 * 256),
+        "swa_page_size": 256,
+    }
+    plan = ops.compress_decode_plan(ratio, seq_lens=torch.tensor([258]), ring_size=ring_size, **where)
+    assert torch.cat(DecodePlan.unpack(plan)).tolist() == [258, row, before, own]
+    _, plan_w = ops.compress_prefill_plan(
+        ratio, seq_lens=torch.tensor([258]), extend_lens=torch.tensor([1]), ring_size=ring_size, **where
+    )
+    assert torch.cat(WritePlan.unpack(plan_w)).tolist() == [0, row]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "ring_size", "kept"),
+    [
+        (4, 8, [*range(252, 256), *range(508, 512), *range(516, 523)]),
+        (4, 16, [*range(252, 256), *range(508, 512), *range(513, 523)]),
+        (128, 128, [*range(512, 523)]),
+        (128, 256, [*range(393, 523)]),
+    ],
+)
+def test_a_long_step_keeps_its_last_block_and_its_drafts(ratio: int, ring_size: int, kept: list[int]) -> None:
+    where = {
+        "req_pool_indices": torch.tensor([0]),
+        "req_to_token": torch.arange(1024).int().view(1, -1),
+        "full_to_swa": torch.arange(1024),
+        "swa_page_size": 256,
+    }
+    lengths = torch.tensor([523])
+    _, plan_w = ops.compress_prefill_plan(ratio, seq_lens=lengths, extend_lens=lengths, ring_size=ring_size, **where)
+    assert WritePlan.unpack(plan_w).ragged_id.tolist() == kept
+
+
 @pytest.mark.parametrize(("dim", "page_size"), [(512, 64), (128, 64)])
 def test_store_follows_the_plan(dim: int, page_size: int, seed: int) -> None:
     make = Maker(seed, CPU)
@@ -188,9 +236,9 @@ def test_prefill_plan_refuses_what_its_rows_cannot_hold() -> None:
             ratio, seq_lens=seq_lens, extend_lens=extend_lens, ring_size=ring_size, **where
         )[0]
 
-    assert int(CompressPlan.unpack(plan(65_535, 65_535)).ragged_id.max()) == 65_531
-    with pytest.raises(ValueError, match="65536 tokens and the plan's 16-bit rows allow 65535; lower the chunked"):
-        plan(65_536, 65_536)
+    assert int(CompressPlan.unpack(plan(65_536, 65_536)).ragged_id.max()) == 65_535
+    with pytest.raises(ValueError, match="65537 tokens and the plan's 16-bit rows allow 65536; lower the chunked"):
+        plan(65_537, 65_537)
     with pytest.raises(ValueError, match="need 1 <= extend_len <= seq_len"):
         plan(3, 4)
     with pytest.raises(ValueError, match="need 1 <= extend_len <= seq_len"):

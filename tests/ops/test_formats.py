@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_sm120.formats import compress_plan, e8m0, fp8_block, indexer_page, kv_page, mxfp4
+from sglang_sm120 import ops
+from sglang_sm120.formats import compress_plan, e8m0, experts, fp8_block, indexer_page, kv_page, mxfp4
 
 MOST = settings(max_examples=60, deadline=None, derandomize=True)
 finite = st.floats(-(2.0**60), 2.0**60, width=32, allow_nan=False)
@@ -193,7 +194,85 @@ def test_plan_bytes() -> None:
         compress_plan.WritePlan.unpack(invalid)
 
 
+@MOST
+@given(
+    st.integers(0, 2), st.integers(1, 3), st.integers(1, 5), st.sampled_from([torch.uint8, torch.float8_e8m0fnu]), seeds
+)
+def test_swizzled_scales_lie_where_sm120_wants_them(
+    experts: int, row_tiles: int, column_tiles: int, dtype: torch.dtype, seed: int
+) -> None:
+    rows, columns = 128 * row_tiles, 4 * column_tiles
+    shape = (experts, rows, columns) if experts else (rows, columns)
+    plain = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    swizzled = mxfp4.swizzle_scales(plain.view(dtype))
+    assert swizzled.shape == shape and swizzled.dtype == dtype and swizzled.is_contiguous()
+    r, c = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    place = (r // 128) * 128 * columns + (c // 4) * 512 + (r % 32) * 16 + (r % 128 // 32) * 4 + c % 4
+    for given_, got in zip(
+        plain.view(-1, rows, columns), swizzled.view(torch.uint8).view(-1, rows * columns), strict=True
+    ):
+        assert torch.equal(got[place], given_)
+    back = mxfp4.unswizzle_scales(swizzled)
+    assert back.dtype == dtype and torch.equal(back.view(torch.uint8), plain)
+
+
+def _gate_first(seed: int, e: int = 2, hidden: int = 256, inter: int = 128) -> tuple[torch.Tensor, ...]:
+    """A layer's packed w1, w3, w2 and their scale bytes, as a checkpoint has them."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((inter, hidden), (inter, hidden), (hidden, inter))
+    packed = [torch.randint(-128, 128, (e, n, k // 2), dtype=torch.int8, generator=generator) for n, k in shapes]
+    scales = [torch.randint(0, 255, (e, n, k // 32), dtype=torch.uint8, generator=generator) for n, k in shapes]
+    return (*packed, *scales)
+
+
+@MOST
+@given(seeds)
+def test_experts_from_gate_first(seed: int) -> None:
+    w1, w3, w2, s1, s3, s2 = _gate_first(seed)
+    values = [e8m0.to_float(s) for s in (s1, s3, s2)]
+    got = experts.from_gate_first(torch.cat((w1, w3), 1), torch.cat(values[:2], 1), w2, values[2])
+    assert experts.refusal(*got) is None
+    assert torch.equal(got.w13, torch.cat((w3, w1), 1)) and torch.equal(got.w2, w2)
+    assert torch.equal(e8m0.scale_bytes(mxfp4.unswizzle_scales(got.s13)), torch.cat((s3, s1), 1))
+    assert torch.equal(e8m0.scale_bytes(mxfp4.unswizzle_scales(got.s2)), s2)
+
+
+@pytest.mark.parametrize("wrong", [3.0, 0.0, -1.0, float("nan"), float("inf"), 2.0**-128, 1 + 2.0**-23])
+def test_a_scale_that_is_no_power_of_two_is_refused(wrong: float) -> None:
+    w1, w3, w2, s1, s3, s2 = _gate_first(0)
+    values = [e8m0.to_float(s) for s in (torch.cat((s1, s3), 1), s2)]
+    values[1][1, 7, 2] = wrong
+    with pytest.raises(ValueError, match=f"has the value {wrong} and needs a power of two".replace("+", r"\+")):
+        experts.from_gate_first(torch.cat((w1, w3), 1), values[0], w2, values[1])
+
+
+@pytest.mark.parametrize(("hidden", "inter"), [(192, 128), (256, 96)])
+def test_experts_that_fill_no_tile_are_refused(hidden: int, inter: int) -> None:
+    w1, w3, w2, s1, s3, s2 = _gate_first(0, 1, hidden, inter)
+    layer = (torch.cat((w3, w1), 1), torch.cat((s3, s1), 1), w2, s2)
+    with pytest.raises(
+        ValueError, match=f"{hidden} channels and {inter} inside, and swizzled scales need multiples of 128"
+    ):
+        experts.from_gate_first(layer[0], layer[1].float(), layer[2], layer[3].float())
+    x = torch.zeros(1, hidden, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=f"{hidden} channels and {inter} inside"):
+        ops.mxfp4_moe(x, torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1), *layer, None)
+
+
+def test_experts_of_other_shapes_are_refused() -> None:
+    w1, w3, w2, s1, s3, s2 = _gate_first(0)
+    w13, s13 = torch.cat((w3, w1), 1), torch.cat((s3, s1), 1)
+    why = experts.refusal(w13, s13[:, :128], w2, s2)
+    assert why == "s13 is [2, 128, 8] and needs [2, 256, 8], as w2 is [2, 256, 64]."
+    assert "w13 is" in str(experts.refusal(w13[:1], s13, w2, s2))
+    assert "s2 is" in str(experts.refusal(w13, s13, w2, s2[..., :3]))
+
+
 def test_refusals() -> None:
+    with pytest.raises(ValueError, match="rows in multiples of 128 and columns in multiples of 4"):
+        mxfp4.swizzle_scales(torch.zeros(128, 6, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="rows in multiples of 128"):
+        mxfp4.unswizzle_scales(torch.zeros(2, 96, 4, dtype=torch.uint8))
     with pytest.raises(ValueError, match="multiple of 32"):
         mxfp4.quantise(torch.zeros(40))
     with pytest.raises(ValueError, match="even count"):

@@ -186,7 +186,7 @@ def test_sparse_mla_wants_all_of_extra(seed: int) -> None:
 @given(seeds, st.booleans())
 def test_mxfp4_moe_is_finite_for_any_bytes(seed: int, random_scales: bool) -> None:
     make = Maker(seed, CPU)
-    e, hidden, inter = 3, 64, 32
+    e, hidden, inter = 3, 128, 128
 
     def data(*shape: int) -> torch.Tensor:
         return make.integers(0, 256, *shape, dtype=torch.uint8)

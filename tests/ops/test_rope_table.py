@@ -1,4 +1,4 @@
-"""The rotation table against SGLang's own, which is made in a module that imports TileLang."""
+"""The rotation table against SGLang's own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ARGUMENTS = [
 
 @pytest.mark.parametrize("arguments", ARGUMENTS)
 def test_equals_sglangs_bit_for_bit(arguments: tuple) -> None:
-    from sglang.srt.layers.deepseek_v4_rope import precompute_freqs_cis
+    from sglang.kernels.ops.attention.dsv4.rope import precompute_freqs_cis
 
     expected = precompute_freqs_cis(*arguments)
     assert torch.equal(torch.view_as_real(rope_table(*arguments)), torch.view_as_real(expected))

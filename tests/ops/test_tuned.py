@@ -78,8 +78,11 @@ def test_fields_with_a_default_may_be_left_out() -> None:
         (tuned.entry_of(("mxfp4_moe.gate_up", MOE, 1), Moe(32, 2, 4, 64, 4, 3)), "a stretch has 8 rows"),
         (tuned.entry_of(("mxfp4_moe.gate_up", MOE, 128), Moe(128, 8, 2, 64, 4, 3)), "split is 2"),
         (tuned.entry_of(("mxfp4_moe.gate_up", MOE, 1), Moe(64, 2, 2, 64, 4, 3)), "tokens times split is 4"),
-        (tuned.entry_of(("mxfp4_moe.down", (4, 64, 128, 8), 1), Moe(64, 4, 1, 32, 4, 3)), "tokens are 4"),
-        (tuned.entry_of(("mxfp4_moe.down", (4, 64, 128, 8), 1), Moe(64, 8, 1, 64, 4, 3)), "depth is 64"),
+        (tuned.entry_of(("mxfp4_moe.gate_up", (4, 128, 128, 6), 1), Moe(64, 4, 2, 64, 4, 3)), "split is 2"),
+        (tuned.entry_of(("mxfp4_moe.down", (4, 128, 128, 8), 1), Moe(64, 4, 1, 32, 4, 3)), "tokens are 4"),
+        (tuned.entry_of(("mxfp4_moe.down", (4, 128, 128, 8), 1), Moe(64, 8, 1, 64, 4, 3)), "depth is 64"),
+        (tuned.entry_of(("mxfp4_moe.down", (4, 384, 128, 6), 8), Moe(256, 8, 1, 32, 4, 3)), "divide the 384 channels"),
+        (tuned.entry_of(("mxfp4_moe.down", MOE, 8), Moe(128, 8, 1, 16, 4, 3)), "depth is 16"),
         (tuned.entry_of(("mxfp4_moe.down", MOE, 8), Moe(256, 8, 1, 128, 4, 5)), "shared memory"),
         (tuned.entry_of(("topk_slots", (65536, 512), 1), TopK(1024, 4, 4)), "at most 16384 of all"),
         (tuned.entry_of(("topk_slots", (4096, 2048), 1), TopK(1024, 4, 4)), "needs k of one"),
@@ -249,7 +252,7 @@ def test_no_accepted_configuration_gives_wrong_results(op: str, kernel: str | No
         scale = make.e8m0(-(-n // 128), -(-k // 128)).float()
         arguments = {"x": make.bf16(rows, k), "w": make.fp8(n, k), "scale": scale}
     elif op == "mxfp4_moe":
-        experts, hidden, inter, rows = 6, 128, 96, min(rows, 5)
+        experts, hidden, inter, rows = 6, 256, 128, min(rows, 5)
         arguments = {
             "x": make.bf16(rows, hidden), "topk_ids": make.distinct(rows, 3, experts),
             "topk_weights": make.normal(rows, 3).abs(), "w13": make.integers(0, 256, experts, 2 * inter, hidden // 2),

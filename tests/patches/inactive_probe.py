@@ -1,32 +1,22 @@
-"""Prints, as JSON, what touched functions return for a model that is not DeepSeek-V4, on CPU.
+"""What functions that the series touches return for a model that is not DeepSeek-V4, on CPU.
 
-Run by `test_inactive.py` with SGLang's pristine package and with the patched one.
+Part of `resolution_probe.py`, which runs with the released SGLang and with the patched one.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import types
 from collections.abc import Callable
+from typing import Any
+from unittest import mock
 
-os.environ["TRITON_INTERPRET"] = "1"
-os.environ["TORCHDYNAMO_DISABLE"] = "1"
-
-import sglang
 import torch
-from sglang.srt.distributed import init_distributed_environment, initialize_model_parallel
-from sglang.srt.layers.deep_gemm_wrapper import configurer
-from sglang.srt.layers.moe.utils import initialize_moe_config
-from sglang.srt.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod
-from sglang.srt.models.deepseek_v2 import DeepseekV2MoE
-from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 from torch import Tensor
 
-
-def digest(x: Tensor) -> str:
-    return hashlib.sha256(x.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+# `select_top_k_tokens` compiles its tree otherwise, which takes longer than all the rest.
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 
 def outcome(function: Callable[[], object]) -> object:
@@ -37,61 +27,91 @@ def outcome(function: Callable[[], object]) -> object:
         return f"{type(error).__name__}: {error}"
 
 
-def moe_of_deepseek_v3() -> str:
-    """DeepSeek-V3's mixture of experts: same file and class as V4's, other routing."""
-    config = types.SimpleNamespace(
-        hidden_size=128, moe_intermediate_size=128, hidden_act="silu", num_hidden_layers=2,
-        n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2, n_group=2, topk_group=1,
-        topk_method="noaux_tc", scoring_func="sigmoid", norm_topk_prob=True, routed_scaling_factor=2.5,
-    )  # fmt: skip
-    layer = DeepseekV2MoE(config, layer_id=1)
-    for parameter in layer.parameters():
-        parameter.data.normal_(0, 0.1)
-    return digest(layer.forward_normal(torch.randn(5, 128)))
+def digest(x: Tensor) -> str:
+    return hashlib.sha256(x.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def fp8_linear() -> object:
-    """A block-scaled FP8 layer of any model."""
-    method = Fp8LinearMethod(Fp8Config(True, "dynamic", weight_block_size=[128, 128]))
-    layer = torch.nn.Module()
-    method.create_weights(layer, 256, [256], 256, 256, torch.bfloat16, weight_loader=None)
-    layer.weight.data = torch.randn(256, 256).to(torch.float8_e4m3fn)
-    layer.weight_scale_inv.data = torch.rand(2, 2, dtype=torch.float32)
-    method.process_weights_after_loading(layer)
-    # Upstream's kernels need a GPU; where the call goes, and with what, is seen in their place.
-    method.w8a8_block_fp8_linear = lambda **call: digest(call["input"]) + digest(call["weight_scale"])
-    x = torch.randn(3, 256)
-    return [digest(layer.weight), digest(layer.weight_scale_inv), outcome(lambda: method.apply(layer, x))]
+def prompts(model: Any) -> list[object]:
+    """How prompts are judged, usable ones and those which DeepSeek-V4's would be refused for."""
+    from sglang.srt.managers.io_struct import GenerateReqInput
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
+    manager = TokenizerManager.__new__(TokenizerManager)
+    manager.model_config, manager.context_len = model, model.context_len
+    manager.num_reserved_tokens, manager.allow_auto_truncate, manager.validate_total_tokens = 0, False, True
+    manager.is_generation = True
+
+    def judge(ids: list[int]) -> object:
+        request = GenerateReqInput(input_ids=ids, sampling_params={"max_new_tokens": 4})
+        return outcome(lambda: manager._validate_one_request(request, ids))
+
+    return [judge(ids) for ids in ([1, 2], [], [-1], [model.vocab_size], [1] * model.context_len)]
 
 
-def deepgemm_by_architecture() -> dict[str, object]:
-    """Whether DeepGEMM is chosen on other GPUs, as if it were installed."""
-    configurer._is_cuda = True
-    chosen = {}
-    for sm in (80, 90, 100, 103):
-        configurer.get_device_sm = lambda sm=sm: sm
-        chosen[str(sm)] = outcome(configurer._compute_enable_deep_gemm)
-    return chosen
+def first_request(server_args: Any) -> dict[str, Any]:
+    """The request that a server sends itself before it says ready."""
+    from sglang.srt.entrypoints import http_server
+
+    sent: dict[str, Any] = {}
+
+    def answer(url: str, **arguments: Any) -> Any:
+        sent.update(arguments.get("json") or {})
+        info = {"model_type": "llama", "is_generation": True, "architectures": ["LlamaForCausalLM"]}
+        return types.SimpleNamespace(status_code=200, text="", json=lambda: info)
+
+    # SGLang ends its own processes where the request fails.
+    names = {"kill_process_tree": mock.DEFAULT, "_global_state": mock.DEFAULT}
+    with (
+        mock.patch.multiple(http_server.requests, get=answer, post=answer),
+        mock.patch.multiple(http_server, **names) as replaced,
+    ):
+        assert http_server._execute_server_warmup(server_args), "the request failed"
+    replaced["kill_process_tree"].assert_not_called()
+    return sent
 
 
-def main() -> None:
-    server_args = ServerArgs(model_path="dummy", device="cpu")
-    set_global_server_args_for_scheduler(server_args)
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    init_distributed_environment(world_size=1, rank=0, local_rank=0, backend="gloo")
-    initialize_model_parallel(backend="gloo")
-    initialize_moe_config(server_args)
-    torch.set_default_dtype(torch.bfloat16)
-    torch.manual_seed(0)
-    with torch.inference_mode():
-        print(json.dumps({
-            "sglang": sglang.__file__,
-            "moe": moe_of_deepseek_v3(),
-            "fp8_linear": fp8_linear(),
-            "deepgemm": deepgemm_by_architecture(),
-        }))  # fmt: skip
+def longest_prompt(model: Any) -> object:
+    """What a worker tells the scheduler, with a window pool too small for DeepSeek-V4."""
+    from sglang.srt.managers.tp_worker import TpModelWorker
+    from sglang.srt.mem_cache.allocator.swa import SWATokenToKVPoolAllocator
+
+    pool = SWATokenToKVPoolAllocator.__new__(SWATokenToKVPoolAllocator)
+    pool._size_swa, pool.page_size, pool._swa_req_ring = 256, 256, False
+    runner = mock.MagicMock()
+    runner.token_to_kv_pool_allocator, runner.effective_logical_max_total_num_tokens = pool, 2048
+    worker = TpModelWorker.__new__(TpModelWorker)
+    for name, value in {"model_config": model, "_model_runner": runner, "dllm_algorithm": None}.items():
+        setattr(worker, name, value)
+    worker.random_seed, worker.device = 0, "cpu"
+    return outcome(lambda: [number for number in worker.get_worker_info() if isinstance(number, int)])
 
 
-if __name__ == "__main__":
-    main()
+def draft_tokens() -> list[str]:
+    """EAGLE's choice of draft tokens at its second step, one and two a step."""
+    from sglang.srt.speculative.spec_utils import select_top_k_tokens
+
+    found = []
+    for top_k in (1, 2):
+        torch.manual_seed(top_k)
+        probabilities, index = torch.rand(3 * top_k, top_k), torch.randint(512, (3 * top_k, top_k))
+        hidden, scores = torch.randn(3 * top_k, 8), torch.rand(3, top_k)
+        ids, states, best, tree = select_top_k_tokens(1, probabilities, index, hidden, scores, top_k)
+        found += [digest(tensor) for tensor in (ids, states, best, *tree)]
+    return found
+
+
+def results(folder: str) -> dict[str, object]:
+    """Everything that is asked, for the model whose config.json is in `folder`."""
+    from sglang.srt.arg_groups.overrides import model_config_of
+    from sglang.srt.runtime_context import publish
+    from sglang.srt.server_args import ServerArgs
+
+    server_args = ServerArgs(model_path=folder, device="cpu")
+    publish(server_args, role="tokenizer")
+    model = model_config_of(server_args)
+    return {
+        "prompts": prompts(model),
+        "first request": first_request(server_args),
+        "longest prompt": longest_prompt(model),
+        "draft tokens": draft_tokens(),
+    }

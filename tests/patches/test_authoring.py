@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import authoring
+import series as patch_series
 
 LINE = st.sampled_from(["", "x", "y", "    return x", "def f():", "x\x0cy", "é\u2028"])
 
@@ -30,7 +31,7 @@ def test_a_good_series_passes(box: Box):
 
 @pytest.mark.parametrize("field", authoring.FIELDS)
 def test_a_header_field_is_needed(box: Box, field: str):
-    box.write_series(p01_first=FIRST.replace(f"{field}: ", f"X-{field}: "), p02_second=SECOND)
+    box.write_series(core_01_first=FIRST.replace(f"{field}: ", f"X-{field}: "), cpu_02_second=SECOND)
     code, message = lint(box)
     assert code == 1 and field in message
 
@@ -57,9 +58,9 @@ MANY = "".join(f"+m{line} = 0\n" for line in range(41))
 )
 def test_a_rule_is_kept(box: Box, old: str, new: str, problem: str):
     assert old in FIRST
-    box.write_series(p01_first=FIRST.replace(old, new), p02_second=SECOND)
+    box.write_series(core_01_first=FIRST.replace(old, new), cpu_02_second=SECOND)
     code, message = lint(box)
-    assert code == 1 and "01-first.patch" in message and problem in message
+    assert code == 1 and "core/01-first.patch" in message and problem in message
 
 
 @pytest.mark.parametrize(
@@ -75,57 +76,111 @@ def test_a_rule_is_kept(box: Box, old: str, new: str, problem: str):
     ],
 )
 def test_a_bad_body_is_named(box: Box, body: str, problem: str):
-    patch = box.root / "patches" / VERSION / "01-first.patch"
+    patch = box.series / "core/01-first.patch"
     patch.write_text(HEADER.format(text="Do it.", version=VERSION) + body)
     code, message = lint(box)
-    assert code == 1 and "01-first.patch" in message and problem in message
+    assert code == 1 and "core/01-first.patch" in message and problem in message
 
 
 def test_the_series_file_is_checked(box: Box):
-    folder = box.root / "patches" / VERSION
-    (folder / "series").write_text("02-second.patch\n01-first.patch\n02-second.patch\n")
-    (folder / "03-extra.patch").write_text(FIRST)
-    (folder / "Bad_Name.patch").write_text(FIRST)
+    series, twice = box.series / "series", "cpu/02-second.patch is listed more than once"
+    series.write_text("cpu/02-second.patch\ncore/01-first.patch\ncpu/02-second.patch\n")
+    (box.series / "core/03-extra.patch").write_text(FIRST)
+    (box.series / "core/Bad_Name.patch").write_text(FIRST)
+    (box.series / "other").mkdir()
+    (box.series / "other/04-x.patch").write_text(FIRST)
     code, message = lint(box)
     assert code == 1
-    for problem in ("02-second.patch is listed more than once", "03-extra.patch is not listed", "not in the order"):
+    for problem in (twice, "core/03-extra.patch is not listed", "other/04-x.patch is not listed", "not in the order"):
         assert problem in message
-    (folder / "series").write_text("Bad_Name.patch\n")
+    series.write_text("core/Bad_Name.patch\n")
     assert "NN-kebab-name" in lint(box)[1]
-    (folder / "series").write_text("04-gone.patch\n")
-    assert "04-gone.patch" in lint(box)[1]
+    series.write_text("other/04-x.patch\n")
+    assert "other/04-x.patch is in none of the groups core, fixes, cpu, speed" in lint(box)[1]
+    series.write_text("core/04-gone.patch\n")
+    assert "core/04-gone.patch" in lint(box)[1]
+
+
+@pytest.mark.parametrize(
+    "line, problem",
+    [
+        ("from sglang_sm120.hooks import (answer, more)", "sglang_sm120.hooks has no more"),
+        ("from sglang_sm120.ops import answer", "imports sglang_sm120.ops, needed sglang_sm120.hooks alone"),
+        ("    import sglang_sm120", "imports sglang_sm120, needed"),
+        ("import torch", "imports torch, needed"),
+        ("from sglang.srt.environ import envs", None),
+        ("from sglang_sm120.hooks import answer as _answer  # noqa: F401", None),
+        ("from sglang_sm120.hooks import (answer as a, answer)", None),
+    ],
+)
+def test_a_patch_imports_hooks_and_sglang_alone(box: Box, line: str, problem: str | None):
+    box.write_series(core_01_first=FIRST.replace("+a1b = 12", f"+{line}"), cpu_02_second=SECOND)
+    code, message = lint(box)
+    if problem is None:
+        assert (code, message) == (0, "")
+    else:
+        assert code == 1 and f"core/01-first.patch: {problem}" in message
+
+
+def test_an_import_over_several_lines_is_read(box: Box):
+    lines = "+from sglang_sm120.hooks import (\n+    answer,  # once\n+    more,\n+)"
+    first = FIRST.replace("+a1b = 12", lines).replace("@@ -1,4 +1,5 @@", "@@ -1,4 +1,8 @@")
+    box.write_series(core_01_first=first, cpu_02_second=SECOND)
+    assert "has no more" in lint(box)[1]
+
+
+def test_a_hook_that_no_patch_imports_is_named(box: Box):
+    hooks = box.root / "overlay/sglang_sm120/hooks.py"
+    hooks.write_text(hooks.read_text() + "\n\nclass Unused: ...\n\n\ndef _helper() -> None: ...\n")
+    message = lint(box)[1]
+    assert "sglang_sm120.hooks offers Unused, which no patch imports" in message and "_helper" not in message
+
+
+@pytest.mark.parametrize(("limit", "problem"), [("MAX_PATCHES", "2 patches"), ("MAX_ADDED_LINES", "add 6 lines")])
+def test_the_series_stays_small(box: Box, monkeypatch: pytest.MonkeyPatch, limit: str, problem: str):
+    authoring.lint(box.root)
+    monkeypatch.setattr(authoring, limit, 1)
+    with pytest.raises(patch_series.Refused, match=f"{problem}, at most 1"):
+        authoring.lint(box.root)
+
+
+def test_the_overlays_lock_is_the_series_own(box: Box):
+    placed = box.root / "overlay/sglang_sm120/sglang.lock"
+    placed.unlink()
+    placed.write_bytes(box.lock.read_bytes())
+    assert "is not a link" in lint(box)[1]
 
 
 def test_a_stale_lock_is_found(box: Box):
-    patch = box.root / "patches" / VERSION / "01-first.patch"
+    patch = box.series / "core/01-first.patch"
     patch.write_text(patch.read_text().replace("first lines", "very first lines"))
     code, message = lint(box)
     assert code == 1 and "refresh" in message
 
 
 def test_refresh_moves_offsets_and_keeps_the_header(box: Box):
-    folder = box.root / "patches" / VERSION
-    good = (folder / "02-second.patch").read_text()
-    moved = good.replace("@@ -18,7 +18,7 @@", "@@ -3,7 +3,7 @@ made up")
-    (folder / "02-second.patch").write_text(moved.replace("a/sglang/a.py", "a/sglang/a.py\t2020-01-01"))
+    folder = box.series
+    good = (folder / "cpu/02-second.patch").read_text()
+    moved = good.replace("@@ -18,7 +18,9 @@", "@@ -3,7 +3,9 @@ made up")
+    (folder / "cpu/02-second.patch").write_text(moved.replace("a/sglang/a.py", "a/sglang/a.py\t2020-01-01"))
     box.done("refresh")
     # The first patch adds a line above.
-    assert (folder / "02-second.patch").read_text() == good
-    assert "@@ -18,7 +18,7 @@" in good
+    assert (folder / "cpu/02-second.patch").read_text() == good
+    assert "@@ -18,7 +18,9 @@" in good
 
 
 def test_refresh_works_from_a_patched_site(box: Box):
     box.done("apply")
-    before = (box.root / "sglang.lock").read_bytes()
+    before = (box.lock).read_bytes()
     box.done("refresh")
-    assert (box.root / "sglang.lock").read_bytes() == before
-    box.write_series(p01_second=SECOND)
-    assert list(json.loads((box.root / "sglang.lock").read_text())["files"]) == ["sglang/a.py"]
+    assert (box.lock).read_bytes() == before
+    box.write_series(cpu_02_second=SECOND)
+    assert list(json.loads((box.lock).read_text())["files"]) == ["sglang/a.py"]
 
 
 @pytest.mark.parametrize("path", ["sglang/../../evil.py", "/etc/passwd", "other/a.py"])
 def test_refresh_stays_inside_sglang(box: Box, path: str):
-    patch = box.root / "patches" / VERSION / "01-first.patch"
+    patch = box.series / "core/01-first.patch"
     patch.write_text(f"Description: x\n\n--- a/{path}\n+++ b/{path}\n@@ -1 +1 @@\n-a0 = 0\n+a0 = 1\n")
     assert path in box.refused("refresh") or "no file" in box.refused("refresh")
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from boxes import FIRST, SECOND, Box, copy_tree, make_box, tree
+from boxes import FIRST, SECOND, VERSION, Box, copy_tree, make_box, tree
 
 import atomic
 import patchset
@@ -69,7 +69,7 @@ def _start(folder: Path, case: str) -> tuple[Box, str, dict[str, bytes]]:
     if case != "apply":
         box.done("apply")
     if case == "apply over an older series":
-        box.write_series(p01_first=FIRST.replace("= 22", "= 222"), p02_second=SECOND)
+        box.write_series(core_01_first=FIRST.replace("= 22", "= 222"), cpu_02_second=SECOND)
     command = case.split(" ", 1)[0]
     whole = Box(box.root, folder / "whole")
     copy_tree(box.site, whole.site)
@@ -118,7 +118,7 @@ def test_killed_at_every_step_without_exchange(memory: Path, capsys: pytest.Capt
         died = _killed_at(step, box, command)
         if _package(box.site) not in wholes:
             mixed += 1
-            assert "partly" in str(startup.problem_of(start.root / "sglang.lock", box.site))
+            assert "partly" in str(startup.problem_of(box.site / "sglang_sm120", box.site, VERSION))
         _main(box, "status", capsys)
         assert _package(box.site) in wholes, f"half-way after {step} steps and a status"
         _main(box, command, capsys)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
-from boxes import CHECKOUT, Box
+from boxes import CHECKOUT, SGLANG, Box
+
+SERIES = CHECKOUT / "patches" / SGLANG
 
 
 @pytest.fixture
@@ -15,8 +18,8 @@ def clone(tmp_path: Path) -> Path:
     """The files `make setup` reads, in a folder with a blank in its name."""
     folder = tmp_path / "a clone"
     folder.mkdir()
-    for name in ("Makefile", "requirements.lock"):
-        shutil.copy(CHECKOUT / name, folder)
+    shutil.copy(CHECKOUT / "Makefile", folder)
+    shutil.copytree(SERIES, folder / "patches" / SERIES.name)
     return folder
 
 
@@ -69,7 +72,7 @@ def test_setup_is_done_once_and_again_after_an_interruption(clone: Path, tmp_pat
     for again in ([chosen], []):
         assert make(clone, "setup", *again).returncode == 0
         assert trace.read_text() == done and (clone / ".venv/kept").exists()
-    with open(clone / "requirements.lock", "a") as lock:
+    with open(clone / "patches" / SERIES.name / "requirements.lock", "a") as lock:
         lock.write("# changed\n")
     assert make(clone, "setup", chosen).returncode == 0
     assert not (clone / ".venv/kept").exists()
@@ -84,7 +87,7 @@ def test_two_places_are_refused(clone: Path):
 
 
 def test_the_lock_names_no_index_and_pins_everything():
-    lines = (CHECKOUT / "requirements.lock").read_text().splitlines()
+    lines = (SERIES / "requirements.lock").read_text().splitlines()
     assert "make lock" in lines[0]
     names = [line for line in lines if not line.startswith((" ", "#"))]
     assert len(names) > 150
@@ -92,9 +95,14 @@ def test_the_lock_names_no_index_and_pins_everything():
         assert "==" in line and line.endswith("\\"), line
     for line in lines:
         assert "://" not in line and not line.lstrip().startswith("--") or line.startswith("    --hash=sha256:"), line
-    wanted = {line for line in (CHECKOUT / "requirements.in").read_text().splitlines() if "==" in line}
-    assert wanted == {"sglang==0.5.12.post1", "torch==2.11.0", "triton==3.6.0", "kernels==0.13.0"}
-    assert wanted <= {line.split(" ", 1)[0] for line in names}
+    [wanted] = [line for line in (SERIES / "requirements.in").read_text().splitlines() if "==" in line]
+    assert wanted == f"sglang=={SGLANG}"
+    assert {wanted, "torch==2.14.1", "triton==3.8.0"} <= {line.split(" ", 1)[0] for line in names}
+
+
+def test_the_wheel_needs_the_release_of_the_series():
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
+    assert project["dependencies"] == [f"sglang=={SGLANG}"]
 
 
 def test_the_package_version_is_read_from_the_overlay(box: Box):

@@ -15,13 +15,13 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from boxes import CHECKOUT, PATCHSET, Box, copy_tree, stamps, tree
+from boxes import CHECKOUT, PATCHSET, Box, copy_checkout, copy_tree, stamps, tree
 
 import series as patch_series
 
 
 def _state(box: Box) -> str:
-    series = patch_series.Series.load(CHECKOUT / "patches", CHECKOUT / "sglang.lock")
+    series = patch_series.Series.load(CHECKOUT / "patches")
     return patch_series.state(patch_series.Site.open(box.site), series, None)[0]
 
 
@@ -36,21 +36,21 @@ def test_the_series_follows_its_rules():
 
 def test_refresh_changes_nothing(real: Box, tmp_path: Path):
     root = tmp_path / "root"
-    for name in ("patches", "overlay"):
-        shutil.copytree(CHECKOUT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("sglang.lock", "pyproject.toml"):
-        shutil.copy(CHECKOUT / name, root)
+    copy_checkout(root)
     before = tree(root)
     Box(root, real.site).done("refresh")
     assert tree(root) == before
 
 
-def test_apply_then_unapply_gives_the_released_bytes(real: Box, pristine: Path):
-    released = tree(pristine)
+def test_apply_then_unapply_gives_the_released_bytes(wheel: Path, tmp_path: Path):
+    """On the wheel of every Python; the touched files are the same in all of them."""
+    released = tree(wheel)
+    copy_tree(wheel, tmp_path / "site")
+    real = Box(CHECKOUT, tmp_path / "site")
     assert "applied" in real.done("apply")
     assert _state(real) == "applied"
     real.done("verify")
-    assert tree(pristine) == released, "apply wrote through a hard link"
+    assert tree(wheel) == released, "apply wrote through a hard link"
     touched = stamps(real.site)
     assert "nothing to do" in real.done("apply")
     assert stamps(real.site) == touched
@@ -61,13 +61,13 @@ def test_apply_then_unapply_gives_the_released_bytes(real: Box, pristine: Path):
 
 def test_every_patched_python_file_compiles(real: Box):
     real.done("apply")
-    names = patch_series.Series.load(CHECKOUT / "patches", CHECKOUT / "sglang.lock").files()
+    names = patch_series.Series.load(CHECKOUT / "patches").files()
     for name in (name for name in names if name.endswith(".py")):
         compile((real.site / name).read_bytes(), name, "exec")
 
 
 def test_one_flipped_byte_is_refused_by_name(real: Box):
-    name = patch_series.Series.load(CHECKOUT / "patches", CHECKOUT / "sglang.lock").files()[-1]
+    name = patch_series.Series.load(CHECKOUT / "patches").files()[-1]
     path = real.site / name
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -126,10 +126,7 @@ def test_make_apply_needs_python_and_patch_alone(real: Box, tmp_path: Path):
     (tools / "python3").write_text(f'#!/bin/bash\nexec "{sys.executable}" -I -S "$@"\n')
     (tools / "python3").chmod(0o755)
     root, site = tmp_path / "a checkout", tmp_path / "a site"
-    for name in ("patches", "overlay"):
-        shutil.copytree(CHECKOUT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("sglang.lock", "pyproject.toml", "Makefile"):
-        shutil.copy(CHECKOUT / name, root)
+    copy_checkout(root)
     real.site.rename(site)
 
     def make(*goals: str) -> None:

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from boxes import FILES, FIRST, SECOND, VERSION, Box, copy_tree, stamps, tree
+from boxes import FILES, FIRST, LATE, SECOND, VERSION, Box, copy_tree, stamps, tree
 
 import atomic
 
-AFTER_A = FILES["sglang/a.py"].replace("a1 = 1\n", "a1 = 11\na1b = 12\n").replace("a19 = 19\n", "a19 = 99\n")
+AFTER_A = FILES["sglang/a.py"].replace("a1 = 1\n", "a1 = 11\na1b = 12\n").replace("a19 = 19\n", LATE)
 
 
 def test_round_trip(box: Box):
@@ -130,14 +130,14 @@ def test_a_record_of_another_build_is_refused(box: Box):
 
 
 def test_a_patch_changed_without_refresh_is_refused(box: Box):
-    patch = box.root / "patches" / VERSION / "01-first.patch"
+    patch = box.series / "core/01-first.patch"
     patch.write_text(patch.read_text().replace("+a1 = 11", "+a1 = 12"))
     assert "01-first.patch" in box.refused("apply")
     assert "01-first.patch" in box.refused("verify")
 
 
 def test_fuzz_is_refused(box: Box):
-    patch = box.root / "patches" / VERSION / "01-first.patch"
+    patch = box.series / "core/01-first.patch"
     # One context line is wrong: GNU patch alone would take it with fuzz 1.
     patch.write_text(patch.read_text().replace(" a3 = 3", " a3 = 4"))
     message = box.refused("refresh")
@@ -256,12 +256,12 @@ class TestOutdated:
         copy_tree(box.site, tmp_path / "clean")
         box.done("apply")
         if change == "other bytes":
-            box.write_series(p01_first=FIRST.replace("= 22", "= 222"), p02_second=SECOND)
+            box.write_series(core_01_first=FIRST.replace("= 22", "= 222"), cpu_02_second=SECOND)
         elif change == "one patch less":
             # b.py, touched by the first patch alone, must come back.
-            box.write_series(p01_second=SECOND)
+            box.write_series(cpu_02_second=SECOND)
         else:
-            box.write_series(p01_first=FIRST.replace("first", "very first"), p02_second=SECOND)
+            box.write_series(core_01_first=FIRST.replace("first", "very first"), cpu_02_second=SECOND)
         assert (": applied (" if change == "another header" else ": outdated (") in box.done("status")
         box.done("apply")
         box.done("verify")
@@ -271,17 +271,34 @@ class TestOutdated:
         box.done("unapply")
         assert tree(box.site) == released
 
+    def test_the_overlay_of_an_older_release_is_replaced(self, box: Box, tmp_path: Path):
+        """An installer brought a new SGLang; what was placed beside the old one is still there."""
+        copy_tree(box.site, tmp_path / "clean")
+        box.done("apply")
+        series = box.site / "sglang_sm120/series"
+        (series / VERSION).rename(series / "9.9.8")
+        lock = box.site / "sglang_sm120/sglang.lock"
+        lock.write_text(lock.read_text().replace(VERSION, "9.9.8").replace("sglang/a.py", "sglang/gone.py"))
+        for name, text in FILES.items():
+            (box.site / name).write_text(text)
+        assert ": clean (" in box.done("status")
+        box.done("apply")
+        box.done("verify")
+        fresh = Box(box.root, tmp_path / "clean")
+        fresh.done("apply")
+        assert tree(box.site) == tree(fresh.site)
+
     def test_unapply_takes_the_old_series_back(self, box: Box):
         released = tree(box.site)
         box.done("apply")
-        box.write_series(p01_second=SECOND)
+        box.write_series(cpu_02_second=SECOND)
         box.done("unapply")
         assert tree(box.site) == released
 
     def test_unapply_does_not_need_the_checkouts_patches(self, box: Box):
         released = tree(box.site)
         box.done("apply")
-        patch = box.root / "patches" / VERSION / "01-first.patch"
+        patch = box.series / "core/01-first.patch"
         patch.write_text(patch.read_text().replace("+a1 = 11", "+a1 = 12"))
         box.done("unapply")
         assert tree(box.site) == released

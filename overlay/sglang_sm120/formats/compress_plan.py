@@ -12,7 +12,7 @@ SGLang's CUDA planner and kernels (`compress_v2.cuh`) exchange them as uint8 row
     decode plan, 16 B     uint32 seq_len · int32 write_loc · int32 read_page_0 · int32 read_page_1
 
 A row whose first field is 2^32 - 1 is invalid (padding). ragged_id has 16 bits in a compress plan, so a step
-has at most 65,535 tokens. When buffer_len is 0 no ring page is read; read_page_0 is then -1 and read_page_1
+has at most 65,536 tokens. When buffer_len is 0 no ring page is read; read_page_0 is then -1 and read_page_1
 the request's index in the batch.
 """
 
@@ -24,7 +24,7 @@ import torch
 
 __all__ = ["MAX_TOKENS", "CompressPlan", "DecodePlan", "Ring", "WritePlan"]
 
-MAX_TOKENS = 65_535
+MAX_TOKENS = 65_536
 """Tokens one step may have."""
 
 
@@ -83,10 +83,15 @@ class DecodePlan(NamedTuple):
 
 
 class Ring(NamedTuple):
-    """Where the state ring keeps a token: one ring of `size` rows per window page.
+    """Where the state ring keeps a token of a request (a row of req_to_token), in rows.
 
-    req_to_token int [R, L] maps (request, position) to a full slot, full_to_swa int [N] that to a window slot
-    s; the token's ring row is s // swa_page_size * size + s % size.
+    Ratio 4: one ring of `size` rows per window page. req_to_token int [R, L] maps (request, position) to a full slot,
+    full_to_swa int [N] that to a window slot s; the row is s // swa_page_size * size + s % size. A prefix hit finds the
+    last block of each window page there.
+    Ratio 128: one ring per request, row request * size + position % size; the two maps are not read. A prefix ends with
+    a window page and so with a block, of which a hit needs nothing.
+
+    Ratio 4 by request (`use_req_ring`) belongs to SGLang's unified pool, which is AMD's only.
     """
 
     ratio: int
@@ -105,8 +110,23 @@ class Ring(NamedTuple):
                 f"window page of {self.swa_page_size} tokens."
             )
 
+    @property
+    def window(self) -> int:
+        """Tokens that one compressed entry is made of; ratio 4 overlaps with the block before."""
+        return 2 * self.ratio if self.ratio == 4 else self.ratio
+
+    @property
+    def drafts(self) -> int:
+        """Last tokens of a step that may be drafts, of which only the first are accepted; 0 in the smallest ring.
+
+        One is always accepted, so the first token that a later entry needs lies window - 2 before the step's.
+        """
+        return self.size - self.window + 2 if self.size > self.window else 0
+
     def row(self, request: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """Ring rows int64 of tokens at position int [N] of request int [N]."""
+        if self.ratio == 128:
+            return request.long() * self.size + position.long() % self.size
         slot = self.full_to_swa[self.req_to_token[request.long(), position.long()].long()].long()
         return slot // self.swa_page_size * self.size + slot % self.size
 

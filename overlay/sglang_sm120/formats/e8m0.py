@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["from_amax", "from_bytes", "scale_bytes", "to_float"]
+__all__ = ["from_amax", "from_bytes", "from_float", "scale_bytes", "to_float"]
 
 
 def from_amax(amax: torch.Tensor, largest: float) -> torch.Tensor:
@@ -27,6 +27,23 @@ def from_amax(amax: torch.Tensor, largest: float) -> torch.Tensor:
 def from_bytes(bits: torch.Tensor) -> torch.Tensor:
     """uint8 exponent bytes to float8_e8m0fnu, bit for bit."""
     return bits.view(torch.float8_e8m0fnu)
+
+
+def from_float(scale: torch.Tensor) -> torch.Tensor:
+    """fp32 powers of two 2^-127 … 2^127 to float8_e8m0fnu, exactly.
+
+    Raises ValueError for any other value, which no scale byte means.
+    """
+    bits = scale.float().contiguous().view(torch.int32)
+    byte = bits >> 23
+    # 2^-127 is subnormal: its one bit lies below the exponent's.
+    exact = ((bits & 0x7FFFFF) == 0) & (byte > 0) & (byte < 255) | (bits == 1 << 22)
+    if not bool(exact.all()):
+        raise ValueError(
+            f"E8M0 scale has the value {scale[~exact][0].item()} and needs a power of two, 2^-127 to 2^127; "
+            "pass the checkpoint's scales as they were loaded."
+        )
+    return from_bytes(byte.to(torch.uint8))
 
 
 def scale_bytes(scale: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from . import e8m0
 
-__all__ = ["BLOCK", "dequantise", "quantise"]
+__all__ = ["BLOCK", "dequantise", "quantise", "requantise"]
 
 BLOCK = 128
 """Rows and columns that share one scale."""
@@ -40,6 +40,25 @@ def dequantise(w8: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"FP8 weight [{n}, {k}] has scales {list(scale.shape)} and needs {list(blocks)}.")
     values = scale.float() if scale.dtype == torch.float32 else e8m0.to_float(scale)
     return w8.float() * _expand(values, n, k)
+
+
+def requantise(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """bf16 [N, K] that was dequantised from FP8 blocks with power-of-two scales, back to (e4m3 [N, K], scale fp32).
+
+    Bit-exact: `quantise` takes the smallest scale, and with it every value that a larger one could express is a value
+    of E4M3 too.
+
+    Raises:
+        ValueError: the weight is no such matrix.
+    """
+    w8, scale = quantise(w)
+    values = e8m0.to_float(scale)
+    if not torch.equal(dequantise(w8, values), w.float()):
+        raise ValueError(
+            f"A bf16 weight [{w.shape[0]}, {w.shape[1]}] is not made of FP8 blocks with power-of-two scales: "
+            "serve the published FP8 checkpoint."
+        )
+    return w8, values
 
 
 def _expand(scale: torch.Tensor, n: int, k: int) -> torch.Tensor:

@@ -3,6 +3,13 @@
 Byte j of a row holds value 2j in its low nibble and value 2j+1 in its high nibble. A nibble is `sign << 3 |
 code`, with code 0…7 standing for 0, 0.5, 1, 1.5, 2, 3, 4, 6. Checkpoints store the packed bytes as int8; the
 bits mean uint8. A dequantised weight is `E2M1_VALUES[nibble] * 2^(scale byte - 127)`, exact in fp32.
+
+SM120's tensor cores want a weight's scale bytes swizzled in tiles of 128 rows and 4 columns, and SGLang keeps no other
+copy there: the byte of row r and column c of C lies at
+
+    (r // 128) * 128 * C  +  (c // 4) * 512  +  (r % 32) * 16  +  (r % 128 // 32) * 4  +  c % 4
+
+of its weight, whose scale tensor keeps the shape [rows, C].
 """
 
 from __future__ import annotations
@@ -11,7 +18,7 @@ import torch
 
 from . import e8m0
 
-__all__ = ["BLOCK", "E2M1_VALUES", "dequantise", "pack", "quantise", "unpack"]
+__all__ = ["BLOCK", "E2M1_VALUES", "dequantise", "pack", "quantise", "swizzle_scales", "unpack", "unswizzle_scales"]
 
 BLOCK = 32
 """Values along K that share one scale."""
@@ -66,3 +73,31 @@ def dequantise(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         )
     values = torch.tensor(E2M1_VALUES, device=packed.device)[codes.int()]
     return (values.unflatten(-1, (-1, BLOCK)) * e8m0.to_float(scale).unsqueeze(-1)).flatten(-2)
+
+
+def swizzle_scales(scale: torch.Tensor) -> torch.Tensor:
+    """Scales float8_e8m0fnu|uint8 [..., R, C], row-major, to the same shape and dtype, swizzled.
+
+    Raises ValueError unless R is a multiple of 128 and C of 4.
+    """
+    bits = _tiled(scale)
+    tiles = bits.unflatten(-1, (-1, 4)).unflatten(-3, (-1, 4, 32))
+    return tiles.transpose(-4, -2).reshape(bits.shape).view(scale.dtype)
+
+
+def unswizzle_scales(scale: torch.Tensor) -> torch.Tensor:
+    """The inverse of `swizzle_scales`: bytes as SM120 has them to row-major ones."""
+    bits = _tiled(scale)
+    rows, columns = bits.shape[-2:]
+    tiles = bits.reshape(*bits.shape[:-2], rows // 128, columns // 4, 32, 4, 4)
+    return tiles.transpose(-4, -2).reshape(bits.shape).view(scale.dtype)
+
+
+def _tiled(scale: torch.Tensor) -> torch.Tensor:
+    bits = e8m0.scale_bytes(scale)
+    if bits.dim() < 2 or bits.shape[-2] % 128 or bits.shape[-1] % 4:
+        raise ValueError(
+            f"MXFP4 scales are {list(bits.shape)}, and swizzled ones need rows in multiples of 128 and columns in "
+            "multiples of 4; pad the weight, or split it over fewer ranks."
+        )
+    return bits

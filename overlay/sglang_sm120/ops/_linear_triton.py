@@ -118,7 +118,10 @@ def linear(
         kernels.launch(_many_rows_tma, tiles, x_tiles, w_tiles, s, parts, rows, **model, **tile, num_warps=c.warps)
     else:
         tile["EVEN"] = k % c.bk == 0
-        kernels.launch(_many_rows, tiles, x, w, s, parts, rows, *strides, **model, **tile, num_warps=c.warps)
+        most = kernels.registers(c.warps) if form == UNSCALED.value else None
+        kernels.launch(
+            _many_rows, tiles, x, w, s, parts, rows, *strides, **model, **tile, num_warps=c.warps, maxnreg=most
+        )
     if c.split > 1:
         total = math.prod(y.shape)
         grid = (triton.cdiv(total, 1024),)
@@ -217,6 +220,21 @@ def _norm(x, x_row, weight, y, eps, N: tl.constexpr, X_STEP: tl.constexpr, NP: t
     tl.store(y + row * N + column, _rms_norm(value, w, eps, N), mask=inside)
 
 
+@triton.jit
+def _products(weight, value, R: tl.constexpr, K: tl.constexpr):
+    """Products of weight [R, K] and value [1, K] summed by fours: fp32 [R, K / 4].
+
+    `tl.sum` adds what a thread has as a tree (Triton 3.8), whose leaves, all products, would be held beside the norm.
+    """
+    w0, w1 = tl.split(tl.reshape(weight, (R, K // 4, 2, 2)))
+    v0, v1 = tl.split(tl.reshape(value, (1, K // 4, 2, 2)))
+    w00, w01 = tl.split(w0)
+    w10, w11 = tl.split(w1)
+    v00, v01 = tl.split(v0)
+    v10, v11 = tl.split(v1)
+    return w00 * v00 + w01 * v01 + w10 * v10 + w11 * v11
+
+
 @triton.jit(do_not_specialize=["x_row", "x_group"])
 def _gemv(
     x, norm_weight, eps, w, scale, y, x_row, x_group, G: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
@@ -253,7 +271,11 @@ def _gemv(
         value = _rms_norm(value, norm, eps, K).to(tl.float32)
     if SCALE != UNSCALED:
         value = tl.reshape(tl.reshape(value, PB, BLOCK) * _scale_value(s, SCALE)[:, None], KP)
-    out = tl.sum(weight.to(tl.float32) * value[None, :], 1)
+    weight = weight.to(tl.float32)
+    if NORM:
+        out = tl.sum(_products(weight, value[None, :], BN, KP), 1)
+    else:
+        out = tl.sum(weight * value[None, :], 1)
     _store(y + (row * G + group) * N + n, out, n < N)
 
 
@@ -296,7 +318,7 @@ def _few_rows(
         else:
             factor = _scale_value(s_next, SCALE)
             # One step ahead, or every step would wait for its scale.
-            s_next = tl.load(s_at + tl.minimum(start // BLOCK + KW + part, KB - 1))
+            s_next = tl.load(s_at + tl.minimum(part + (start // BLOCK + KW), KB - 1))
         acc = scaled_sum(product, factor[:, None, None], acc)
     out = tl.trans(tl.sum(acc, 0))
     at = y + (m[:, None] * G + group) * N + n[None, :]

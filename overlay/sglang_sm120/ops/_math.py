@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-CHUNK_BYTES = 128 << 20
-"""Working memory a reference may take at once."""
+CHUNK_BYTES = 16 << 20
+"""Working memory a reference may take at once; more is given back to the system and faulted in again at each step."""
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:

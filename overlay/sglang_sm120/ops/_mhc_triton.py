@@ -215,14 +215,24 @@ def _two_bf16(w):
 
 
 @triton.jit
-def _products(v, halves, squares, acc):
-    """squares [R, B] + v² and acc [NP, R] + w vᵀ, for bf16 v [R, B] and halves of w [NP, B]."""
+def _stacked(w):
+    """The two bf16 of each fp32 row of w [NP, B] one below the other: bf16 [2 NP, B]."""
+    high, low = _two_bf16(w)
+    return tl.reshape(tl.permute(tl.join(high, low), 0, 2, 1), 2 * w.shape[0], w.shape[1])
+
+
+@triton.jit
+def _products(v, w, squares, acc, STACKED: tl.constexpr):
+    """squares [R, B] + v² and acc + w vᵀ, for bf16 v [R, B]: acc [2 NP, R] for `_stacked` w, or [NP, R] for fp32 w."""
     value = v.to(tl.float32)
-    high, low = halves
     # Added outside the dots: chained ones would be given to the warps by rows alone.
-    v = tl.trans(v)
-    acc = scaled_sum(dot(low, v), 1.0, acc)
-    acc = scaled_sum(dot(high, v), 1.0, acc)
+    if STACKED:
+        acc = scaled_sum(dot(w, tl.trans(v)), 1.0, acc)
+    else:
+        high, low = _two_bf16(w)
+        v = tl.trans(v)
+        acc = scaled_sum(dot(low, v), 1.0, acc)
+        acc = scaled_sum(dot(high, v), 1.0, acc)
     return scaled_sum(value, value, squares), acc
 
 
@@ -254,10 +264,12 @@ def _mix(
     n = tl.arange(0, NP)
     h = tl.arange(0, B)
     low = part * PART
-    # One step: fn first, which comes from farther away and which no kernel writes.
-    if PART == B:
+    # One step: fn first, which comes from farther away and which no kernel writes. Stacked, it meets each v in one dot;
+    # with two Triton 3.8 takes v through shared memory for the second. More rows would need too many registers.
+    STACKED: tl.constexpr = PART == B
+    if STACKED:
         w0, w1, w2, w3 = _fn_tile(fn, low, n, h, H, N, B)
-        w0, w1, w2, w3 = _two_bf16(w0), _two_bf16(w1), _two_bf16(w2), _two_bf16(w3)
+        w0, w1, w2, w3 = _stacked(w0), _stacked(w1), _stacked(w2), _stacked(w3)
     wait(True)
     if EXIT:
         p0, p1, p2, p3 = _four(post + row * 4, live)
@@ -265,7 +277,7 @@ def _mix(
         c10, c11, c12, c13 = _four(comb + row * 16 + 4, live)
         c20, c21, c22, c23 = _four(comb + row * 16 + 8, live)
         c30, c31, c32, c33 = _four(comb + row * 16 + 12, live)
-    acc = tl.zeros([NP, R], tl.float32)
+    acc = tl.zeros([2 * NP if STACKED else NP, R], tl.float32)
     squares = tl.zeros([R, B], tl.float32)
     for start in tl.range(low, tl.minimum(low + PART, H), B, num_stages=STAGES):
         inside = live[:, None]
@@ -276,7 +288,7 @@ def _mix(
         v1 = tl.load(x + at + H, mask=inside, other=0.0)
         v2 = tl.load(x + at + 2 * H, mask=inside, other=0.0)
         v3 = tl.load(x + at + 3 * H, mask=inside, other=0.0)
-        if PART != B:
+        if not STACKED:
             w0, w1, w2, w3 = _fn_tile(fn, start, n, h, H, N, B)
         if EXIT:
             g_at = f + row[:, None] * H + (start + h)[None, :]
@@ -284,19 +296,22 @@ def _mix(
             x0, x1, x2, x3 = v0.to(tl.float32), v1.to(tl.float32), v2.to(tl.float32), v3.to(tl.float32)
             v0 = _stream(p0[:, None], g, c00[:, None], x0, c10[:, None], x1, c20[:, None], x2, c30[:, None], x3)
             tl.store(out + at, v0, mask=inside)
-        squares, acc = _products(v0, w0 if PART == B else _two_bf16(w0), squares, acc)
+        squares, acc = _products(v0, w0, squares, acc, STACKED)
         if EXIT:
             v1 = _stream(p1[:, None], g, c01[:, None], x0, c11[:, None], x1, c21[:, None], x2, c31[:, None], x3)
             tl.store(out + at + H, v1, mask=inside)
-        squares, acc = _products(v1, w1 if PART == B else _two_bf16(w1), squares, acc)
+        squares, acc = _products(v1, w1, squares, acc, STACKED)
         if EXIT:
             v2 = _stream(p2[:, None], g, c02[:, None], x0, c12[:, None], x1, c22[:, None], x2, c32[:, None], x3)
             tl.store(out + at + 2 * H, v2, mask=inside)
-        squares, acc = _products(v2, w2 if PART == B else _two_bf16(w2), squares, acc)
+        squares, acc = _products(v2, w2, squares, acc, STACKED)
         if EXIT:
             v3 = _stream(p3[:, None], g, c03[:, None], x0, c13[:, None], x1, c23[:, None], x2, c33[:, None], x3)
             tl.store(out + at + 3 * H, v3, mask=inside)
-        squares, acc = _products(v3, w3 if PART == B else _two_bf16(w3), squares, acc)
+        squares, acc = _products(v3, w3, squares, acc, STACKED)
+    if STACKED:
+        high, low = tl.split(tl.permute(tl.reshape(acc, NP, 2, R), 0, 2, 1))
+        acc = high + low
     to = parts + (row * tl.num_programs(0) + part) * WIDTH
     tl.store(to[:, None] + 8 + n[None, :], tl.trans(acc), mask=live[:, None] & (n < N)[None, :])
     tl.store(to + 7, tl.sum(squares, 1), mask=live)

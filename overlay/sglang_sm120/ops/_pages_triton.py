@@ -81,13 +81,13 @@ def e8m0_f32(byte):
 
 
 @triton.jit
-def kv_f16(raw, scales, FIRST: tl.constexpr, GROUPS: tl.constexpr):
-    """Bytes [N, GROUPS, 64] to fp16 values [N, 64 GROUPS].
+def kv_f16(raw, scales, FIRST: tl.constexpr):
+    """Bytes [N, 1, 64] of one group to fp16 values [N, 64].
 
     Exact for scales 2^-15 ... 2^7, that is for vectors whose groups reach 0.014 ... 57344; below, values round to
     multiples of 2^-24, which is 3e-4 of the smallest possible group.
     """
-    exponent = tl.minimum(tl.maximum(kv_scale_bytes(scales, FIRST, GROUPS) - 127, -24), 15)
+    exponent = tl.minimum(tl.maximum(kv_scale_bytes(scales, FIRST, 1) - 127, -24), 15)
     scale = ((exponent + 127) << 23).to(tl.float32, bitcast=True).to(tl.float16)
     values = raw.to(tl.float8e4nv, bitcast=True).to(tl.float16) * scale[:, :, None]
-    return tl.reshape(values, [raw.shape[0], GROUPS * GROUP])
+    return tl.reshape(values, [raw.shape[0], GROUP])

@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sglang_sm120_launch import cli
-from sglang_sm120_launch.flags import Flags
+ROOT = Path(__file__).resolve().parents[3]
+sys.path[:0] = [str(ROOT / "launch"), str(ROOT / "overlay")]
+
+from sglang_sm120_launch import cli  # noqa: E402
+from sglang_sm120_launch.flags import Flags  # noqa: E402
 
 
 class Parser(argparse.ArgumentParser):

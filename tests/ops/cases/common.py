@@ -46,8 +46,9 @@ class Maker:
         return fp8_block.quantise(self._uneven(fp8_block.BLOCK, fp8_block.BLOCK, n, k))
 
     def mxfp4_weight(self, e: int, n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Packed weights [e, n, k/2] of the same magnitude and their E8M0 scales [e, n, k/32]."""
-        return mxfp4.quantise(self._uneven(1, mxfp4.BLOCK, e, n, k))
+        """Packed weights [e, n, k/2] of the same magnitude and their E8M0 scales [e, n, k/32], swizzled."""
+        packed, scale = mxfp4.quantise(self._uneven(1, mxfp4.BLOCK, e, n, k))
+        return packed, mxfp4.swizzle_scales(scale)
 
     def _uneven(self, rows: int, columns: int, *shape: int) -> torch.Tensor:
         """Normal values whose magnitude changes from block to block, so that a wrong scale shows."""

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
+from sglang_sm120.formats.compress_plan import Ring
 from sglang_sm120.ops.compress_decode_plan import compress_decode_plan
 from sglang_sm120.ops.compress_prefill_plan import compress_prefill_plan
 from sglang_sm120.tolerance import FP32
 
 from .common import Case, Maker
-from .compress_prefill_plan import SWA_PAGE_SIZE, mapping
+from .compress_prefill_plan import mapping
 
 
 def cases(kind: str) -> Iterator[Case]:
@@ -45,13 +46,13 @@ def cases(kind: str) -> Iterator[Case]:
             )
         if padded:
             plans = tuple(torch.cat((p, make.poisoned(2, p.shape[1]))) for p in plans)
-        rows = len(where["full_to_swa"]) // SWA_PAGE_SIZE * ring_size
-        ring = make.poisoned(rows // ratio, ratio, width, dtype=torch.float32)
-        for request, (seq_len, extend) in zip(where["req_pool_indices"].tolist(), pairs, strict=True):
-            for position in range(max(0, seq_len - extend - 2 * ratio), seq_len - extend):
-                slot = int(where["full_to_swa"][where["req_to_token"][request, position]])
-                row = slot // SWA_PAGE_SIZE * ring_size + slot % ring_size
-                ring[row // ratio, row % ratio] = make.normal(width)
+        rings = len(where["full_to_swa"]) // where["swa_page_size"] if ratio == 4 else len(pairs)
+        ring = make.poisoned(rings * ring_size // ratio, ratio, width, dtype=torch.float32)
+        places = Ring(ratio, where["req_to_token"], where["full_to_swa"], where["swa_page_size"], ring_size)
+        for request, (seq_len, extend) in zip(where["req_pool_indices"], pairs, strict=True):
+            before = torch.arange(max(0, seq_len - extend - places.window), seq_len - extend, device=make.device)
+            row = places.row(request.expand(len(before)), before)
+            ring[row // ratio, row % ratio] = make.normal(len(before), width)
         arguments = {
             "kv_score_buffer": ring,
             "kv_score_input": make.normal(tokens, width),

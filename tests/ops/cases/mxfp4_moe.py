@@ -23,8 +23,8 @@ def cases(kind: str) -> Iterator[Case]:
         tokens: int,
         k: int = 2,
         experts: int = 5,
-        hidden: int = 64,
-        inter: int = 96,
+        hidden: int = 128,
+        inter: int = 128,
         limit: float | None = 1.0,
         absent: bool = False,
         raw: bool = False,
@@ -91,7 +91,9 @@ def cases(kind: str) -> Iterator[Case]:
     yield Case("sliced-many-rows", BF16, lambda make: build(make, 65, sliced=True))
     for tokens in (4, 33, 64):
         yield Case(f"rows-{tokens}", BF16, partial(build, tokens=tokens))
-    yield Case("three-blocks-deep", BF16, lambda make: build(make, 4, hidden=288, inter=160))
+    # Depths that no step divides, rows of several tiles of scales.
+    yield Case("three-blocks-deep", BF16, lambda make: build(make, 4, hidden=384, inter=384))
+    yield Case("three-blocks-deep-many-rows", BF16, lambda make: build(make, 65, k=1, experts=3, hidden=256, inter=384))
     yield Case("no-limit", BF16, lambda make: build(make, 5, limit=None))
     yield Case("int8-and-uint8", BF16, lambda make: build(make, 5, raw=True))
     yield Case("unfilled-scales", BF16, lambda make: build(make, 5, bad_scales=True))

@@ -26,7 +26,7 @@ def indexer_topk(
 ) -> torch.Tensor:
     """`topk_slots` of `indexer_logits`, row chunk by row chunk: slots int32 [T, k].
 
-    Arguments as in the two ops. Working memory is about 128 MiB, or one row's scores if those are larger.
+    Arguments as in the two ops. Working memory is about 16 MiB, or one row's scores if those are larger.
     """
     rows = q.shape[0]
     if out is None:

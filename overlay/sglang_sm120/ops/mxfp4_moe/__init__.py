@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...formats import e8m0, mxfp4
+from ...formats import e8m0, experts, mxfp4
 from ...registry import Op
 
 __all__ = ["mxfp4_moe"]
@@ -26,21 +26,24 @@ def mxfp4_moe(
 ) -> torch.Tensor:
     """y = Σ_e weight_e w2_e (silu(clamp(w1_e x, max=limit)) · clamp(w3_e x, ±limit)) over the chosen experts.
 
-    x bf16 [T, H]; topk_ids int [T, k], -1 = no expert; topk_weights fp32 [T, k], applied as given (the
-    router's 1.5 is not in here); w13 uint8|int8 [E, 2I, H/2], rows w1 (gate) then w3 (up), s13
-    float8_e8m0fnu|uint8 [E, 2I, H/32]; w2 uint8|int8 [E, H, I/2], s2 [E, H, I/32]; limit None = no clamp.
-    Weights as in `formats.mxfp4`, dequantised exactly.
+    x bf16 [T, H]; topk_ids int [T, k], -1 = no expert, or another rank's; topk_weights fp32 [T, k], applied as
+    given (the router's 1.5 is not in here); limit None = no clamp. The experts as in `formats.experts`, in SM120's
+    layout: w13 [E, 2I, H/2] with rows w3 (up) then w1 (gate), w2 [E, H, I/2], scale bytes s13 [E, 2I, H/32] and s2
+    [E, H, I/32] swizzled; H and I multiples of 128. Dequantised exactly.
 
     fp32 throughout, except that silu(gate) · up is rounded to bf16 before w2. Returns bf16 [T, H]. Scale
     bytes above 191 count as scale 0, so with a limit the result is finite for any weight and scale bytes and
-    |x| < 2^20.
+    |x| < 2^20. Raises ValueError for shapes that `formats.experts.refusal` names.
     """
+    why = experts.refusal(w13, s13, w2, s2)
+    if why is not None:
+        raise ValueError(why)
     y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for e in topk_ids.unique().tolist():
         if e < 0:
             continue
         row, slot = (topk_ids == e).nonzero(as_tuple=True)
-        gate, up = (x[row].float() @ _dequantise(w13[e], s13[e]).T).chunk(2, dim=-1)
+        up, gate = (x[row].float() @ _dequantise(w13[e], s13[e]).T).chunk(2, dim=-1)
         if limit is not None:
             gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         hidden = (torch.nn.functional.silu(gate) * up).bfloat16().float()
@@ -50,6 +53,6 @@ def mxfp4_moe(
 
 
 def _dequantise(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    bits = e8m0.scale_bytes(scale)
+    bits = mxfp4.unswizzle_scales(e8m0.scale_bytes(scale))
     weights = mxfp4.dequantise(packed, bits.clamp(max=LARGEST_SCALE_BYTE))
     return weights.masked_fill((bits > LARGEST_SCALE_BYTE).repeat_interleave(mxfp4.BLOCK, -1), 0)

@@ -5,6 +5,10 @@ nibble, with every fourth channel of the tokens, so that packed weights go to th
 are and are expanded there, in registers. A nibble's bits, moved to where bf16 keeps its sign, its two lowest exponent
 bits and its highest mantissa bit, are the weight times 2^-126, 0.5 included (it is subnormal), so that one
 multiplication by the block's scale makes the weight. Two weights take 4.5 instructions.
+
+The scales of four neighbouring blocks of K are copied together. Where a kernel reads more weights than it writes
+results, it takes the rows of a tile in the order in which their scales lie (`row_of`), so that those of a tile are one
+piece of memory; the rows of weights are far apart anyway.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -21,10 +25,55 @@ UNSCALE = tl.constexpr(2.0**63)
 """Weights are made times 2^-63, which lets bf16 hold 2^126 times any scale up to 2^64; sums are multiplied by this."""
 
 
+def _nibble(shift: int, mask: int, copies: int) -> tl.constexpr:
+    """PTX that makes bf16 weights * 2^-63 of one nibble of the two words in a register.
+
+    A multiplication makes two copies of their nibbles, of which the mask keeps the sign of one and the other three bits
+    of the other. One operation per nibble: of one with four results Triton 3.8 computes only the first where the tensor
+    cores want it, and sends the others there through shared memory.
+    """
+    return tl.constexpr(
+        f"{{ .reg .b32 a, zero; mov.b32 zero, 0x80008000; shr.u32 a, $1, {shift}; and.b32 a, a, {mask}; "
+        f"mul.lo.u32 a, a, {copies}; and.b32 a, a, 0x81C081C0; fma.rn.bf16x2 $0, a, $2, zero; }}"
+    )
+
+
+NIBBLE_0 = _nibble(0, 0x000F000F, 0x1040)
+NIBBLE_1 = _nibble(0, 0x00F000F0, 0x104)
+NIBBLE_2 = _nibble(8, 0x000F000F, 0x1040)
+NIBBLE_3 = _nibble(8, 0x00F000F0, 0x104)
+
+
 @triton.jit
 def words(packed_ptr):
     """Packed bytes as int16, four weights each."""
     return packed_ptr.to(tl.pointer_type(tl.int16))
+
+
+@triton.jit
+def row_of(place, SORTED: tl.constexpr):
+    """The row of weights at a place in the tiles: itself if SORTED, else as scales lie: 0, 32, 64, 96, 1, 33, …"""
+    if SORTED:
+        return place
+    else:
+        return place // 128 * 128 + place % 4 * 32 + place % 128 // 4
+
+
+@triton.jit
+def scales_of(s_ptr, place, K: tl.constexpr, SORTED: tl.constexpr):
+    """Pointer to the first scale of `row_of(place)`, whose weights have K channels; the others are at `scale_at`."""
+    s = s_ptr + place // 128 * (4 * K)
+    if SORTED:
+        return s + (place % 32 * 16 + place % 128 // 32 * 4)
+    else:
+        return s + place % 128 * 4
+
+
+@triton.jit
+def scale_at(start, DEPTH: tl.constexpr):
+    """Offsets [DEPTH / 8] of the scales of DEPTH words from word `start` on, both multiples of 32."""
+    block = tl.arange(0, DEPTH // 8)
+    return start * 16 + (block // 4 * 512 + block % 4)
 
 
 @triton.jit
@@ -34,38 +83,11 @@ def dequantise(packed, scale, ASM: tl.constexpr):
     bf16, or fp32 in the interpreter.
     """
     if ASM:
-        # A register holds two words. A multiplication makes two copies of their nibbles, of which the mask keeps the
-        # sign of one and the other three bits of the other.
-        return tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 h, a, b, c, d, zero;
-            mov.b32 zero, 0x80008000;
-            shr.u32 h, $4, 8;
-            and.b32 a, $4, 0x000F000F;
-            and.b32 b, $4, 0x00F000F0;
-            and.b32 c, h, 0x000F000F;
-            and.b32 d, h, 0x00F000F0;
-            mul.lo.u32 a, a, 0x1040;
-            mul.lo.u32 b, b, 0x104;
-            mul.lo.u32 c, c, 0x1040;
-            mul.lo.u32 d, d, 0x104;
-            and.b32 a, a, 0x81C081C0;
-            and.b32 b, b, 0x81C081C0;
-            and.b32 c, c, 0x81C081C0;
-            and.b32 d, d, 0x81C081C0;
-            fma.rn.bf16x2 $0, a, $5, zero;
-            fma.rn.bf16x2 $1, b, $5, zero;
-            fma.rn.bf16x2 $2, c, $5, zero;
-            fma.rn.bf16x2 $3, d, $5, zero;
-            }
-            """,
-            "=r,=r,=r,=r,r,r,r",
-            [packed, scale],
-            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=2,
-        )
+        w0 = _assembled(packed, scale, NIBBLE_0)
+        w1 = _assembled(packed, scale, NIBBLE_1)
+        w2 = _assembled(packed, scale, NIBBLE_2)
+        w3 = _assembled(packed, scale, NIBBLE_3)
+        return w0, w1, w2, w3
     else:
         bits = packed.to(tl.int32)
         factor = (scale << 16).to(tl.float32, bitcast=True)
@@ -74,6 +96,11 @@ def dequantise(packed, scale, ASM: tl.constexpr):
         w2 = (((bits & 0x800) << 20) | ((bits & 0x700) << 14)).to(tl.float32, bitcast=True)
         w3 = (((bits & 0x8000) << 16) | ((bits & 0x7000) << 10)).to(tl.float32, bitcast=True)
         return w0 * factor, w1 * factor, w2 * factor, w3 * factor
+
+
+@triton.jit
+def _assembled(packed, scale, ASSEMBLY: tl.constexpr):
+    return tl.inline_asm_elementwise(ASSEMBLY, "=r,r,r,r", [packed, scale], dtype=tl.bfloat16, is_pure=True, pack=2)
 
 
 @triton.jit
@@ -91,29 +118,28 @@ def _dot(w, x, acc, ASM: tl.constexpr):
 
 @triton.jit
 def product(
-    w, s, x, row_live, column_live, R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, DEPTH: tl.constexpr,
-    PLANE: tl.constexpr, ROW_MASK: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+    w, s, x, column_live, R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, DEPTH: tl.constexpr,
+    PLANE: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """fp32 [R, C] of weight rows at w int16, s uint8 [R] times tokens at x [C], times 2^-63, over K channels.
 
     x points to four bf16 planes, channels 0, 4, 8, … and 1, 5, 9, … and so on, PLANE elements apart; or with PLANE = 0
-    to int64 that hold four neighbouring channels. Rows and tokens that are not live are not read and give 0.
+    to int64 that hold four neighbouring channels. Tokens that are not live are not read and give 0.
     """
     acc = tl.zeros((R, C), tl.float32)
     WORDS: tl.constexpr = K // 4
     for start in tl.range(0, WORDS, DEPTH, num_stages=STAGES):
         word = start + tl.arange(0, DEPTH)
-        block = start // 8 + tl.arange(0, DEPTH // 8)
+        at = s[:, None] + scale_at(start, DEPTH)[None, :]
         x_mask = column_live[None, :]
         if WORDS % DEPTH:
             x_mask = x_mask & (word < WORDS)[:, None]
-        if ROW_MASK or WORDS % DEPTH:
-            packed = tl.load(w[:, None] + word[None, :], mask=row_live[:, None] & (word < WORDS)[None, :], other=0)
-            s_mask = row_live[:, None] & (block < K // 32)[None, :]
-            exponent = tl.load(s[:, None] + block[None, :], mask=s_mask, other=0)
+            packed = tl.load(w[:, None] + word[None, :], mask=(word < WORDS)[None, :], other=0)
+            inside = start // 8 + tl.arange(0, DEPTH // 8) < WORDS // 8
+            exponent = tl.load(at, mask=inside[None, :], other=0)
         else:
             packed = tl.load(w[:, None] + word[None, :])
-            exponent = tl.load(s[:, None] + block[None, :])
+            exponent = tl.load(at)
         acc = add_step(acc, packed, exponent, x[None, :] + word[:, None], x_mask, R, DEPTH, PLANE, ASM)
     return acc
 
@@ -161,7 +187,7 @@ def members(
     ids_ptr, ids_stride, offsets_ptr, order_ptr, pairs, t, E: tl.constexpr, BOUND: tl.constexpr, SLOTS: tl.constexpr,
     PAIRS: tl.constexpr, SORTED: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """(expert, pair int64 [T], live [T]): up to T pairs with one expert, group program_id(1); expert -1: nothing to do.
+    """(expert, pair int32 [T], live [T]): up to T pairs with one expert, group program_id(1); expert -1: nothing to do.
 
     Sorted: groups follow the order of `sort_pairs`. Not sorted: one group per pair; every T-th pair of an expert works
     for itself and the T - 1 after it, the others rest. PAIRS = 0, one row: every pair works for itself.
@@ -194,7 +220,7 @@ def members(
             pair = tl.sum(tl.where(found, index[None, :], 0), 1)
             live = tl.sum(found.to(tl.int32), 1) != 0
             expert = tl.where(before % T == 0, expert, -1)
-    return expert, pair.to(tl.int64), live
+    return expert, pair, live
 
 
 @triton.jit

@@ -21,11 +21,24 @@ import triton.language as tl
 
 from ... import kernels, tuned
 from ...formats import e8m0
-from ...formats.mxfp4 import BLOCK
+from ...formats.experts import MULTIPLE, refusal
 from .._linear_triton import scaled_sum, to_bf16
 from .._pdl_triton import wait
 from . import mxfp4_moe
-from .grouped import UNSCALE, add_step, diagonal, members, product, repeat, sort_pairs, to_planes, words
+from .grouped import (
+    UNSCALE,
+    add_step,
+    diagonal,
+    members,
+    product,
+    repeat,
+    row_of,
+    scale_at,
+    scales_of,
+    sort_pairs,
+    to_planes,
+    words,
+)
 
 SORT_ABOVE = 64
 """Rows above which sorting the pairs by expert pays for a launch."""
@@ -51,11 +64,11 @@ def _config(rows: int, pairs: int, experts: int, width: int, inter: int) -> tupl
         # One row: 32 rows of weights per warp, whose share of x then serves two tiles.
         narrow = pairs * inter > 8192
         split = 2 if rows <= 4 and (rows > 1 or narrow) else 4 if rows == 1 else 1
-        while width % (BLOCK * split):  # a stretch begins with a scale
+        while width % (MULTIPLE * split):  # a stretch begins with four scales
             split //= 2
         if rows == 1:
             depth = 128 if narrow else 64
-            if _alone(rows, pairs, inter):
+            if _alone(rows, pairs):
                 depth = math.gcd(depth, inter // 4)
             if narrow:
                 return Config(64, 8 // split, split, 64, 2, 3), Config(128, 8, 1, depth, 4, 3)
@@ -71,7 +84,7 @@ def _config(rows: int, pairs: int, experts: int, width: int, inter: int) -> tupl
 def _tile_refusal(c: Config) -> str | None:
     tiles = (16, 32, 64, 128, 256)
     why = tuned.beyond(
-        c, rows=tiles, tokens=(1, 2, 4, 8, 16, 32, 64, 128), split=(1, 2, 4, 8), depth=(16, 32, 64, 128, 256),
+        c, rows=tiles, tokens=(1, 2, 4, 8, 16, 32, 64, 128), split=(1, 2, 4, 8), depth=(32, 64, 128, 256),
         warps=(1, 2, 4, 8, 16), stages=range(1, 7),
     )  # fmt: skip
     if why:
@@ -88,16 +101,18 @@ def _gate_up_refusal(shape: tuned.Shape, rows: int, c: Config) -> str | None:
     _, hidden, _, _ = shape
     if c.rows // c.split % 16:
         return f"a stretch has {c.rows // c.split} rows and needs a multiple of 16, gates and ups in eights"
-    if c.split > 1 and (rows > SORT_ABOVE or hidden % (BLOCK * c.split)):
+    if c.split > 1 and (rows > SORT_ABOVE or hidden % (MULTIPLE * c.split)):
         return f"split is {c.split} and needs to be 1 for {rows} rows of {hidden} channels"
     return _tile_refusal(c)
 
 
 def _down_refusal(shape: tuned.Shape, rows: int, c: Config) -> str | None:
-    _, _, inter, slots = shape
+    _, hidden, inter, slots = shape
     if c.split > 1:
         return f"split is {c.split} and needs to be 1"
-    if _alone(rows, slots, inter):
+    if hidden % c.rows:
+        return f"rows are {c.rows} and need to divide the {hidden} channels"
+    if _alone(rows, slots):
         if c.tokens < slots or c.rows < c.tokens:
             return f"tokens are {c.tokens} of {c.rows} rows and need to hold the {slots} slots of the one row"
         if inter // 4 % c.depth:
@@ -110,21 +125,19 @@ GATE_UP = tuned.Family("mxfp4_moe.gate_up", _SHAPE, Config, _gate_up_refusal)
 DOWN = tuned.Family("mxfp4_moe.down", _SHAPE, Config, _down_refusal)
 
 
-def _alone(rows: int, slots: int, inter: int) -> bool:
-    """Whether `_down_row` serves the call, whose steps are of 16 words or more of one slot."""
-    return rows == 1 and slots <= 8 and inter % 64 == 0
+def _alone(rows: int, slots: int) -> bool:
+    """Whether `_down_row` serves the call."""
+    return rows == 1 and slots <= 8
 
 
 @triton.jit(do_not_specialize=["pairs", "ids_stride"])
 def _gate_up(
     x_ptr, ids_ptr, w_ptr, s_ptr, offsets_ptr, order_ptr, hidden_ptr, pairs, ids_stride, limit,
     H: tl.constexpr, INTER: tl.constexpr, E: tl.constexpr, BOUND: tl.constexpr, SLOTS: tl.constexpr,
-    X_STRIDE: tl.constexpr, W_EXPERT: tl.constexpr, W_ROW: tl.constexpr, S_EXPERT: tl.constexpr,
-    S_ROW: tl.constexpr, PAIRS: tl.constexpr,
-    SORTED: tl.constexpr, LIMITED: tl.constexpr, R: tl.constexpr, T: tl.constexpr, SPLIT: tl.constexpr,
-    DEPTH: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+    X_STRIDE: tl.constexpr, PAIRS: tl.constexpr, SORTED: tl.constexpr, LIMITED: tl.constexpr, R: tl.constexpr,
+    T: tl.constexpr, SPLIT: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """hidden bf16 [pairs, 4, I/4] (planes of every fourth channel) = silu(w1 x) * w3 x; w rows: gates, then ups."""
+    """hidden bf16 [pairs, 4, I/4] (planes of every fourth channel) = silu(w1 x) * w3 x; w rows: ups, then gates."""
     wait()
     C: tl.constexpr = T * SPLIT
     N: tl.constexpr = R // SPLIT // 2
@@ -137,19 +150,19 @@ def _gate_up(
     # Gate and up rows alternate in eights, so that the thread that holds a gate in its accumulator holds its up.
     row = tl.arange(0, R) % (2 * N)
     stretch = tl.arange(0, R) // (2 * N)
-    channel = tl.program_id(0) * N + row // 16 * 8 + row % 8
-    inside = channel < INTER
-    weight_row = tl.minimum(channel, INTER - 1) + (row // 8 % 2) * INTER
-    w = words(w_ptr) + expert.to(tl.int64) * W_EXPERT + weight_row * W_ROW + stretch * (K // 4)
-    s = s_ptr + expert.to(tl.int64) * S_EXPERT + weight_row * S_ROW + stretch * (K // 32)
-    token = repeat(pair // SLOTS, T, SPLIT)
+    place = tl.program_id(0) * N + row // 16 * 8 + row % 8
+    half = 1 - row // 8 % 2
+    w = words(w_ptr) + expert.to(tl.int64) * (INTER * H // 2)
+    w += (row_of(place, SORTED) + half * INTER) * (H // 4) + stretch * (K // 4)
+    s = scales_of(s_ptr + expert.to(tl.int64) * (INTER * H // 16), place + half * INTER, H, SORTED) + stretch * (4 * K)
+    token = repeat(pair // SLOTS, T, SPLIT).to(tl.int64)
     if SORTED:
         x = x_ptr + token * H
     else:
         x = x_ptr.to(tl.pointer_type(tl.int64)) + token * (X_STRIDE // 4) + tl.arange(0, C) // T * (K // 4)
     PLANE: tl.constexpr = H // 4 if SORTED else 0
     live_columns = repeat(live, T, SPLIT)
-    acc = product(w, s, x, inside, live_columns, R, C, K, DEPTH, PLANE, INTER % N != 0, STAGES, ASM)
+    acc = product(w, s, x, live_columns, R, C, K, DEPTH, PLANE, STAGES, ASM)
     acc = diagonal(acc, R, T, SPLIT)
 
     gate, up = tl.split(tl.permute(tl.reshape(acc, (N // 8, 2, 8, T)), (0, 2, 3, 1)))
@@ -160,45 +173,42 @@ def _gate_up(
         up = tl.minimum(tl.maximum(up, -limit), limit)
     hidden = gate / (1 + tl.exp(-gate)) * up
 
-    channel = tl.program_id(0) * N + tl.arange(0, N)
-    to = hidden_ptr + pair[None, :] * INTER + ((channel % 4) * (INTER // 4) + channel // 4)[:, None]
-    tl.store(to, to_bf16(hidden), mask=(channel < INTER)[:, None] & live[None, :])
+    channel = row_of(tl.program_id(0) * N + tl.arange(0, N), SORTED)
+    to = hidden_ptr + pair.to(tl.int64)[None, :] * INTER + ((channel % 4) * (INTER // 4) + channel // 4)[:, None]
+    tl.store(to, to_bf16(hidden), mask=live[None, :])
 
 
-@triton.jit(do_not_specialize=["pairs", "ids_stride", "weights_stride", "first"])
+@triton.jit(do_not_specialize=["pairs", "ids_stride", "first"])
 def _down(
-    hidden_ptr, ids_ptr, weights_ptr, w_ptr, s_ptr, offsets_ptr, order_ptr, partial_ptr,
-    pairs, ids_stride, weights_stride, first, partial_stride,
+    hidden_ptr, ids_ptr, w_ptr, s_ptr, offsets_ptr, order_ptr, partial_ptr, pairs, ids_stride, first, partial_stride,
     H: tl.constexpr, INTER: tl.constexpr, E: tl.constexpr, BOUND: tl.constexpr, SLOTS: tl.constexpr,
-    W_EXPERT: tl.constexpr, W_ROW: tl.constexpr, S_EXPERT: tl.constexpr, S_ROW: tl.constexpr, PAIRS: tl.constexpr,
-    SORTED: tl.constexpr, R: tl.constexpr, T: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
-    ASM: tl.constexpr,
+    PAIRS: tl.constexpr, SORTED: tl.constexpr, R: tl.constexpr, T: tl.constexpr, DEPTH: tl.constexpr,
+    STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """partial fp32 [pairs, partial_stride] = weight * (w hidden), output channels from `first` on; w [E, H, I/2]."""
+    """partial fp32 [pairs, partial_stride] = w hidden, output channels from `first` on; w [E, H, I/2]."""
     wait()
     expert, pair, live = members(
         ids_ptr, ids_stride, offsets_ptr, order_ptr, pairs, tl.arange(0, T), E, BOUND, SLOTS, PAIRS, SORTED, T
     )
     if expert < 0:
         return
-    local = tl.program_id(0) * R + tl.arange(0, R)
-    inside = first + local < H
-    weight_row = tl.minimum(first + local, H - 1)
-    w = words(w_ptr) + expert.to(tl.int64) * W_EXPERT + weight_row * W_ROW
-    s = s_ptr + expert.to(tl.int64) * S_EXPERT + weight_row * S_ROW
-    x = hidden_ptr + pair * INTER
-    acc = product(w, s, x, inside, live, R, T, INTER, DEPTH, INTER // 4, H % R != 0, STAGES, ASM)
-    weight = tl.load(weights_ptr + pair // SLOTS * weights_stride + pair % SLOTS, mask=live, other=0.0).to(tl.float32)
-    to = partial_ptr + pair[None, :] * partial_stride + local[:, None]
-    tl.store(to, acc * (weight * UNSCALE)[None, :], mask=(inside & (local < partial_stride))[:, None] & live[None, :])
+    place = tl.program_id(0) * R + tl.arange(0, R)
+    if SORTED:  # others begin at 0
+        place += first
+    channel = row_of(place, SORTED)
+    w = words(w_ptr) + expert.to(tl.int64) * (H * INTER // 4) + channel * (INTER // 4)
+    s = scales_of(s_ptr + expert.to(tl.int64) * (H * INTER // 32), place, INTER, SORTED)
+    x = hidden_ptr + pair.to(tl.int64) * INTER
+    acc = product(w, s, x, live, R, T, INTER, DEPTH, INTER // 4, STAGES, ASM)
+    to = partial_ptr + pair.to(tl.int64)[None, :] * partial_stride + (channel - first)[:, None]
+    tl.store(to, acc * UNSCALE, mask=live[None, :])
 
 
 @triton.jit
 def _down_row(
     hidden_ptr, ids_ptr, weights_ptr, w_ptr, s_ptr, y_ptr,
-    H: tl.constexpr, INTER: tl.constexpr, SLOTS: tl.constexpr,
-    W_EXPERT: tl.constexpr, W_ROW: tl.constexpr, S_EXPERT: tl.constexpr, S_ROW: tl.constexpr, R: tl.constexpr,
-    T: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+    H: tl.constexpr, INTER: tl.constexpr, SLOTS: tl.constexpr, R: tl.constexpr, T: tl.constexpr, DEPTH: tl.constexpr,
+    STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """y bf16 [1, H] = sum over slots of weight * (w hidden).
 
@@ -209,14 +219,13 @@ def _down_row(
     N: tl.constexpr = R // T
     SLOT: tl.constexpr = INTER // 4
     PART: tl.constexpr = (SLOTS * SLOT + T * DEPTH - 1) // (T * DEPTH) * DEPTH
-    channel = tl.program_id(0) * N + tl.arange(0, R) % N
-    weight_row = tl.minimum(channel, H - 1)
+    place = tl.program_id(0) * N + tl.arange(0, R) % N
     begin = tl.arange(0, R) // N * PART
     slot = begin // SLOT
     expert, weight = _routed(ids_ptr, weights_ptr, slot, SLOTS)
     next_expert, next_weight = _routed(ids_ptr, weights_ptr, slot + 1, SLOTS)
-    w = words(w_ptr) + weight_row * W_ROW
-    s = s_ptr + weight_row * S_ROW
+    w = words(w_ptr) + row_of(place, False) * SLOT
+    s = scales_of(s_ptr, place, INTER, False)
     column_begin = tl.arange(0, T) * PART
     column_slot = column_begin // SLOT
     column_expert, _ = _routed(ids_ptr, weights_ptr, column_slot, SLOTS)
@@ -225,13 +234,12 @@ def _down_row(
     for start in tl.range(0, PART, DEPTH, num_stages=STAGES):
         later = (begin + start) // SLOT != slot
         here = tl.where(later, next_expert, expert)
-        live = ((here >= 0) & (channel < H))[:, None]
+        live = (here >= 0)[:, None]
         here = tl.maximum(here, 0).to(tl.int64)
         word = (begin + start) % SLOT
-        packed = tl.load((w + here * W_EXPERT + word)[:, None] + tl.arange(0, DEPTH)[None, :], mask=live, other=0)
-        exponent = tl.load(
-            (s + here * S_EXPERT + word // 8)[:, None] + tl.arange(0, DEPTH // 8)[None, :], mask=live, other=0
-        )
+        packed = tl.load((w + here * (H * SLOT) + word)[:, None] + tl.arange(0, DEPTH)[None, :], mask=live, other=0)
+        at = (s + here * (H * INTER // 32) + word * 16)[:, None] + scale_at(0, DEPTH)[None, :]
+        exponent = tl.load(at, mask=live, other=0)
         column = column_begin + start
         column_live = tl.where(column // SLOT != column_slot, column_next, column_expert) >= 0
         x = hidden_ptr + (column // SLOT * INTER + column % SLOT)[None, :] + tl.arange(0, DEPTH)[:, None]
@@ -239,8 +247,7 @@ def _down_row(
         step = add_step(step, packed, exponent, x, column_live[None, :], R, DEPTH, SLOT, ASM)
         acc = scaled_sum(step, tl.where(later, next_weight, weight)[:, None], acc)
     y = tl.reshape(diagonal(acc, R, 1, T), (N,)) * UNSCALE
-    channel = tl.program_id(0) * N + tl.arange(0, N)
-    tl.store(y_ptr + channel, to_bf16(y), mask=channel < H)
+    tl.store(y_ptr + row_of(tl.program_id(0) * N + tl.arange(0, N), False), to_bf16(y))
 
 
 @triton.jit
@@ -250,12 +257,12 @@ def _routed(ids_ptr, weights_ptr, slot, SLOTS: tl.constexpr):
     return expert, tl.load(weights_ptr + slot, mask=expert >= 0, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["ids_stride", "first"])
+@triton.jit(do_not_specialize=["ids_stride", "weights_stride", "first"])
 def _sum_slots(
-    partial_ptr, ids_ptr, y_ptr, ids_stride, first, partial_stride,
+    partial_ptr, ids_ptr, weights_ptr, y_ptr, ids_stride, weights_stride, first, partial_stride,
     H: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """y bf16 [rows, H], channels from `first` on = sum over slots of partial fp32 [rows * SLOTS, partial_stride]."""
+    """y bf16 [rows, H], channels from `first` on = sum over slots of weight * partial fp32 [pairs, stride]."""
     wait()
     row = tl.program_id(0).to(tl.int64)
     local = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -263,7 +270,9 @@ def _sum_slots(
     total = tl.zeros((WIDTH,), tl.float32)
     for slot in tl.static_range(SLOTS):
         chosen = tl.load(ids_ptr + row * ids_stride + slot) >= 0
-        total += tl.load(partial_ptr + (row * SLOTS + slot) * partial_stride + local, mask=inside & chosen, other=0.0)
+        weight = tl.load(weights_ptr + row * weights_stride + slot, mask=chosen, other=0.0).to(tl.float32)
+        at = partial_ptr + (row * SLOTS + slot) * partial_stride + local
+        total += weight * tl.load(at, mask=inside & chosen, other=0.0)
     tl.store(y_ptr + row * H + first + local, to_bf16(total), mask=inside)
 
 
@@ -283,9 +292,11 @@ def _accepts(
     for name, tensor in (("w13", w13), ("s13", s13), ("w2", w2), ("s2", s2)):
         if not tensor.is_contiguous():
             return f"{name} has strides {tensor.stride()} and needs to be contiguous."
+        if tensor.storage_offset() % 4:
+            return f"{name} has offset {tensor.storage_offset()} and needs a multiple of 4."
     if x.stride(0) % 4 or x.storage_offset() % 4:
         return f"x has row stride {x.stride(0)} and offset {x.storage_offset()} and needs multiples of 4."
-    return None
+    return refusal(w13, s13, w2, s2)
 
 
 @mxfp4_moe.provider("triton", runs_on="cpu sm90+", default_on="sm120 sm121", accepts=_accepts)
@@ -309,7 +320,7 @@ def mxfp4_moe_triton(
     gate_up, down = _config(rows, pairs, experts, width, inter)
     gate_up = GATE_UP.choose(x.device, (experts, width, inter, slots), rows, gate_up)
     down = DOWN.choose(x.device, (experts, width, inter, slots), rows, down)
-    alone = _alone(rows, slots, inter)
+    alone = _alone(rows, slots)
     stretch = width
     while sort and 4 * pairs * stretch > PARTIAL_BYTES and stretch % (2 * down.rows) == 0:
         stretch //= 2
@@ -347,12 +358,10 @@ def mxfp4_moe_triton(
         _gate_up, (triton.cdiv(inter, per_program), groups(gate_up)),
         planes if sort else x, topk_ids, w13, s13, offsets, order, hidden, pairs, topk_ids.stride(0),
         0.0 if limit is None else float(limit),
-        X_STRIDE=x.stride(0), W_EXPERT=w13.stride(0) // 2, W_ROW=w13.stride(1) // 2, S_EXPERT=s13.stride(0),
-        S_ROW=s13.stride(1), LIMITED=limit is not None, R=gate_up.rows, T=gate_up.tokens, SPLIT=gate_up.split,
+        X_STRIDE=x.stride(0), LIMITED=limit is not None, R=gate_up.rows, T=gate_up.tokens, SPLIT=gate_up.split,
         DEPTH=gate_up.depth, STAGES=gate_up.stages, num_warps=gate_up.warps, **common, **grouping,
     )  # fmt: skip
     second = {
-        "W_EXPERT": w2.stride(0) // 2, "W_ROW": w2.stride(1) // 2, "S_EXPERT": s2.stride(0), "S_ROW": s2.stride(1),
         "R": down.rows, "T": down.tokens, "DEPTH": down.depth, "STAGES": down.stages, "num_warps": down.warps,
     }  # fmt: skip
     if alone:
@@ -364,13 +373,12 @@ def mxfp4_moe_triton(
     for first in range(0, width, stretch):
         kernels.launch(
             _down, (triton.cdiv(min(stretch, width - first), down.rows), groups(down)),
-            hidden, topk_ids, topk_weights, w2, s2, offsets, order, partial,
-            pairs, topk_ids.stride(0), topk_weights.stride(0), first, stretch,
-            **common, **grouping, **second,
+            hidden, topk_ids, w2, s2, offsets, order, partial, pairs, topk_ids.stride(0), first, stretch,
+            maxnreg=kernels.registers(down.warps) if down.tokens <= 16 else None, **common, **grouping, **second,
         )  # fmt: skip
         kernels.launch(
             _sum_slots, (rows, triton.cdiv(min(stretch, width - first), 1024)),
-            partial, topk_ids, y, topk_ids.stride(0), first, stretch,
+            partial, topk_ids, topk_weights, y, topk_ids.stride(0), topk_weights.stride(0), first, stretch,
             H=width, SLOTS=slots, WIDTH=1024, num_warps=4,
         )  # fmt: skip
     return y

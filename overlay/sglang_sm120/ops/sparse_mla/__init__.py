@@ -34,7 +34,7 @@ def sparse_mla(
     q bf16 [T, h, 512]; pages uint8 [P, >= 584 * page_size] as in `formats.kv_page`; slots int32 [T, W];
     lengths int [T]: slots at or beyond them are not read; slot -1 inside contributes nothing. The four
     extra_* are None on window-only layers. sink fp32 [h]. fp32 throughout, rounded once: returns bf16 [T, h,
-    512], zero for a row without candidates. Gathered keys take at most about 128 MiB at a time.
+    512], zero for a row without candidates. Gathered keys take at most about 16 MiB at a time.
 
     With freqs_cis complex64 [S, 32] and positions int [T], which come together, the RoPE that the keys' last 64
     channels have is taken from the result's: o is turned by the conjugate of freqs_cis[positions[t]].

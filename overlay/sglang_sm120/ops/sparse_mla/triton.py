@@ -32,6 +32,7 @@ DIM: tl.constexpr = tl.constexpr(kv_page.DIM)
 ROPE: tl.constexpr = tl.constexpr(kv_page.ROPE)
 # Channels are worked on in five tiles: three of 128 and one of 64 FP8 channels, then the 64 bf16 ones.
 TILES: tl.constexpr = tl.constexpr(5)
+GROUPS: tl.constexpr = tl.constexpr(kv_page.NOPE // kv_page.GROUP)
 
 
 @triton.jit
@@ -65,7 +66,9 @@ def _slots(block, last, window, extra, BLOCK: tl.constexpr):
 
 @triton.jit
 def _gather(slot, is_extra, window, extra):
-    """The bytes of slots [N] as loaded: four tiles of E4M3, one of bf16, the scales.
+    """The bytes of slots [N] as loaded: seven groups of E4M3, a tile of bf16, the scales.
+
+    Groups rather than tiles, for which Triton 3.8 takes two layouts, and with them slots and scales twice.
 
     window and extra are (pages, page stride, page size).
     """
@@ -76,10 +79,10 @@ def _gather(slot, is_extra, window, extra):
         size = tl.where(is_extra, extra[2], size)
     live = slot >= 0
     vector, footer = kv_slots(slot, live, pages, stride, size)
-    tiles = ()
-    for i in tl.static_range(TILES - 1):
-        tiles += (kv_bytes(vector, live, 2 * i, 2 if i < 3 else 1),)
-    return tiles, kv_rope(vector, live), kv_scales(footer, live)
+    groups = ()
+    for i in tl.static_range(GROUPS):
+        groups += (kv_bytes(vector, live, i, 1),)
+    return groups, kv_rope(vector, live), kv_scales(footer, live)
 
 
 @triton.jit(
@@ -165,8 +168,10 @@ def _attend(
 
     for block in tl.range(first, last, num_stages=1):
         keys = ()
-        for i in tl.static_range(TILES - 1):
-            keys += (kv_f16(raw[i], scales, 2 * i, 2 if i < 3 else 1),)
+        for i in tl.static_range(TILES - 2):
+            pair = tl.join(kv_f16(raw[2 * i], scales, 2 * i), kv_f16(raw[2 * i + 1], scales, 2 * i + 1))
+            keys += (tl.reshape(tl.permute(pair, 0, 2, 1), BLOCK, 128),)
+        keys += (kv_f16(raw[GROUPS - 1], scales, GROUPS - 1),)
         keys += (rope.to(tl.float16),)
         live = slot >= 0
         # Carried over the iteration: the loads overlap the dots, and Triton sees 16-bit operands (ldmatrix, one copy

@@ -1,0 +1,192 @@
+"""SGLang's kernel plugin `nvidia_megakernel`: which passes of DeepSeek-V4 the step serves, and why not when not.
+
+On SM12x SGLang's own binding builds the spec and installs the forward (`--enable-nvidia-megakernel`, or by default
+where the series is applied); on a CPU, where that binding refuses, a patch calls `install_on_cpu`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sglang.kernels.plugin_kernels.nvidia import spec
+
+from .limits import MAX_ROWS
+from .reasons import MODEL_TYPE, config_reasons, model_reasons, takes_prefill, unusable, why_left
+
+logger = logging.getLogger(__name__)
+
+TARGET = "DeepseekV4ForCausalLM"
+DRAFT = "DeepseekV4ForCausalLMNextN"
+
+
+def register() -> None:
+    """Entry point `nvidia_megakernel` of the group `sglang.srt.plugins`."""
+    spec.register(architecture=TARGET, path=f"{__name__}:SPEC")
+
+
+class Passes:
+    """How many passes of each mode the step took, and how many it left to SGLang's forward by reason."""
+
+    def __init__(self) -> None:
+        self.taken: Counter[str] = Counter()
+        self.left: Counter[str] = Counter()
+
+    def take(self, mode: str, rows: int) -> None:
+        if not self.taken[mode]:
+            logger.info("sglang_sm120: the step takes its first %s pass (%d rows).", mode, rows)
+        self.taken[mode] += 1
+
+    def leave(self, why: str) -> None:
+        if not self.left[why]:
+            logger.info("sglang_sm120: SGLang's forward serves a pass, because %s.", why)
+        self.left[why] += 1
+
+
+def mode_of(forward_batch: Any) -> str:
+    """The pass's mode by its name in this project: decode, target_verify, extend, …"""
+    return forward_batch.forward_mode.name.lower()
+
+
+class Built:
+    """The step of one loaded model, as SGLang's contract wants it (`BuiltMegakernel`)."""
+
+    draft_sampler = None
+
+    def __init__(self, model: torch.nn.Module, widths: tuple[int, ...]) -> None:
+        from . import sglang_kernels  # noqa: F401  registers providers
+        from .step.target import Target
+
+        self.widths = widths
+        self.passes = Passes()
+        self._step = Checked(Target(model))
+
+    def summary(self) -> str:
+        return f"decode and verification up to {self.widths[-1]} rows"
+
+    def plan(self, input_ids: torch.Tensor, forward_batch: Any, *args: Any, **kwargs: Any) -> spec.Step | None:
+        mode, rows = mode_of(forward_batch), input_ids.shape[0]
+        why = why_left(mode, rows, kwargs)
+        if why is not None:
+            self.passes.leave(why)
+            return None
+        self.passes.take(mode, rows)
+        return spec.Step(mode, rows)
+
+    @torch.no_grad()
+    def forward(
+        self, step: spec.Step, original: Callable[..., Any], input_ids: torch.Tensor, positions: torch.Tensor,
+        forward_batch: Any, *args: Any, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        return self._step(step.view, input_ids, positions, forward_batch)
+
+
+class Checked:
+    """A step that looks at SGLang's pools, which do not exist when it is built, before its first pass."""
+
+    def __init__(self, step: Callable[..., Any]) -> None:
+        self._step = step
+        self._usable = False
+
+    def __call__(self, view: Any, *args: Any) -> Any:
+        if not self._usable:
+            reasons = unusable(view)
+            if reasons:
+                raise RuntimeError(f"sglang_sm120 cannot serve this pool: {'; '.join(reasons)}.")
+            self._usable = True
+        return self._step(view, *args)
+
+
+def build(model: torch.nn.Module, hf_config: Any, context: spec.BuildContext) -> Built:
+    """Take the weights, compile all kernels and reserve the graphs' scratch, before SGLang sizes its cache."""
+    from sglang.srt.runtime_context import get_context, get_parallel
+
+    from .warmup import warm_up
+
+    built = Built(model, context.widths)
+    args, parallel = get_context().server_args, get_parallel()
+    longest = args.context_length or hf_config.max_position_embeddings
+    chunk = args.chunked_prefill_size or 0
+    warm_up(
+        hf_config.to_dict(),
+        tp=parallel.tp_size,
+        prefill_rows=(chunk if chunk > 0 else longest) if takes_prefill() else MAX_ROWS,
+        graph_rows=MAX_ROWS,
+        context=longest,
+        device=torch.device("cuda", torch.cuda.current_device()),
+        barrier=parallel.tp_group.barrier,
+        compiles=parallel.tp_group.local_rank == 0,
+    )
+    return built
+
+
+SPEC = spec.MegakernelSpec(
+    name="sglang-sm120",
+    api_version=1,
+    requires=spec.Requirements(
+        isas=frozenset({"sm_120", "sm_121"}),
+        tp_sizes=frozenset(),
+        server_args={"fp8_gemm_runner_backend": frozenset({"auto", "cutlass", "triton"})},
+        hf_config={"model_type": MODEL_TYPE},
+        env={
+            "SGLANG_OPT_FP8_WO_A_GEMM": False,
+            "SGLANG_OPT_USE_ONLINE_COMPRESS": False,
+            "SGLANG_DSV4_COMPRESS_STATE_DTYPE": "float32",
+        },
+    ),
+    features=frozenset(
+        {
+            spec.Feature.EXPERT_PARALLEL,
+            spec.Feature.KV_OFFLOAD,
+            spec.Feature.RAGGED_VERIFY,
+            spec.Feature.SPECULATIVE_DECODING,
+        }
+    ),
+    # Judged teacher-forced at positions that rounding alone does not decide.
+    numerics=spec.Numerics(spec.NumericsKind.TOLERANCE, {"logprob": 0.05}),
+    max_rows=MAX_ROWS,
+    build=build,
+    model_disable_reasons=model_reasons,
+    config_disable_reasons=config_reasons,
+)
+
+
+def install_on_cpu(model: torch.nn.Module, hf_config: Any) -> None:
+    """Replace the forward of a loaded DeepSeek-V4 or its MTP layer by the step, which serves every pass on a CPU.
+
+    Another architecture is left alone.
+
+    Raises:
+        ValueError: this model or this SGLang is not what the step is made for, in one sentence.
+    """
+    architecture = (hf_config.architectures or [None])[0]
+    if architecture not in (TARGET, DRAFT):
+        return
+    from sglang.srt.kernel_plugins.nvidia.binding import MegakernelBinding
+
+    from .cpu_draft import Draft
+    from .step.target import Target
+
+    reasons = model_reasons(model, hf_config)
+    if hf_config.model_type != MODEL_TYPE:
+        reasons.append(f"the model type is {hf_config.model_type} and the step serves {MODEL_TYPE}")
+    if reasons:
+        raise ValueError(f"sglang_sm120 cannot serve this model on a CPU: {'; '.join(reasons)}.")
+    step = Checked((Target if architecture == TARGET else Draft)(model))
+    binding, passes, original = MegakernelBinding(model=model), Passes(), model.forward
+
+    @functools.wraps(original)
+    @torch.no_grad()
+    def forward(input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: Any, **kwargs: Any) -> Any:
+        if kwargs.get("input_embeds") is not None:
+            raise ValueError("A request brings embeddings, which no forward on a CPU takes: send text or token ids.")
+        passes.take(mode_of(forward_batch), input_ids.shape[0])
+        return step(binding.forward_view(), input_ids, positions, forward_batch)
+
+    model.forward = forward
+    model._derived_weight_cache_error = "Online weight updates are not supported with the step of sglang_sm120 on a CPU"
+    logger.info("sglang_sm120: the step serves every pass of %s on this CPU.", architecture)

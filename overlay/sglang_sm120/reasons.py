@@ -1,0 +1,103 @@
+"""Why the step does not serve a configuration, a model, a pool or a pass: sentences, or None."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import torch
+
+from .limits import MAX_ROWS
+from .speculation import require_kept
+
+MODEL_TYPE = "deepseek_v4"
+
+
+def why_left(mode: str, rows: int, kwargs: dict[str, Any]) -> str | None:
+    """Why the step does not take a pass on a GPU; None when it does. Reads host state only."""
+    if mode in ("decode", "target_verify"):
+        if not 0 < rows <= MAX_ROWS:
+            return f"a {mode} pass has {rows} rows and the step takes 1 to {MAX_ROWS}"
+    elif mode != "extend" or not takes_prefill():
+        return f"the step takes decode and verification, not {mode}"
+    if kwargs.get("input_embeds") is not None:
+        return "the pass brings embeddings instead of tokens"
+    return None
+
+
+@functools.cache
+def takes_prefill() -> bool:
+    """Whether SGLANG_SM120_PREFILL gives prefill on a GPU to the step too; by default it is SGLang's."""
+    value = os.environ.get("SGLANG_SM120_PREFILL", "")
+    if value not in ("", "sglang", "overlay"):
+        raise ValueError(f"SGLANG_SM120_PREFILL is {value!r} and needs sglang or overlay.")
+    return value == "overlay"
+
+
+def config_reasons(cfg: Any, hf_config: Any) -> list[str]:
+    """Sentences that say why the step cannot serve this configuration, beyond what `Requirements` states."""
+    reasons = []
+    if cfg.enable_deepseek_v4_fp4_indexer:
+        reasons.append("the indexer's keys are FP4 (--enable-deepseek-v4-fp4-indexer) and the step reads FP8")
+    try:
+        require_kept(cfg.speculative_num_draft_tokens)
+    except ValueError as error:
+        reasons.append(str(error))
+    return reasons
+
+
+def model_reasons(model: torch.nn.Module, hf_config: Any) -> list[str]:
+    """Sentences that say what the loaded model or SGLang's classes lack of what the step reads."""
+    from .step import weights
+
+    reasons = missing()
+    if getattr(model, "num_fused_shared_experts", 0):
+        reasons.append("the shared expert is fused with the routed ones: leave out --enforce-shared-experts-fusion")
+        return reasons
+    try:
+        for layer in weights.layers_of(model):
+            weights.read(layer)
+    except (AttributeError, ValueError) as error:
+        reasons.append(f"the step cannot read a layer's weights: {error}")
+    return reasons
+
+
+def missing() -> list[str]:
+    """Sentences that name what SGLang's pool and metadata classes lack of what `Pass` reads."""
+    from sglang.srt.layers.attention.deepseek_v4_backend import DSV4AttnMetadata, DSV4Metadata
+    from sglang.srt.mem_cache.deepseek_v4_memory_pool import DeepSeekV4TokenToKVPool
+
+    wanted: dict[type, tuple[str, ...]] = {
+        DeepSeekV4TokenToKVPool: (
+            "get_swa_raw_buffer", "get_swa_key_page_size", "get_extra_key_buffer", "get_extra_key_page_size",
+            "get_index_k_with_scale_buffer", "get_attention_compress_states", "get_indexer_compress_states",
+        ),
+        DSV4Metadata: (
+            "core_attn_metadata", "indexer_metadata", "c4_compress_metadata", "c128_compress_metadata",
+        ),
+        DSV4AttnMetadata: (
+            "swa_page_indices", "swa_topk_lengths", "sparse_page_indices", "sparse_topk_lengths", "c4_topk_lengths_raw",
+            "c4_sparse_page_indices", "c4_out_loc", "c128_out_loc",
+        ),
+    }  # fmt: skip
+    return [
+        f"SGLang's {owner.__name__} has no {name}, which the step reads: install the release this package is made for"
+        for owner, names in wanted.items()
+        for name in names
+        if not hasattr(owner, name) and name not in getattr(owner, "__dataclass_fields__", {})
+    ]
+
+
+def unusable(view: Any) -> list[str]:
+    """Sentences that say what of the pools that exist now the step cannot read; empty when all is as it must be."""
+    pool = view.kv_pool.pool
+    reasons = []
+    if pool.uniform_fp8 or pool.request_window is not None:
+        reasons.append(
+            "the KV pool has another page layout than V4's: leave --dsv4-attn-backend and SGLANG_DSV4_KV_LAYOUT alone"
+        )
+    metadata = view.metadata
+    if metadata.late_layer_tail is not None:
+        reasons.append("SGLang computes its last layers for a part of the rows, which the step does not")
+    return reasons

@@ -1,0 +1,94 @@
+"""The target model's forward: embedding, four residual streams through all layers, head, SGLang's logits processor."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+
+from .. import ops
+from . import weights
+from .attention import attention
+from .experts import experts
+from .metadata import Pass
+
+STREAMS = 4
+
+
+class Target:
+    """The forward of one loaded `DeepseekV4ForCausalLM`, on this rank's weights."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._layers = [weights.prepare(layer) for layer in weights.layers_of(model)]
+        self._head = weights.head_of(model.model, model.model.norm_eps)
+
+    def __call__(self, view: Any, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: Any) -> Any:
+        """SGLang's `LogitsProcessorOutput` for input_ids int [T] at positions int [T].
+
+        EAGLE gets the streams before the head, DSpark the means of the streams after the layers it asked for.
+        """
+        model = self._model
+        captured = model.model.dspark_layers_to_capture
+        x = model.model.embed_tokens(input_ids).unsqueeze(1).repeat(1, STREAMS, 1)
+        x, means = through(self._layers, x, Pass(view, forward_batch, positions), input_ids, captured or ())
+        hidden = model.model.norm(head(self._head, x))
+        return model.logits_processor(
+            input_ids,
+            hidden,
+            model.lm_head,
+            forward_batch,
+            torch.cat(means, dim=-1) if captured is not None else None,
+            hidden_states_before_norm=x.flatten(1) if captured is None else None,
+        )
+
+
+def through(
+    layers: Sequence[weights.Layer], x: torch.Tensor, at: Pass, input_ids: torch.Tensor, captured: Collection[int] = ()
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The streams bf16 [T, 4, H] after all layers, and their mean bf16 [T, H] after each of the layers `captured`.
+
+    Each block enters and leaves the streams by x ← post f + combᵀ x; leaving one and entering the next is one op.
+    """
+    means: list[torch.Tensor] = []
+    f = post = comb = None
+    for index, layer in enumerate(layers):
+        fn, scale, base, options = layer.attention_mix
+        if f is None:
+            y, post, comb = ops.mhc_pre(x, fn, scale, base, **options)
+        else:
+            x, y, post, comb = ops.mhc_post_pre(f, x, post, comb, fn, scale, base, **options)
+            if index - 1 in captured:
+                means.append(_mean(x))
+        f = sum_of_attention(attention(layer.attention, y, at))
+        fn, scale, base, options = layer.experts_mix
+        x, y, post, comb = ops.mhc_post_pre(f, x, post, comb, fn, scale, base, **options)
+        f = sum_of_experts(experts(layer.experts, y, input_ids))
+    x = ops.mhc_post(f, x, post, comb)
+    if len(layers) - 1 in captured:
+        means.append(_mean(x))
+    return x, means
+
+
+def head(h: weights.Mix, x: torch.Tensor) -> torch.Tensor:
+    """The streams' weighted sum bf16 [T, H], which the final norm follows."""
+    return ops.mhc_head(x, h.fn, h.scale, h.base, **h.options)
+
+
+def sum_of_attention(y: torch.Tensor) -> torch.Tensor:
+    """Over the ranks that share the attention's heads."""
+    from sglang.srt.runtime_context import get_parallel
+
+    return get_parallel().attn_tp_group.all_reduce(y)
+
+
+def sum_of_experts(y: torch.Tensor) -> torch.Tensor:
+    """Over the ranks that share the experts, by their width, their number or both."""
+    from sglang.srt.layers.moe.utils import post_experts_all_reduce
+
+    return post_experts_all_reduce(y)
+
+
+def _mean(x: torch.Tensor) -> torch.Tensor:
+    return x.float().mean(1).to(x.dtype)

@@ -1,0 +1,275 @@
+"""The plugin against SGLang's contract for it: what it takes, what it leaves, what it refuses and in which words."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from serving import PromptOf
+from sglang.kernels.plugin_kernels.nvidia import spec
+from sglang.srt.kernel_plugins.nvidia.binding import megakernel_disable_reasons
+from sglang.srt.layers.attention.deepseek_v4_backend import DSV4AttnMetadata
+from sglang.srt.mem_cache.deepseek_v4_memory_pool import DeepSeekV4TokenToKVPool
+from sglang.srt.model_executor.cuda_graph_config import default_cuda_graph_config
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.server_args import ServerArgs
+from standin import New, Server, Weights, stub_sglang
+
+from sglang_sm120 import plugin, reasons
+from sglang_sm120.checkpoint.config import ReferenceConfig
+from sglang_sm120.limits import MAX_ROWS
+from sglang_sm120.plugin import Built, Checked, Passes, install_on_cpu, why_left
+from sglang_sm120.speculation import MAX_DRAFT_TOKENS
+from sglang_sm120.step import weights
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def model(checkpoint: Path) -> SimpleNamespace:
+    loaded = Weights(checkpoint).target()
+    loaded.forward = _not_called
+    return loaded
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spec, "_REGISTRY", {})
+    plugin.register()
+
+
+def _not_called(*args: Any, **kwargs: Any) -> None:
+    raise AssertionError("SGLang's forward was called")
+
+
+def batch(mode: ForwardMode) -> SimpleNamespace:
+    return SimpleNamespace(forward_mode=mode, spec_info=None)
+
+
+def hf_config(**changed: Any) -> SimpleNamespace:
+    return SimpleNamespace(**{"architectures": [plugin.TARGET], "model_type": "deepseek_v4", **changed})
+
+
+@pytest.mark.parametrize("isa", ["sm_120", "sm_121"])
+def test_consumer_blackwell_finds_the_spec(registered: None, isa: str) -> None:
+    assert spec.find_spec(architectures=[plugin.TARGET], isa=isa) == (plugin.SPEC, "")
+
+
+@pytest.mark.parametrize("isa", ["sm_90", "sm_100", None])
+def test_another_device_is_refused(registered: None, isa: str | None) -> None:
+    found, why = spec.find_spec(architectures=[plugin.TARGET], isa=isa)
+    assert found is None
+    assert why == f"sglang_sm120.plugin:SPEC supports ['sm_120', 'sm_121'], not {isa}"
+
+
+def refusals(model_type: str = "deepseek_v4", **settings: Any) -> list[str]:
+    """What SGLang says of a server with these arguments on an SM120."""
+    args = ServerArgs(model_path="model", cuda_graph_config=default_cuda_graph_config(), **settings)
+    _, reasons = megakernel_disable_reasons(cfg=args, hf_config=hf_config(model_type=model_type), isa="sm_120")
+    return reasons
+
+
+def test_servers_that_sglang_lets_us_serve(registered: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_OPT_FP8_WO_A_GEMM", "0")  # SGLang's own choice on SM120
+    drafts = {"speculative_algorithm": "EAGLE", "speculative_num_draft_tokens": MAX_DRAFT_TOKENS}
+    assert refusals(tp_size=2, ep_size=2, enable_hierarchical_cache=True, **drafts) == []
+    assert refusals(tp_size=8, fp8_gemm_runner_backend="triton") == []
+
+
+def test_servers_that_sglang_refuses(registered: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_OPT_FP8_WO_A_GEMM", "0")
+    assert refusals("deepseek_v41") == ["config.model_type 'deepseek_v41' is not 'deepseek_v4'"]
+    assert refusals(fp8_gemm_runner_backend="deep_gemm") == [
+        "fp8_gemm_runner_backend 'deep_gemm' is not one of ['auto', 'cutlass', 'triton']"
+    ]
+    assert refusals(pp_size=2) == ["pipeline parallelism is in use and sglang-sm120 does not accept it"]
+    fp4, drafts = refusals(
+        enable_deepseek_v4_fp4_indexer=True,
+        speculative_algorithm="EAGLE",
+        speculative_num_draft_tokens=MAX_DRAFT_TOKENS + 1,
+    )
+    assert fp4.startswith("the indexer's keys are FP4 (--enable-deepseek-v4-fp4-indexer)")
+    assert drafts.startswith("speculative_num_draft_tokens is 11")
+    monkeypatch.setenv("SGLANG_OPT_USE_ONLINE_COMPRESS", "1")
+    assert refusals() == ["SGLANG_OPT_USE_ONLINE_COMPRESS True is not False"]
+
+
+@pytest.mark.parametrize("mode", ["decode", "target_verify"])
+def test_rows_that_the_step_takes(mode: str) -> None:
+    assert [why_left(mode, rows, {}) for rows in (1, 2, 255, 256)] == [None] * 4
+    assert why_left(mode, 0, {}) == f"a {mode} pass has 0 rows and the step takes 1 to 256"
+    assert why_left(mode, 257, {}) == f"a {mode} pass has 257 rows and the step takes 1 to 256"
+    assert why_left(mode, 1, {"input_embeds": None}) is None
+    assert why_left(mode, 1, {"input_embeds": 0}) == "the pass brings embeddings instead of tokens"
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [one for one in ForwardMode if one not in (ForwardMode.DECODE, ForwardMode.TARGET_VERIFY)],
+    ids=lambda mode: mode.name,
+)
+def test_other_modes_are_left_to_sglang(mode: ForwardMode) -> None:
+    name = plugin.mode_of(batch(mode))
+    assert why_left(name, 1, {}) == f"the step takes decode and verification, not {name}"
+
+
+@pytest.fixture
+def prefill(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Sets SGLANG_SM120_PREFILL, which is read once."""
+
+    def choose(value: str) -> None:
+        monkeypatch.setenv("SGLANG_SM120_PREFILL", value)
+        reasons.takes_prefill.cache_clear()
+
+    yield choose
+    reasons.takes_prefill.cache_clear()
+
+
+def test_prefill_is_taken_on_request(prefill: Callable[[str], None]) -> None:
+    prefill("sglang")
+    assert why_left("extend", 1, {}) == "the step takes decode and verification, not extend"
+    prefill("overlay")
+    assert why_left("extend", MAX_ROWS + 1, {}) is None
+    assert why_left("extend", 1, {"input_embeds": 0}) == "the pass brings embeddings instead of tokens"
+    assert why_left("mixed", 1, {}) == "the step takes decode and verification, not mixed"
+    prefill("yes")
+    with pytest.raises(ValueError, match="^SGLANG_SM120_PREFILL is 'yes' and needs sglang or overlay.$"):
+        why_left("extend", 1, {})
+
+
+def test_a_built_step_plans_and_counts(
+    model: SimpleNamespace, checkpoint: Path, prompt_of: PromptOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub_sglang(monkeypatch)
+    built = Built(model, (1, 2, 4))
+    assert built.widths == (1, 2, 4) and built.draft_sampler is None
+    assert built.summary() == "decode and verification up to 4 rows"
+
+    def step(view: Any, ids: torch.Tensor, positions: torch.Tensor, forward_batch: Any) -> Any:
+        found = built.plan(ids, batch(ForwardMode.TARGET_VERIFY), pp_proxy_tensors=None)
+        assert found == spec.Step("target_verify", len(ids))
+        return built.forward(msgspec.structs.replace(found, view=view), _not_called, ids, positions, forward_batch)
+
+    tokens, ratios = prompt_of(6, 1), ReferenceConfig.load(checkpoint).compress_ratios
+    server = Server(step, ratios, 1, 256, torch.Generator().manual_seed(1), rings=(16, 256))
+    assert server.extend(New(1, 0, tokens[:4])).logits.shape[0] == 4
+    server.extend(New(1, 4, tokens[4:5]))
+    for mode in (ForwardMode.EXTEND, ForwardMode.EXTEND, ForwardMode.MIXED):
+        assert built.plan(torch.tensor(tokens), batch(mode)) is None
+    assert built.plan(torch.zeros(257, dtype=torch.int64), batch(ForwardMode.DECODE)) is None
+    assert built.passes.taken == Counter(target_verify=2)
+    assert sorted(built.passes.left.values()) == [1, 1, 2]
+
+
+def test_the_first_pass_of_a_kind_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    passes = Passes()
+    with caplog.at_level(logging.INFO, logger="sglang_sm120.plugin"):
+        for rows in (3, 2):
+            passes.take("decode", rows)
+            passes.leave("it has no rows")
+    assert [record.message for record in caplog.records] == [
+        "sglang_sm120: the step takes its first decode pass (3 rows).",
+        "sglang_sm120: SGLang's forward serves a pass, because it has no rows.",
+    ]
+
+
+def test_this_sglang_has_what_the_step_reads() -> None:
+    assert reasons.missing() == []
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(DeepSeekV4TokenToKVPool, "get_swa_raw_buffer"), (DSV4AttnMetadata, "c4_sparse_page_indices")],
+)
+def test_a_renamed_attribute_is_named(owner: type, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(owner, name, raising=False)
+    fields = getattr(owner, "__dataclass_fields__", {})
+    monkeypatch.setattr(
+        owner, "__dataclass_fields__", {key: fields[key] for key in fields if key != name}, raising=False
+    )
+    (why,) = reasons.missing()
+    assert why.startswith(f"SGLang's {owner.__name__} has no {name}, which the step reads: install the release ")
+
+
+def view(uniform: bool = False, window: Any = None, tail: Any = None) -> SimpleNamespace:
+    pool = SimpleNamespace(uniform_fp8=uniform, request_window=window)
+    return SimpleNamespace(kv_pool=SimpleNamespace(pool=pool), metadata=SimpleNamespace(late_layer_tail=tail))
+
+
+def test_pools_that_are_refused() -> None:
+    assert reasons.unusable(view()) == []
+    for other in (view(uniform=True), view(window=0)):
+        assert [why.partition(":")[0] for why in reasons.unusable(other)] == [
+            "the KV pool has another page layout than V4's"
+        ]
+    assert [why.partition(",")[0] for why in reasons.unusable(view(tail=0))] == [
+        "SGLang computes its last layers for a part of the rows"
+    ]
+
+
+def test_pools_are_looked_at_before_the_first_pass() -> None:
+    step = Checked(lambda view, *args: args)
+    with pytest.raises(
+        RuntimeError, match="^sglang_sm120 cannot serve this pool: the KV pool .* alone; SGLang .* not.$"
+    ):
+        step(view(uniform=True, tail=0), 1)
+    assert step(view(), 1, 2) == (1, 2)
+    assert step(None, 3) == (3,)
+
+
+@pytest.mark.parametrize("backend", [None, "flashinfer_trtllm"])
+def test_experts_of_another_backend_are_refused(model: SimpleNamespace, backend: str | None) -> None:
+    layer = model.model.layers[1]
+    kept, experts = weights.prepare(layer).experts.weights, layer.mlp.experts
+    assert experts.w13_weight_scale_inv.data_ptr() == kept.s13.data_ptr(), "a CPU layer's experts are kept twice"
+    if backend is not None:
+        experts._dsv4_mxfp4_backend = backend
+    (why,) = reasons.model_reasons(model, None)
+    assert why == (
+        "the step cannot read a layer's weights: the experts of layer 1 are in the layout of "
+        f"{backend or 'no FlashInfer backend'}: leave --moe-runner-backend at auto."
+    )
+    experts._dsv4_mxfp4_backend = "flashinfer_cutlass_sm120"
+    again = weights.prepare(layer).experts.weights
+    assert [tensor.data_ptr() for tensor in again] == [tensor.data_ptr() for tensor in kept]
+
+
+def test_an_attribute_that_a_layer_lacks_is_named(model: SimpleNamespace) -> None:
+    assert reasons.model_reasons(model, None) == []
+    del model.model.layers[2].self_attn.compressor.ape
+    (why,) = reasons.model_reasons(model, None)
+    assert why.startswith("the step cannot read a layer's weights: ") and "'ape'" in why
+
+
+def test_another_architecture_is_left_alone_on_a_cpu(model: SimpleNamespace) -> None:
+    for architectures in (["LlamaForCausalLM"], [], None):
+        install_on_cpu(model, hf_config(architectures=architectures))
+        assert model.forward is _not_called
+
+
+@pytest.mark.parametrize("architecture", [plugin.TARGET, plugin.DRAFT])
+def test_another_model_type_is_refused_on_a_cpu(model: SimpleNamespace, architecture: str) -> None:
+    model.num_fused_shared_experts = 1
+    expected = (
+        "sglang_sm120 cannot serve this model on a CPU: the shared expert is fused with the routed ones: leave out "
+        "--enforce-shared-experts-fusion; the model type is deepseek_v41 and the step serves deepseek_v4."
+    )
+    with pytest.raises(ValueError) as refused:
+        install_on_cpu(model, hf_config(architectures=[architecture], model_type="deepseek_v41"))
+    assert str(refused.value) == expected
+    assert model.forward is _not_called
+
+
+def test_embeddings_are_refused_on_a_cpu(model: SimpleNamespace) -> None:
+    install_on_cpu(model, hf_config())
+    assert model.forward is not _not_called
+    ids = torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="^A request brings embeddings, .*: send text or token ids\\.$"):
+        model.forward(ids, ids, batch(ForwardMode.EXTEND), input_embeds=ids)
