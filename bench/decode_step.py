@@ -30,6 +30,7 @@ if __name__ == "__main__":
 import httpx
 import torch
 
+import sm120_lowering
 import traces
 from bench import lower
 from calls import calls_of, triton_ops
@@ -120,13 +121,6 @@ def known_kernels(batches: list[int], context: int, folder: Path) -> dict[str, d
     return traces.ranges(trace, "op:")
 
 
-def environment() -> dict[str, str]:
-    """Variables of a server with the step on this machine's card."""
-    # Hopper's own prefill cannot read experts in SM120's layout.
-    hopper = {"SGLANG_SM120_PREFILL": "overlay"} if torch.cuda.get_device_capability()[0] == 9 else {}
-    return {"SGLANG_SM120_FORCE": "1", **hopper}
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
@@ -149,10 +143,11 @@ def main() -> int:
             "--load-format", "dummy", "--mem-fraction-static", "0.8", "--grammar-backend", "none",
             "--max-running-requests", str(max(args.batch)), "--cuda-graph-bs-decode", *map(str, sorted(args.batch)),
             "--context-length", str(max(args.context) + 1024), "--chunked-prefill-size", "8192",
+            *(sm120_lowering.SERVER_FLAGS if torch.cuda.get_device_capability()[0] == 9 else ()),
             *(f"--{flag}" for flag in args.flag),
         ]  # fmt: skip
         server = LocalServer(
-            Path(folder), *flags, log=args.out / "server.log", env=environment(), ready_seconds=400
+            Path(folder), *flags, log=args.out / "server.log", env=sm120_lowering.SERVER_ENVIRONMENT, ready_seconds=400
         )
         try:
             with server:

@@ -129,8 +129,6 @@ def rehearse_job(job: Job, compile: Callable[[Any, tuple[Any, ...], dict[str, An
 
 def compile_job(job: Job) -> tuple[list[Kernel], int]:
     """Compile what `job` launches for the active target; return the kernels and the op's scratch in bytes."""
-    from triton.backends.nvidia.driver import CudaLauncher
-
     found: dict[str, Kernel] = {}
 
     def compile_one(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], label: str) -> None:
@@ -139,9 +137,6 @@ def compile_job(job: Job) -> tuple[list[Kernel], int]:
         compiled = kernel.run(*args, grid=(1,), warmup=True, **options)
         if compiled is None or compiled.hash in found:
             return
-        if job.only is not None:
-            # Otherwise the first launch runs the C compiler.
-            CudaLauncher(compiled.src, compiled.metadata)
         found[compiled.hash] = Kernel(
             op=job.op,
             call=label,

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from sglang.kernels.plugin_kernels.nvidia import spec
 
+from . import registry
 from .limits import MAX_ROWS
-from .reasons import MODEL_TYPE, config_reasons, model_reasons, takes_prefill, unusable, why_left
+from .reasons import MODEL_TYPE, config_reasons, emulated, model_reasons, takes_prefill, unusable, why_left
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,8 @@ class Built:
         mode, rows = mode_of(forward_batch), input_ids.shape[0]
         why = why_left(mode, rows, kwargs)
         if why is not None:
+            if emulated():
+                raise RuntimeError(f"With SGLANG_SM120_FORCE=1 SGLang's forward cannot serve a pass here: {why}.")
             self.passes.leave(why)
             return None
         self.passes.take(mode, rows)
@@ -128,7 +131,8 @@ SPEC = spec.MegakernelSpec(
     name="sglang-sm120",
     api_version=1,
     requires=spec.Requirements(
-        isas=frozenset({"sm_120", "sm_121"}),
+        # SGLANG_SM120_FORCE=1 is for tests on a Hopper card.
+        isas=frozenset({"sm_120", "sm_121"} | ({"sm_90"} if registry.forced() else set())),
         tp_sizes=frozenset(),
         server_args={"fp8_gemm_runner_backend": frozenset({"auto", "cutlass", "triton"})},
         hf_config={"model_type": MODEL_TYPE},

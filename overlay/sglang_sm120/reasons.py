@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from . import registry
 from .limits import MAX_ROWS
 from .speculation import require_kept
 
@@ -27,12 +28,28 @@ def why_left(mode: str, rows: int, kwargs: dict[str, Any]) -> str | None:
 
 
 @functools.cache
+def emulated() -> bool:
+    """Whether SGLANG_SM120_FORCE=1 has the step serve on a card that is no SM12x.
+
+    The experts then lie in SM120's layout, which SGLang's kernels for that card would misread: the step serves every
+    pass, or raises.
+    """
+    return registry.forced() and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 12
+
+
+@functools.cache
 def takes_prefill() -> bool:
-    """Whether SGLANG_SM120_PREFILL gives prefill on a GPU to the step too; by default it is SGLang's."""
+    """Whether SGLANG_SM120_PREFILL gives prefill on a GPU to the step too; by default it is SGLang's.
+
+    Raises:
+        ValueError: the variable has another value than sglang or overlay, or sglang where the step must take prefill.
+    """
     value = os.environ.get("SGLANG_SM120_PREFILL", "")
     if value not in ("", "sglang", "overlay"):
         raise ValueError(f"SGLANG_SM120_PREFILL is {value!r} and needs sglang or overlay.")
-    return value == "overlay"
+    if value == "sglang" and emulated():
+        raise ValueError("SGLANG_SM120_PREFILL is sglang, whose prefill needs SM12x: leave out SGLANG_SM120_FORCE.")
+    return value == "overlay" or emulated()
 
 
 def config_reasons(cfg: Any, hf_config: Any) -> list[str]:
@@ -44,6 +61,20 @@ def config_reasons(cfg: Any, hf_config: Any) -> list[str]:
         require_kept(cfg.speculative_num_draft_tokens)
     except ValueError as error:
         reasons.append(str(error))
+    return reasons + (emulation_reasons(cfg) if emulated() else [])
+
+
+def emulation_reasons(cfg: Any) -> list[str]:
+    """Sentences that say what of a configuration would have SGLang's own layers run on a card that is no SM12x."""
+    reasons = []
+    if cfg.moe_runner_backend != "triton":
+        reasons.append(
+            f"--moe-runner-backend is {cfg.moe_runner_backend} and needs triton, which keeps the experts as they are"
+        )
+    if cfg.cuda_graph_config.prefill.backend != "disabled":
+        reasons.append("prefill runs in CUDA graphs of SGLang's own layers: give --disable-prefill-cuda-graph")
+    if cfg.speculative_algorithm is not None and cfg.speculative_moe_runner_backend == "triton":
+        reasons.append("the draft's experts cannot run by triton: give --speculative-moe-runner-backend marlin")
     return reasons
 
 

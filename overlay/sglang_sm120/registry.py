@@ -144,7 +144,7 @@ def runs_on(provider: Provider, kind: str) -> bool:
 
 def reset() -> None:
     """Forget past selections, so that the next call reads the environment again."""
-    for cached in (_choose, _asked, _forced, _log_refusal):
+    for cached in (_choose, _asked, forced, _log_refusal):
         cached.cache_clear()
 
 
@@ -198,7 +198,7 @@ def _choose(name: str, kind: str) -> Choice:
     for provider in others:
         if _matches(provider.default_on, kind):
             return Choice(provider, f"default on {kind}", False)
-    if others and _forced():
+    if others and forced():
         return Choice(others[0], "SGLANG_SM120_FORCE", False)
     return Choice(op.providers[TORCH], f"no other provider is the default on {kind}", False)
 
@@ -225,7 +225,12 @@ def _asked() -> dict[str, str]:
 
 
 @functools.cache
-def _forced() -> bool:
+def forced() -> bool:
+    """Whether SGLANG_SM120_FORCE=1 makes every provider that runs on a device its default.
+
+    Raises:
+        ProviderError: the variable is neither 0 nor 1.
+    """
     value = os.environ.get("SGLANG_SM120_FORCE", "0")
     if value not in ("", "0", "1"):
         raise ProviderError(f"SGLANG_SM120_FORCE is {value!r} and needs 0 or 1.")

@@ -13,7 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 from fake_server import Fake
-from test_server import GRAPHS, MTP, TPS, assert_nothing_compiled_late, assert_step_served, environment
+from test_server import (
+    GRAPHS,
+    MTP,
+    TPS,
+    assert_nothing_compiled_late,
+    assert_step_served,
+    environment,
+    flags_of_card,
+)
 
 import questions
 import synthetic
@@ -72,7 +80,7 @@ def test_recall(tp: int, server: str, checkpoint: Path, many: Path, tmp_path: Pa
     if torch.cuda.device_count() < tp:
         pytest.skip(f"{torch.cuda.device_count()} GPU, needed {tp}")
     log = Path(os.environ.get("OUT") or tmp_path) / f"recall-{server}-tp{tp}.log"
-    flags = (*FLAGS, *SERVERS[server], "--tp", str(tp))
+    flags = (*FLAGS, *flags_of_card(), *SERVERS[server], "--tp", str(tp))
     with LocalServer(checkpoint, *flags, log=log, env=environment(), ready_seconds=400) as running:
         rows, accepted = scores(running.url, EXACT, many)
         print(f"\n{server}, TP {tp}, MTP acceptance length {accepted}\n{table(rows)}")

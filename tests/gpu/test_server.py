@@ -18,6 +18,7 @@ import httpx
 import pytest
 import torch
 
+import sm120_lowering
 import traces
 from local_server import LocalServer
 from sglang_sm120_reference.write import main as write_checkpoint
@@ -58,14 +59,17 @@ class Greedy:
 
 
 def environment() -> dict[str, str]:
-    found = {"SGLANG_SM120_FORCE": "1", "HF_HUB_OFFLINE": "1", "FLASHINFER_DISABLE_VERSION_CHECK": "1"}
+    found = {"HF_HUB_OFFLINE": "1", "FLASHINFER_DISABLE_VERSION_CHECK": "1"}
     # Or a server with TP 2 does not start while another one loads on one of its GPUs.
     found["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"
     if torch.cuda.get_device_capability()[0] == 9:
-        # Hopper's own prefill cannot read experts in SM120's layout.
-        found["SGLANG_SM120_PREFILL"] = "overlay"
+        found |= sm120_lowering.SERVER_ENVIRONMENT
         found["PYTHONPATH"] = f"{LOWERED}:{os.environ.get('PYTHONPATH', '')}"
     return found
+
+
+def flags_of_card() -> tuple[str, ...]:
+    return sm120_lowering.SERVER_FLAGS if torch.cuda.get_device_capability()[0] == 9 else ()
 
 
 @pytest.fixture(scope="session")
@@ -165,7 +169,7 @@ def tp(request: pytest.FixtureRequest) -> int:
 @pytest.fixture(scope="module")
 def expected(checkpoint: Path, logs: Path, tp: int) -> list[Greedy]:
     """The torch provider's answers: prefill in chunks, no CUDA graph."""
-    flags = (*FLAGS, *NO_GRAPHS, "--chunked-prefill-size", "2048", "--tp", str(tp))
+    flags = (*FLAGS, *flags_of_card(), *NO_GRAPHS, "--chunked-prefill-size", "2048", "--tp", str(tp))
     env = {**environment(), "SGLANG_SM120_PROVIDER": "torch"}
     with LocalServer(checkpoint, *flags, log=logs / f"torch-tp{tp}.log", env=env, ready_seconds=300) as server:
         found = greedy(server, prompts())
@@ -177,7 +181,7 @@ def expected(checkpoint: Path, logs: Path, tp: int) -> list[Greedy]:
 def server(checkpoint: Path, logs: Path, tp: int, expected: list[Greedy]) -> Iterator[LocalServer]:
     """The Triton provider with CUDA graphs; `expected` first, as two servers may not fit one card."""
     log = logs / f"triton-tp{tp}.log"
-    flags = (*FLAGS, *GRAPHS, "--tp", str(tp))
+    flags = (*FLAGS, *flags_of_card(), *GRAPHS, "--tp", str(tp))
     with LocalServer(checkpoint, *flags, log=log, env=environment(), ready_seconds=400) as running:
         yield running
 
@@ -240,7 +244,7 @@ def test_nothing_was_compiled_while_serving(server: LocalServer) -> None:
 
 
 def test_mtp_answers_as_without(checkpoint: Path, logs: Path, tp: int, expected: list[Greedy]) -> None:
-    flags = (*FLAGS, *GRAPHS, *MTP, "--tp", str(tp))
+    flags = (*FLAGS, *flags_of_card(), *GRAPHS, *MTP, "--tp", str(tp))
     with LocalServer(checkpoint, *flags, log=logs / f"mtp-tp{tp}.log", env=environment(), ready_seconds=400) as server:
         assert_agree(greedy(server, prompts()), expected)
         sampled(server, 50)

@@ -92,15 +92,20 @@ def expected(checkpoint: Path, prompts: list[list[int]], tmp_path_factory: pytes
         return [said(reply) for reply in everything(server, prompts)]
 
 
-@pytest.fixture(scope="module", params=[3, 9], ids=["3 steps", "9 steps"])
+@pytest.fixture(
+    scope="module",
+    params=[(3,), (9,), (3, "--tp", "2", "--ep-size", "2")],
+    ids=["3 steps", "9 steps", "3 steps, two ranks that share the experts"],
+)
 def speculating(
     request: pytest.FixtureRequest, checkpoint: Path, expected: list[Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[LocalServer, int]]:
     """A server that verifies 4 or 10 tokens at once, the most that the compressor can take back, and its steps."""
     log = tmp_path_factory.mktemp("eagle") / "server.log"
     # `expected` is asked for here so that its server is gone before this one starts.
-    with LocalServer(checkpoint, *COMMON, *eagle(request.param), log=log) as server:
-        yield server, request.param
+    steps, *ranks = request.param
+    with LocalServer(checkpoint, *COMMON, *eagle(steps), *ranks, log=log) as server:
+        yield server, steps
 
 
 @pytest.fixture(scope="module")

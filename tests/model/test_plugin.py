@@ -234,7 +234,8 @@ def test_experts_of_another_backend_are_refused(model: SimpleNamespace, backend:
     (why,) = reasons.model_reasons(model, None)
     assert why == (
         "the step cannot read a layer's weights: the experts of layer 1 are in the layout of "
-        f"{backend or 'no FlashInfer backend'}: leave --moe-runner-backend at auto."
+        f"{backend or 'no FlashInfer backend'}: leave "
+        "--moe-runner-backend at auto (on a card that is no SM12x give triton)."
     )
     experts._dsv4_mxfp4_backend = "flashinfer_cutlass_sm120"
     again = weights.prepare(layer).experts.weights

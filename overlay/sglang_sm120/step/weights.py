@@ -191,8 +191,8 @@ def _experts(m: Any, layer_id: int) -> Experts:
     # fp32 scales are what SGLang keeps where it has no kernel for these experts.
     if kept.s13.dtype != torch.float32 and backend != "flashinfer_cutlass_sm120":
         raise ValueError(
-            f"the experts of layer {layer_id} are in the layout of {backend or 'no FlashInfer backend'}: "
-            "leave --moe-runner-backend at auto."
+            f"the experts of layer {layer_id} are in the layout of {backend or 'no FlashInfer backend'}: leave "
+            "--moe-runner-backend at auto (on a card that is no SM12x give triton)."
         )
     owned, shared = m.experts.num_local_experts, m.shared_experts
     bias, tid2eid = (None, m.topk.tid2eid) if m.is_hash else (m.gate.e_score_correction_bias, None)
