@@ -32,11 +32,14 @@ def cpu_defaults(server_args: Any) -> dict[str, object]:
         server_args: SGLang's `ServerArgs`, whose fields are what the user gave.
 
     Raises:
-        ValueError: speculation that a CPU does not serve, or more draft tokens than a rejection can take back.
+        ValueError: SGLang's engine for CPUs is asked for, speculation that a CPU does not serve, or more draft tokens
+            than a rejection can take back.
     """
     from sglang.srt.arg_groups.model_override_base import resolving_view
     from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
 
+    if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
+        raise ValueError("SGLANG_USE_CPU_ENGINE is 1, whose packed weights the step cannot read: unset it.")
     require_kept(server_args.speculative_num_draft_tokens)
     algorithm = server_args.speculative_algorithm
     if (algorithm or "EAGLE").upper() not in ("EAGLE", "NEXTN"):

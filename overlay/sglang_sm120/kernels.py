@@ -112,14 +112,18 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+STREAMS = 2
+"""Streams that a server runs the step on: one captures graphs, the other runs what has none."""
 _reserved: dict[tuple[str, torch.device], int] = {}
+_spare: dict[tuple[str, torch.device], list[torch.Tensor]] = {}
 _parts: dict[tuple[str, torch.device, int], torch.Tensor] = {}
 
 
 def reserve(op: str, size: int, device: torch.device) -> None:
     """Let calls of `op` on `device` that need up to `size` bytes of scratch use memory that keeps its address.
 
-    Called before the first CUDA-graph capture with the most that a captured call needs.
+    Called before the first CUDA-graph capture with the most that a captured call needs; on a GPU the memory of
+    `STREAMS` streams is taken now, so that whoever sizes a cache afterwards sees it taken.
 
     Raises:
         ScratchError: it would grow after a stream was given memory, whose address a graph may hold.
@@ -136,6 +140,8 @@ def reserve(op: str, size: int, device: torch.device) -> None:
             f"op {op} asks for {size} bytes of scratch, and its {reserved} bytes are in use: reserve the larger first."
         )
     _reserved[op, device] = size
+    if device.type == "cuda":
+        _spare[op, device] = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(STREAMS)]
 
 
 def scratch(op: str, device: torch.device, *wanted: tuple[tuple[int, ...], torch.dtype]) -> list[torch.Tensor]:
@@ -170,12 +176,13 @@ def scratch(op: str, device: torch.device, *wanted: tuple[tuple[int, ...], torch
 
 
 def _part(op: str, device: torch.device, size: int) -> torch.Tensor:
-    """The memory of (op, current stream), taken from the allocator at the stream's first call, before its capture."""
+    """The memory of (op, current stream): reserved, or for a further stream taken at its first call."""
     key = (op, device, torch.cuda.current_stream(device).cuda_stream)
     if key not in _parts:
         if torch.cuda.is_current_stream_capturing():
             raise ScratchError(f"op {op} first runs on this stream inside a capture: run it there once before.")
-        _parts[key] = torch.empty(size, dtype=torch.uint8, device=device)
+        spare = _spare[op, device]
+        _parts[key] = spare.pop() if spare else torch.empty(size, dtype=torch.uint8, device=device)
     return _parts[key]
 
 
@@ -194,6 +201,7 @@ def reset() -> None:
     from triton import knobs
 
     _reserved.clear()
+    _spare.clear()
     _parts.clear()
     _late.clear()
     knobs.runtime.jit_post_compile_hook = None

@@ -16,8 +16,6 @@ from .formats import indexer_page, kv_page
 
 C4_PAGE, C128_PAGE, WINDOW_PAGE = 64, 2, 256
 """Entries per page of the three caches at SGLang's page size of 256 tokens."""
-PAGED_OPS = ("sparse_mla", "gather_dequant_kv", "indexer_logits", "indexer_topk", "topk_slots")
-"""The ops whose calls depend on the context."""
 FP8_LINEARS = ("wqkv_a", "wq_b", "wo_b", "indexer.wq_b", "shared.w13", "shared.w2", "mtp.e_proj", "mtp.h_proj")
 
 

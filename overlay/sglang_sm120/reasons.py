@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import registry
+from .formats import kv_page
 from .limits import MAX_ROWS
 from .speculation import require_kept
 
@@ -19,7 +20,7 @@ def why_left(mode: str, rows: int, kwargs: dict[str, Any]) -> str | None:
     """Why the step does not take a pass on a GPU; None when it does. Reads host state only."""
     if mode in ("decode", "target_verify"):
         if not 0 < rows <= MAX_ROWS:
-            return f"a {mode} pass has {rows} rows and the step takes 1 to {MAX_ROWS}"
+            return f"a {mode} pass has no rows or more than the {MAX_ROWS} that the step takes"
     elif mode != "extend" or not takes_prefill():
         return f"the step takes decode and verification, not {mode}"
     if kwargs.get("input_embeds") is not None:
@@ -61,19 +62,9 @@ def config_reasons(cfg: Any, hf_config: Any) -> list[str]:
         require_kept(cfg.speculative_num_draft_tokens)
     except ValueError as error:
         reasons.append(str(error))
-    return reasons + (emulation_reasons(cfg) if emulated() else [])
-
-
-def emulation_reasons(cfg: Any) -> list[str]:
-    """Sentences that say what of a configuration would have SGLang's own layers run on a card that is no SM12x."""
-    reasons = []
-    if cfg.moe_runner_backend != "triton":
-        reasons.append(
-            f"--moe-runner-backend is {cfg.moe_runner_backend} and needs triton, which keeps the experts as they are"
-        )
-    if cfg.cuda_graph_config.prefill.backend != "disabled":
+    if takes_prefill() and cfg.cuda_graph_config.prefill.backend != "disabled":
         reasons.append("prefill runs in CUDA graphs of SGLang's own layers: give --disable-prefill-cuda-graph")
-    if cfg.speculative_algorithm is not None and cfg.speculative_moe_runner_backend == "triton":
+    if emulated() and cfg.speculative_algorithm and cfg.speculative_moe_runner_backend == "triton":
         reasons.append("the draft's experts cannot run by triton: give --speculative-moe-runner-backend marlin")
     return reasons
 
@@ -94,27 +85,27 @@ def model_reasons(model: torch.nn.Module, hf_config: Any) -> list[str]:
     return reasons
 
 
+POOL = (
+    "get_swa_key_buffer_radix", "get_swa_key_page_size", "get_extra_key_buffer", "get_extra_key_page_size",
+    "get_index_k_with_scale_buffer", "get_attention_compress_states", "get_indexer_compress_states",
+)  # fmt: skip
+METADATA = ("core_attn_metadata", "indexer_metadata", "c4_compress_metadata", "c128_compress_metadata")
+CORE = (
+    "swa_page_indices", "swa_topk_lengths", "sparse_page_indices", "sparse_topk_lengths", "c4_topk_lengths_raw",
+    "c4_sparse_page_indices", "c4_out_loc", "c128_out_loc",
+)  # fmt: skip
+"""What `step.metadata.Pass` reads of SGLang's pool, of a pass's metadata and of that metadata's core."""
+
+
 def missing() -> list[str]:
-    """Sentences that name what SGLang's pool and metadata classes lack of what `Pass` reads."""
+    """Sentences that name what SGLang's pool and metadata classes lack of what the step reads."""
     from sglang.srt.layers.attention.deepseek_v4_backend import DSV4AttnMetadata, DSV4Metadata
     from sglang.srt.mem_cache.deepseek_v4_memory_pool import DeepSeekV4TokenToKVPool
 
-    wanted: dict[type, tuple[str, ...]] = {
-        DeepSeekV4TokenToKVPool: (
-            "get_swa_raw_buffer", "get_swa_key_page_size", "get_extra_key_buffer", "get_extra_key_page_size",
-            "get_index_k_with_scale_buffer", "get_attention_compress_states", "get_indexer_compress_states",
-        ),
-        DSV4Metadata: (
-            "core_attn_metadata", "indexer_metadata", "c4_compress_metadata", "c128_compress_metadata",
-        ),
-        DSV4AttnMetadata: (
-            "swa_page_indices", "swa_topk_lengths", "sparse_page_indices", "sparse_topk_lengths", "c4_topk_lengths_raw",
-            "c4_sparse_page_indices", "c4_out_loc", "c128_out_loc",
-        ),
-    }  # fmt: skip
+    read = ((DeepSeekV4TokenToKVPool, POOL), (DSV4Metadata, METADATA), (DSV4AttnMetadata, CORE))
     return [
         f"SGLang's {owner.__name__} has no {name}, which the step reads: install the release this package is made for"
-        for owner, names in wanted.items()
+        for owner, names in read
         for name in names
         if not hasattr(owner, name) and name not in getattr(owner, "__dataclass_fields__", {})
     ]
@@ -122,13 +113,20 @@ def missing() -> list[str]:
 
 def unusable(view: Any) -> list[str]:
     """Sentences that say what of the pools that exist now the step cannot read; empty when all is as it must be."""
-    pool = view.kv_pool.pool
-    reasons = []
-    if pool.uniform_fp8 or pool.request_window is not None:
-        reasons.append(
-            "the KV pool has another page layout than V4's: leave --dsv4-attn-backend and SGLANG_DSV4_KV_LAYOUT alone"
-        )
-    metadata = view.metadata
-    if metadata.late_layer_tail is not None:
-        reasons.append("SGLang computes its last layers for a part of the rows, which the step does not")
-    return reasons
+    pool, metadata = view.kv_pool.pool, view.metadata
+    read = ((pool, POOL), (metadata, METADATA), (getattr(metadata, METADATA[0], None), CORE))
+    lacking = [
+        f"SGLang's {type(owner).__name__} has no {name}, which the step reads"
+        for owner, names in read
+        for name in names
+        if not hasattr(owner, name)
+    ]
+    if lacking:
+        return lacking
+    bytes_per_token = view.kv_pool.get_swa_key_bytes_per_token()
+    if bytes_per_token != kv_page.TOKEN or view.kv_pool.request_window is not None:
+        return [
+            f"its keys have {bytes_per_token} bytes a token, or pages of a request's own, and the step reads pages of "
+            f"V4's {kv_page.TOKEN}: leave --dsv4-attn-backend and SGLANG_DSV4_KV_LAYOUT alone"
+        ]
+    return []

@@ -10,7 +10,7 @@ nothing.
 
 from __future__ import annotations
 
-__all__ = ["MAX_DRAFT_TOKENS", "RING", "require_kept", "rows_per_request"]
+__all__ = ["MAX_DRAFT_TOKENS", "RING", "require_kept"]
 
 WINDOW = {4: 8, 128: 128}
 """Tokens that one compressed entry is made of, by ratio; ratio 4 overlaps with the block before."""
@@ -18,19 +18,6 @@ RING = {4: 16, 128: 256}
 """Slots of the ring while drafts are verified, by ratio (SGLang's `get_compress_state_ring_size`)."""
 MAX_DRAFT_TOKENS = min(RING[ratio] - WINDOW[ratio] + 2 for ratio in RING)
 """The first token a later entry needs lies WINDOW - 2 before the verification's start: one token is always accepted."""
-
-
-def rows_per_request(draft_tokens: int | None, adaptive: bool) -> int:
-    """Token rows of one request in the largest CUDA graph.
-
-    Args:
-        draft_tokens: SGLang's `speculative_num_draft_tokens`, None without speculation.
-        adaptive: whether graphs for other numbers of draft tokens are kept beside it.
-    """
-    if draft_tokens is None:
-        return 1
-    # A draft step projects the four residual streams of each token.
-    return MAX_DRAFT_TOKENS if adaptive else max(draft_tokens, 4)
 
 
 def require_kept(draft_tokens: int | None) -> None:

@@ -1,4 +1,7 @@
-"""Before a server says ready: compile every kernel it can need, and reserve the scratch its CUDA graphs will hold."""
+"""Before a server says ready: compile every kernel it can need, and reserve the scratch its CUDA graphs will hold.
+
+What is compiled later is a defect, logged and counted (`kernels.late_compiles`).
+"""
 
 from __future__ import annotations
 
@@ -52,6 +55,7 @@ def steps(op: str, prefill_rows: int, graph_rows: int, context: int) -> tuple[tu
 def warm_up(
     config: dict[str, Any],
     tp: int,
+    ep: int,
     prefill_rows: int,
     graph_rows: int,
     context: int,
@@ -63,18 +67,19 @@ def warm_up(
 
     Args:
         config: the model's `config.json`.
-        tp, prefill_rows, graph_rows, context: ranks, and the sizes as in `steps`.
+        tp, ep: ranks, and how many of them divide the experts by number.
+        prefill_rows, graph_rows, context: the sizes as in `steps`.
         device: the CUDA device of this rank.
         barrier: waits for the other ranks.
         compiles: whether this rank is the one that compiles for its host.
     """
-    key = (tp, prefill_rows, graph_rows, context, device)
+    sizes = (tp, ep, prefill_rows, graph_rows, context)
+    key = (*sizes, device)
     if key in _warm:
         return
     began = time.monotonic()
     table = registry.table(registry.device_kind(device))
     names = [row.op for row in table if row.chosen and row.provider == "triton" and row.op in SERVED]
-    sizes = (tp, prefill_rows, graph_rows, context)
     found = variants(config, *sizes, names, kernels.multiprocessors(device), tuned.of_device(device))
     for op, size in found.scratch.items():
         kernels.reserve(op, size, device)
@@ -91,6 +96,7 @@ def warm_up(
         # Reading `run` loads module and launcher, which a first launch would otherwise do in a capture or a request.
         getattr(kernel.run(*args, grid=(1,), warmup=True, **options), "run")  # noqa: B009
     mark.write()
+    kernels.freeze()
     _warm.add(key)
     logger.info(
         "sglang_sm120: %d kernels ready (%.1f s to list, %.1f s to compile, %.1f s to load).",
@@ -98,7 +104,7 @@ def warm_up(
     )  # fmt: skip
 
 
-_warm: set[tuple[int, int, int, int, torch.device]] = set()
+_warm: set[tuple[int, int, int, int, int, torch.device]] = set()
 _Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 
@@ -114,6 +120,7 @@ class Variants:
 def variants(
     config: dict[str, Any],
     tp: int,
+    ep: int,
     prefill_rows: int,
     graph_rows: int,
     context: int,
@@ -124,8 +131,9 @@ def variants(
     """Rehearse the ops `names` at all their `steps`, for the active Triton target with `sms` multiprocessors."""
     found = Variants()
     for name in names:
+        mine = _divided(config, ep) if name == "mxfp4_moe" else config
         for step in steps(name, prefill_rows, graph_rows, context):
-            job = Job(config, name, tp, (step,), sms, table=table)
+            job = Job(mine, name, tp, (step,), sms, table=table)
 
             def collect(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], _: str, job: Job = job) -> None:
                 key = variant_key(kernel, args, options)
@@ -137,6 +145,12 @@ def variants(
                 if step[0] <= graph_rows:
                     found.scratch[op] = max(size, found.scratch.get(op, 0))
     return found
+
+
+def _divided(config: dict[str, Any], ep: int) -> dict[str, Any]:
+    """A configuration whose experts, divided by width among `tp` ranks, are as `ep` of them divide them by number."""
+    experts, width = config["n_routed_experts"], config["moe_intermediate_size"]
+    return {**config, "n_routed_experts": experts // ep, "moe_intermediate_size": width * ep}
 
 
 class _Mark:

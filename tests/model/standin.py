@@ -217,9 +217,6 @@ def logits_processor(
 class Pool:
     """`DeepSeekV4TokenToKVPool` of `pages` pages of 256 tokens and as many of the window; rings of 4 and 128."""
 
-    uniform_fp8 = False
-    request_window = None
-
     def __init__(self, ratios: Sequence[int], pages: int, requests: int, rings: tuple[int, int]) -> None:
         self._ratios = ratios
         self._window, self._extra, self._index, self._states, self._index_states = ({} for _ in range(5))
@@ -234,8 +231,8 @@ class Pool:
                 self._index[layer_id] = _stale(pages, INDEX_PAGE * (INDEX_HEAD_DIM + 4))
                 self._index_states[layer_id] = _ring(rows, INDEX_HEAD_DIM * 4)
 
-    def get_swa_raw_buffer(self, layer_id: int) -> Tensor:
-        return self._window[layer_id]
+    def get_swa_key_buffer_radix(self, layer_id: int) -> Tensor:
+        return self._window[layer_id].view(torch.float8_e4m3fn)
 
     def get_swa_key_page_size(self) -> int:
         return PAGE
@@ -336,9 +333,8 @@ class Server:
         here = rows + padding
         stored = self._full_to_swa[slots[:here]].int()
         stored[rows:] = slot
-        view = SimpleNamespace(
-            metadata=metadata, kv_pool=SimpleNamespace(pool=self.pool), swa_out_cache_loc=lambda batch: stored
-        )
+        kept = SimpleNamespace(pool=self.pool, request_window=None, get_swa_key_bytes_per_token=lambda: kv_page.TOKEN)
+        view = SimpleNamespace(metadata=metadata, kv_pool=kept, swa_out_cache_loc=lambda batch: stored)
         ids = torch.tensor([token for one in new for token in one.tokens] + [0] * padding)
         out = self._step(view, ids, positions[:here], SimpleNamespace(spec_info=spec_info))
         got = {name: value for name, value in vars(out).items() if value is not None}
@@ -370,7 +366,7 @@ class Server:
             c128_out_loc=torch.where(seen % 128 == 0, slots // 128, 0),
         )  # fmt: skip
         return SimpleNamespace(
-            core_attn_metadata=core, indexer_metadata=SimpleNamespace(page_table=table), late_layer_tail=None,
+            core_attn_metadata=core, indexer_metadata=SimpleNamespace(page_table=table),
             c4_compress_metadata=self._plan(4, new, is_decode, len(seen)),
             c128_compress_metadata=self._plan(128, new, is_decode, len(seen)),
         )  # fmt: skip

@@ -47,6 +47,12 @@ def arguments(**given: object) -> SimpleNamespace:
     return SimpleNamespace(**{**dict.fromkeys(names), "tp_size": 1, "cuda_graph_config": graphs, **given})
 
 
+def test_the_engine_with_packed_weights_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {"SGLANG_USE_CPU_ENGINE": "1"})
+    with pytest.raises(ValueError, match="^SGLANG_USE_CPU_ENGINE is 1, .*: unset it\\.$"):
+        cpu.cpu_defaults(arguments())
+
+
 def test_defaults_respect_what_the_user_set_and_warn_where_they_cannot(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

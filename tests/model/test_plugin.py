@@ -14,15 +14,17 @@ import pytest
 import torch
 from serving import PromptOf
 from sglang.kernels.plugin_kernels.nvidia import spec
+from sglang.srt import runtime_context
 from sglang.srt.kernel_plugins.nvidia.binding import megakernel_disable_reasons
 from sglang.srt.layers.attention.deepseek_v4_backend import DSV4AttnMetadata
+from sglang.srt.mem_cache import allocation_sizing
 from sglang.srt.mem_cache.deepseek_v4_memory_pool import DeepSeekV4TokenToKVPool
 from sglang.srt.model_executor.cuda_graph_config import default_cuda_graph_config
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.server_args import ServerArgs
 from standin import New, Server, Weights, stub_sglang
 
-from sglang_sm120 import plugin, reasons
+from sglang_sm120 import plugin, reasons, warmup
 from sglang_sm120.checkpoint.config import ReferenceConfig
 from sglang_sm120.limits import MAX_ROWS
 from sglang_sm120.plugin import Built, Checked, Passes, install_on_cpu, why_left
@@ -70,7 +72,8 @@ def test_another_device_is_refused(registered: None, isa: str | None) -> None:
 
 
 def refusals(model_type: str = "deepseek_v4", **settings: Any) -> list[str]:
-    """What SGLang says of a server with these arguments on an SM120."""
+    """What SGLang says of a server with these arguments on an SM120, where it takes this backend for MXFP4 experts."""
+    settings = {"moe_runner_backend": "flashinfer_mxfp4", **settings}
     args = ServerArgs(model_path="model", cuda_graph_config=default_cuda_graph_config(), **settings)
     _, reasons = megakernel_disable_reasons(cfg=args, hf_config=hf_config(model_type=model_type), isa="sm_120")
     return reasons
@@ -101,11 +104,41 @@ def test_servers_that_sglang_refuses(registered: None, monkeypatch: pytest.Monke
     assert refusals() == ["SGLANG_OPT_USE_ONLINE_COMPRESS True is not False"]
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("enforce_shared_experts_fusion", True),
+        ("ep_num_redundant_experts", 2),
+        ("expert_distribution_recorder_mode", "stat"),
+        ("init_expert_location", "file.json"),
+        ("moe_a2a_backend", "deepep"),
+        ("moe_dense_tp_size", 1),
+        ("moe_runner_backend", "marlin"),
+        # Where the experts are not MXFP4, or are to be FP8.
+        ("moe_runner_backend", "auto"),
+    ],
+)
+def test_experts_that_are_served_otherwise_are_refused_before_they_load(
+    registered: None, monkeypatch: pytest.MonkeyPatch, name: str, value: Any
+) -> None:
+    monkeypatch.setenv("SGLANG_OPT_FP8_WO_A_GEMM", "0")
+    (why,) = refusals(**{name: value})
+    assert why.startswith(f"{name} {value!r} is not one of ")
+
+
+def test_a_shared_expert_that_is_added_after_the_sum_is_refused(
+    registered: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SGLANG_OPT_FP8_WO_A_GEMM", "0")
+    monkeypatch.setenv("SGLANG_SHARED_EXPERT_TP1", "1")
+    assert refusals() == ["SGLANG_SHARED_EXPERT_TP1 True is not False"]
+
+
 @pytest.mark.parametrize("mode", ["decode", "target_verify"])
 def test_rows_that_the_step_takes(mode: str) -> None:
     assert [why_left(mode, rows, {}) for rows in (1, 2, 255, 256)] == [None] * 4
-    assert why_left(mode, 0, {}) == f"a {mode} pass has 0 rows and the step takes 1 to 256"
-    assert why_left(mode, 257, {}) == f"a {mode} pass has 257 rows and the step takes 1 to 256"
+    for rows in (0, 257, 300):
+        assert why_left(mode, rows, {}) == f"a {mode} pass has no rows or more than the 256 that the step takes"
     assert why_left(mode, 1, {"input_embeds": None}) is None
     assert why_left(mode, 1, {"input_embeds": 0}) == "the pass brings embeddings instead of tokens"
 
@@ -168,6 +201,35 @@ def test_a_built_step_plans_and_counts(
     assert sorted(built.passes.left.values()) == [1, 1, 2]
 
 
+def test_what_is_compiled_and_reserved_when_the_step_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that SGLang's graphs may ask for: its page tables are wider than the longest request."""
+    given: dict[str, Any] = {}
+    group = SimpleNamespace(barrier=None, local_rank=1)
+    parallel = SimpleNamespace(tp_size=4, moe_ep_size=2, tp_group=group)
+    bags = {
+        "get_parallel": parallel,
+        "get_model": SimpleNamespace(context_length=98_304),
+        "get_schedule": SimpleNamespace(chunked_prefill_size=2048),
+    }
+    for name, bag in bags.items():
+        monkeypatch.setattr(runtime_context, name, lambda bag=bag: bag)
+    monkeypatch.setattr(allocation_sizing, "get_req_to_token_extra_context_len", lambda: 264)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(plugin, "Built", lambda model, widths: (model, widths))
+    monkeypatch.setattr(warmup, "warm_up", lambda config, **sizes: given.update(sizes, config=config))
+    config = SimpleNamespace(to_dict=dict, max_position_embeddings=1 << 20)
+
+    assert plugin.build("model", config, SimpleNamespace(widths=(1, 2))) == ("model", (1, 2))
+    assert given == {
+        "config": {}, "tp": 4, "ep": 2, "prefill_rows": MAX_ROWS, "graph_rows": MAX_ROWS, "context": 98_304 + 264,
+        "device": torch.device("cuda", 3), "barrier": None, "compiles": False,
+    }  # fmt: skip
+    bags["get_model"].context_length = None
+    monkeypatch.setattr(plugin, "takes_prefill", lambda: True)
+    plugin.build("model", config, SimpleNamespace(widths=()))
+    assert (given["context"], given["prefill_rows"]) == ((1 << 20) + 264, 2048)
+
+
 def test_the_first_pass_of_a_kind_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     passes = Passes()
     with caplog.at_level(logging.INFO, logger="sglang_sm120.plugin"):
@@ -186,7 +248,7 @@ def test_this_sglang_has_what_the_step_reads() -> None:
 
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(DeepSeekV4TokenToKVPool, "get_swa_raw_buffer"), (DSV4AttnMetadata, "c4_sparse_page_indices")],
+    [(DeepSeekV4TokenToKVPool, "get_swa_key_buffer_radix"), (DSV4AttnMetadata, "c4_sparse_page_indices")],
 )
 def test_a_renamed_attribute_is_named(owner: type, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(owner, name, raising=False)
@@ -198,28 +260,37 @@ def test_a_renamed_attribute_is_named(owner: type, name: str, monkeypatch: pytes
     assert why.startswith(f"SGLang's {owner.__name__} has no {name}, which the step reads: install the release ")
 
 
-def view(uniform: bool = False, window: Any = None, tail: Any = None) -> SimpleNamespace:
-    pool = SimpleNamespace(uniform_fp8=uniform, request_window=window)
-    return SimpleNamespace(kv_pool=SimpleNamespace(pool=pool), metadata=SimpleNamespace(late_layer_tail=tail))
+def view(bytes_per_token: int = 584, window: Any = None, lacks: str = "") -> SimpleNamespace:
+    """A pass's view, of pools and metadata with everything that the step reads but one name."""
+    pool, core, metadata = (
+        SimpleNamespace(**dict.fromkeys(set(names) - {lacks}))
+        for names in (reasons.POOL, reasons.CORE, reasons.METADATA)
+    )
+    if hasattr(metadata, "core_attn_metadata"):
+        metadata.core_attn_metadata = core
+    kept = SimpleNamespace(pool=pool, request_window=window, get_swa_key_bytes_per_token=lambda: bytes_per_token)
+    return SimpleNamespace(kv_pool=kept, metadata=metadata)
 
 
 def test_pools_that_are_refused() -> None:
     assert reasons.unusable(view()) == []
-    for other in (view(uniform=True), view(window=0)):
-        assert [why.partition(":")[0] for why in reasons.unusable(other)] == [
-            "the KV pool has another page layout than V4's"
-        ]
-    assert [why.partition(",")[0] for why in reasons.unusable(view(tail=0))] == [
-        "SGLang computes its last layers for a part of the rows"
-    ]
+    for other in (view(512), view(window=0)):
+        (why,) = reasons.unusable(other)
+        assert why.startswith("its keys have 5") and "and the step reads pages of V4's 584" in why
+
+
+@pytest.mark.parametrize("name", [*reasons.POOL, *reasons.METADATA, *reasons.CORE])
+def test_an_attribute_that_an_instance_lacks_is_named(name: str) -> None:
+    found = reasons.unusable(view(lacks=name))
+    assert f"SGLang's SimpleNamespace has no {name}, which the step reads" in found
 
 
 def test_pools_are_looked_at_before_the_first_pass() -> None:
     step = Checked(lambda view, *args: args)
     with pytest.raises(
-        RuntimeError, match="^sglang_sm120 cannot serve this pool: the KV pool .* alone; SGLang .* not.$"
+        RuntimeError, match="^sglang_sm120 cannot serve this pool: its keys have 512 bytes a token, .* alone\\.$"
     ):
-        step(view(uniform=True, tail=0), 1)
+        step(view(512), 1)
     assert step(view(), 1, 2) == (1, 2)
     assert step(None, 3) == (3,)
 

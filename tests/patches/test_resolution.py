@@ -28,6 +28,8 @@ REFUSED = {
     "lora": (["--enable-lora"], LORA),
     "prefill": (["--disaggregation-mode", "prefill"], PD),
     "decode": (["--disaggregation-mode", "decode"], PD),
+    "marlin": (["--moe-runner-backend", "marlin"], "moe_runner_backend 'marlin' is not one of ['flashinfer_mxfp4']"),
+    "fused": (["--enforce-shared-experts-fusion"], "enforce_shared_experts_fusion True is not one of ['False']"),
     "v4.1": ([], "config.model_type 'deepseek_v41' is not 'deepseek_v4'"),
 }
 # Where nothing of ours may be seen.

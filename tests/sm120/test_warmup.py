@@ -9,6 +9,7 @@ import random
 import re
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,15 +29,18 @@ def _trained_config() -> dict[str, Any]:
 
 
 def _missing(
-    config: dict[str, Any], tp: int, graph_rows: int, sms: int, steps: list[tuple[int, int]]
+    config: dict[str, Any], tp: int, ep: int, graph_rows: int, sms: int, steps: list[tuple[int, int]]
 ) -> tuple[int, list[str]]:
     """(variants, what `steps` launch or need beyond them); runs in a process whose Triton compiles for sm_120."""
-    found = warmup.variants(config, tp, PREFILL_ROWS, graph_rows, CONTEXT, list(warmup.SERVED), sms)
+    found = warmup.variants(config, tp, ep, PREFILL_ROWS, graph_rows, CONTEXT, list(warmup.SERVED), sms)
     missing = []
     for op in warmup.SERVED:
+        # A rank's experts: as many as there are for each of `ep`, as wide as a part among the others.
+        ranks, part = (tp // ep, config["n_routed_experts"] // ep) if op == "mxfp4_moe" else (tp, None)
+        mine = config if part is None else {**config, "n_routed_experts": part}
         for step in steps:
             launched: list[Any] = []
-            job = compilation.Job(config, op, tp, (step,), sms)
+            job = compilation.Job(mine, op, ranks, (step,), sms)
             scratch = compilation.rehearse_job(job, lambda *launch, to=launched: to.append(launch))
             for kernel, args, options, label in launched:
                 if compilation.variant_key(kernel, args, options) not in found.launches:
@@ -47,7 +51,7 @@ def _missing(
 
 
 def _keys(ops: list[str]) -> set[str]:
-    return set(warmup.variants(model_config(), 2, 64, 8, 2048, ops, 188).launches)
+    return set(warmup.variants(model_config(), 2, 1, 64, 8, 2048, ops, 188).launches)
 
 
 def test_keys_of_kernels_do_not_depend_on_the_order_they_are_met_in() -> None:
@@ -64,7 +68,7 @@ def test_keys_of_kernels_do_not_depend_on_the_order_they_are_met_in() -> None:
 def _late(only: str) -> tuple[list[str], list[str]]:
     """(late compiles before, after) a kernel of `only` is compiled for the first time after `freeze`."""
     kernels.freeze()
-    launch = next(iter(warmup.variants(model_config(), 2, 1, 1, 256, [only], 188).launches.values()))
+    launch = next(iter(warmup.variants(model_config(), 2, 1, 1, 1, 256, [only], 188).launches.values()))
     before = kernels.late_compiles()
     kernel, args, options = launch
     for _ in range(2):
@@ -86,7 +90,8 @@ def _dependent(pdl: str | None) -> tuple[int, int]:
     os.environ.pop("SGLANG_SM120_PDL", None)
     if pdl is not None:
         os.environ["SGLANG_SM120_PDL"] = pdl
-    launches = warmup.variants(model_config(), 2, 1, 1, 65_536, ["sparse_mla", "mxfp4_moe", "mhc_pre"], 188).launches
+    ops = ["sparse_mla", "mxfp4_moe", "mhc_pre"]
+    launches = warmup.variants(model_config(), 2, 1, 1, 1, 65_536, ops, 188).launches
     return sum(bool(options.get("launch_pdl")) for _, _, options in launches.values()), len(launches)
 
 
@@ -103,12 +108,17 @@ def test_kernels_are_launched_dependently_unless_told_not_to() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "tp", "sms"),
-    [(model_config(), 1, 132), (model_config(), 2, 188), (model_config(), 4, 48), (_trained_config(), 1, 132)],
-    ids=("tp1", "tp2", "tp4", "trained"),
+    ("config", "tp", "ep", "sms"),
+    [
+        (model_config(), 1, 1, 132),
+        (model_config(), 2, 1, 188),
+        (model_config(), 4, 2, 48),
+        (_trained_config(), 1, 1, 132),
+    ],
+    ids=("tp1", "tp2", "tp4-ep2", "trained"),
 )
 def test_no_step_launches_a_kernel_that_was_not_compiled(
-    config: dict[str, Any], tp: int, sms: int, seed: int
+    config: dict[str, Any], tp: int, ep: int, sms: int, seed: int
 ) -> None:
     rng = random.Random(seed)
     graph_rows = rng.choice([32, 100, 160])
@@ -116,7 +126,7 @@ def test_no_step_launches_a_kernel_that_was_not_compiled(
     rows += range(1, graph_rows + 1)
     steps = [(r, int(2 ** rng.uniform(0, 20))) for r in rows]
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), compilation.use_target, (120,)) as pool:
-        count, missing = pool.submit(_missing, config, tp, graph_rows, sms, steps).result()
+        count, missing = pool.submit(_missing, config, tp, ep, graph_rows, sms, steps).result()
     assert count > 100
     assert not missing
 
@@ -129,15 +139,52 @@ def test_the_warm_up_covers_the_ops_that_the_step_calls() -> None:
     assert called & with_triton == set(warmup.SERVED)
 
 
-def test_scratch_of_a_graph_must_be_reserved_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """What is taken from a GPU's allocator, which a CPU stands in for."""
+    empty, found = torch.empty, []
+
+    def take(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        assert device.type == "cuda"
+        found.append(empty(size, dtype=dtype))
+        return found[-1]
+
+    for name in ("_reserved", "_spare", "_parts"):
+        monkeypatch.setattr(kernels, name, {})
+    monkeypatch.setattr(kernels.torch, "empty", take)
+    return found
+
+
+def test_scratch_of_a_graph_must_be_reserved_before_it_is_used(taken: list[torch.Tensor]) -> None:
     device = torch.device("cuda", 0)
-    monkeypatch.setattr(kernels, "_reserved", {})
-    monkeypatch.setattr(kernels, "_parts", {})
     kernels.reserve("op", 1000, device)
     kernels.reserve("op", 3000, device)
     kernels.reserve("op", 2000, device)
     assert kernels._reserved["op", device] == 3072
-    kernels._parts["op", device, 0] = torch.empty(3072, dtype=torch.uint8)
+    kernels._parts["op", device, 0] = taken[-1]
     kernels.reserve("op", 3072, device)
     with pytest.raises(kernels.ScratchError, match="asks for 4096 bytes"):
         kernels.reserve("op", 4000, device)
+
+
+def test_a_reservation_names_the_device_as_tensors_do(
+    taken: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    kernels.reserve("op", 1000, torch.device("cuda"))
+    assert kernels._reserved == {("op", torch.device("cuda", 3)): 1024}
+
+
+def test_scratch_is_taken_when_it_is_reserved(taken: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever sizes a cache after that sees what is left; a third stream takes its own."""
+    device = torch.device("cuda", 0)
+    kernels.reserve("op", 1000, device)
+    assert [len(memory) for memory in taken] == [1024] * kernels.STREAMS
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    got = []
+    for stream in (7, 8, 7, 9):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _, n=stream: SimpleNamespace(cuda_stream=n))
+        got.append(kernels.scratch("op", device, ((10,), torch.float32))[0].data_ptr())
+    assert got[0] == got[2] and len(set(got)) == 3
+    assert {memory.data_ptr() for memory in taken} == set(got)
+    assert len(taken) == kernels.STREAMS + 1

@@ -18,7 +18,7 @@ import torch
 from . import e8m0
 from ._pool import kept, planar, split
 
-__all__ = ["DIM", "NOPE", "ROPE", "dequantise", "load", "page_bytes", "quantise", "store"]
+__all__ = ["DIM", "NOPE", "ROPE", "TOKEN", "dequantise", "load", "page_bytes", "quantise", "store"]
 
 DIM = 512
 NOPE = 448
@@ -26,13 +26,14 @@ ROPE = 64
 GROUP = 64
 ROW = NOPE + 2 * ROPE
 FOOTER = 8
+TOKEN = ROW + FOOTER
 FP8_MAX = 448.0
 MIN_AMAX = 1e-4
 
 
 def page_bytes(page_size: int) -> int:
     """Bytes of one page of `page_size` tokens, padding included."""
-    return -(-page_size * (ROW + FOOTER) // ROW) * ROW
+    return -(-page_size * TOKEN // ROW) * ROW
 
 
 def quantise(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

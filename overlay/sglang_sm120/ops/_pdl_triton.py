@@ -2,9 +2,12 @@
 
 Every kernel of the overlay is launched so (`kernels.launch`) unless SGLANG_SM120_PDL is 0. Each calls `wait` once, in
 every block, before it reads what another kernel may have written and before it writes anything. Before that it may read
-constants: weights, scales. What SGLang launches in between must not end without having waited, or the end of that
-kernel would not imply the end of ours before it: patch 35 launches those of its kernels as ever that do. The
-instructions exist from sm_90 on, and so do the providers; in a kernel launched as ever they do nothing.
+constants: weights, scales. The instructions exist from sm_90 on, and so do the providers; in a kernel launched as ever
+they do nothing.
+
+SGLang's compressor kernels, launched in between, may end without having waited, where a row has nothing to do: then
+their end does not imply the end of the kernel before them. So that one, always a linear layer's, must not let others
+start early: it has more than `SMALL_GRID` programs.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs

@@ -42,7 +42,7 @@ class Pass:
     def __init__(self, view: Any, forward_batch: Any, positions: torch.Tensor) -> None:
         self.positions = positions
         self.rows = positions.shape[0]
-        self.window_slots = view.swa_out_cache_loc(forward_batch)
+        self.window_slots = self._cut(view.swa_out_cache_loc(forward_batch))
         self._pool = view.kv_pool.pool
         self._metadata = view.metadata
         self._core = view.metadata.core_attn_metadata
@@ -51,7 +51,7 @@ class Pass:
         """The last 128 tokens of each row."""
         core, pool = self._core, self._pool
         return Keys(
-            pool.get_swa_raw_buffer(layer_id),
+            pool.get_swa_key_buffer_radix(layer_id).view(torch.uint8),
             self._cut(core.swa_page_indices),
             self._cut(core.swa_topk_lengths),
             pool.get_swa_key_page_size(),
