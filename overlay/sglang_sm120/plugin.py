@@ -157,6 +157,7 @@ SPEC = spec.MegakernelSpec(
             "SGLANG_OPT_USE_ONLINE_COMPRESS": False,
             "SGLANG_SHARED_EXPERT_TP1": False,
             "SGLANG_DSV4_COMPRESS_STATE_DTYPE": "float32",
+            "SGLANG_DSV4_FP4_DEQUANT": False,
         },
     ),
     features=frozenset(
