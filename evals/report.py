@@ -157,7 +157,9 @@ def facts(client: Client) -> dict[str, Any]:
         Misuse: the overlay or the launcher is not installed, or SGLANG_SM120_PROVIDER names what does not exist.
     """
     try:
-        import sglang_sm120.ops  # importing an op registers its providers
+        # Importing registers: each op its providers, and SGLang's own kernels where the step calls them.
+        import sglang_sm120.ops
+        import sglang_sm120.sglang_kernels  # noqa: F401
         from sglang_sm120 import __version__, registry
         from sglang_sm120_launch.machine import Machine
     except ImportError as error:

@@ -213,6 +213,8 @@ class _Try:
     def pools(self, context: int) -> tuple[float, int, Pools]:
         """The memory fraction, SGLang's `available_bytes` and the pools."""
         room, loaded, beside = self.room, sum(self.loaded.values()), sum(self.beside(context).values())
+        # Part of the pools, but not of what SGLang counts for them.
+        beside += memory.pool_padding(self.model.config, self.requests, self.mtp)
         fraction = min(MOST_STATIC, int((1 - beside / room.usable) * 1000) / 1000)
         static = self.given.static or max(0.0, fraction)
         available = int(room.usable * static) - loaded

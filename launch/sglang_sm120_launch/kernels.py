@@ -52,7 +52,9 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         import torch
 
-        import sglang_sm120.ops  # noqa: F401  importing an op registers its providers
+        # Importing registers: each op its providers, and SGLang's own kernels where the step calls them.
+        import sglang_sm120.ops
+        import sglang_sm120.sglang_kernels  # noqa: F401
         from sglang_sm120.registry import ProviderError, device_kind, table
     except ImportError as error:
         raise LaunchError(f"The ops cannot be imported ({error}): run `make setup` and use its .venv.") from None

@@ -83,15 +83,16 @@ def weights(model: Model, tp: int, device: str, mtp: bool = False) -> dict[str, 
 
 
 def step_weights(model: Model, tp: int, device: str) -> dict[str, int]:
-    """Bytes of what the step keeps beside SGLang's weights on one of `tp` ranks."""
+    """Bytes of what the step takes beside SGLang's weights on one of `tp` ranks."""
     layers = {kind: size for kind, size in model.bytes_of.items() if kind.owner == "layers"}
     scales = {True: 4, False: 1}
     output = sum(-(-size * scales[kind.role == "scale"] // tp) for kind, size in layers.items() if kind.wo_a)
-    kept = {"wo_a FP8 (the step)": output}
+    taken = {"wo_a FP8 (the step)": output}
     if device == "cpu":
-        # SGLang's layout on a CPU (gate rows first, fp32 scales) is turned into SM120's once.
-        kept["experts (the step)"] = sum(-(-size // tp) for kind, size in layers.items() if kind.expert)
-    return kept
+        # SM120's layout takes the place of SGLang's on a CPU layer by layer: one is there in both.
+        experts = sum(-(-size // tp) for kind, size in layers.items() if kind.expert)
+        taken["one layer's experts (the step)"] = -(-experts // model.config["num_hidden_layers"])
+    return taken
 
 
 def ring(ratio: int, mtp: bool) -> int:
@@ -182,6 +183,12 @@ def pool_bytes(config: Mapping[str, Any], pools: Pools, mtp: bool) -> dict[str, 
         "c128 state": _state(pools.c128_state, 128, head, mtp) * c128,
         "indexer state": _state(pools.c4_state, 4, index, mtp) * c4,
     }
+
+
+def pool_padding(config: Mapping[str, Any], requests: int, mtp: bool) -> int:
+    """Bytes of the pools that SGLang allocates and does not count: a dummy page and a ring in each layer's."""
+    empty = pool_bytes(config, pool_sizes(config, 0, 0, requests, mtp), mtp)
+    return sum(empty.values()) - request_state_bytes(config, requests, mtp)
 
 
 def _state(slots: int, ratio: int, dim: int, mtp: bool) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from sglang_sm120.limits import CPU_SERVER, MAX_ROWS
 from sglang_sm120.speculation import MAX_DRAFT_TOKENS
 
-from . import memory
+from . import contract, memory
 from .cards import SM12X, Cards, choose
 from .comms import SHM_MIB, comms
 from .errors import LaunchError
@@ -25,13 +25,13 @@ from .settings import Setting, Value, env, flag, overridden
 CUDA = (13, 0)
 """CUDA that the pinned PyTorch is built for (requirements.lock), and the first driver branch that serves it."""
 DRIVER = 580
-REFUSED: dict[str, tuple[Value, ...]] = {
-    "enable-lora": (True,),
-    "enable-deterministic-inference": (True,),
-    "enable-two-batch-overlap": (True,),
-    "disaggregation-mode": ("prefill", "decode"),
+EMULATION_VARIABLES = {
+    "SGLANG_OPT_FP8_WO_A_GEMM": "the contract asks for wo_a in bf16",
+    "SGLANG_JIT_DEEPGEMM_PRECOMPILE": "the step calls none of the shapes that would be compiled for minutes",
+    "SGLANG_OPT_USE_TILELANG_MHC_PRE": "the step has its own mHC",
+    "SGLANG_OPT_DEEPGEMM_HC_PRENORM": "the step has its own mHC",
 }
-"""Flags and values with which SGLang's plugin contract leaves the step out."""
+"""0 each for a server with the step on a Hopper card (SGLANG_SM120_FORCE=1)."""
 HOST_SHARE = 8192 * MIB
 """Allowance for the operating system where the GPU's memory is the host's."""
 PROCESSES = 3072 * MIB
@@ -115,6 +115,7 @@ def make_plan(machine: Machine, model: Model, request: Request) -> Plan:
     cpu = request.value("device") == "cpu" or not machine.gpus
     if cpu and request.value("device") not in (None, "cpu"):
         raise LaunchError(f"--device is {request.value('device')} and no NVIDIA GPU was found: leave the flag out.")
+    _require_served(request)
     decided = _on_cpu(machine, model, request) if cpu else _on_cuda(machine, model, request)
     settings, found, notes = decided
     if request.auto is not None:
@@ -137,8 +138,10 @@ def _on_cuda(machine: Machine, model: Model, request: Request) -> _Decided:
     cards = choose(machine, model, request.gpus, _number(request, "tp-size"))
     gpu, tp = cards.gpu, cards.tp
     sm12x, forced = gpu.sm in SM12X, request.variable("SGLANG_SM120_FORCE") == "1"
-    absent = _without_step(request, machine) if sm12x or forced else [f"{gpu.name} is none of SM12x"]
-    prefill: Step = "all" if request.variable("SGLANG_SM120_PREFILL") == "overlay" else "decode"
+    emulated = forced and not sm12x
+    prefill, absent = _prefill(request, emulated), [f"{gpu.name} is none of SM12x"]
+    if sm12x or forced:
+        absent = _without_step(request, machine, takes_prefill=prefill == "all", emulated=emulated)
     draft = _draft_tokens(model, request)
     lines = [(f"memory of {gpu.name}", cards.memory_mib * MIB), ("CUDA context and driver", -memory.CONTEXT)]
     if cards.used_mib:
@@ -167,22 +170,55 @@ def _on_cuda(machine: Machine, model: Model, request: Request) -> _Decided:
     return settings, found, notes
 
 
-def _without_step(request: Request, machine: Machine) -> list[str]:
-    """Why SGLang's plugin contract would leave the step out; empty when it takes it."""
-    reasons = ["SGLANG_SM120=0 is set"] if request.variable("SGLANG_SM120") == "0" else []
-    for name, values in REFUSED.items():
-        if (value := request.value(name)) in values:
-            reasons.append(f"the step does not serve --{name}{'' if value is True else f' {value}'}")
-    if request.apart:
+def _without_step(request: Request, machine: Machine, *, takes_prefill: bool, emulated: bool) -> list[str]:
+    """Why SGLang's plugin contract would leave the step out; empty when it takes it.
+
+    Raises:
+        LaunchError: the step was asked for by SGLang's flag, which then refuses to start.
+    """
+    reasons = contract.reasons(request.value, request.variable, takes_prefill=takes_prefill, emulated=emulated)
+    given = {feature for feature in contract.FEATURES if any(contract.asked(feature, request.value))}
+    if request.apart and "PD_DISAGGREGATION" not in given:
         reasons.append("the step does not serve prefill and decode apart")
-    if machine.nodes > 1:
+    if machine.nodes > 1 and "MULTI_NODE_TP" not in given:
         reasons.append("the step does not serve ranks on several nodes")
+    if reasons and request.value("enable-nvidia-megakernel") is True:
+        raise LaunchError(f"--enable-nvidia-megakernel was given, and {', '.join(reasons)}: leave one of them out.")
     return reasons
 
 
+def _require_served(request: Request) -> None:
+    """Raise LaunchError for what SGLang itself refuses for this model."""
+    for words in contract.asked("DETERMINISTIC_INFERENCE", request.value):
+        raise LaunchError(f"{words} was given, and SGLang 0.5.23 refuses it for DeepSeek-V4: leave it out.")
+
+
+def _prefill(request: Request, emulated: bool) -> Step:
+    """Which passes the step takes where it serves.
+
+    Raises:
+        LaunchError: SGLANG_SM120_PREFILL has a value that ends the server.
+    """
+    value = request.variable("SGLANG_SM120_PREFILL") or ""
+    if value not in ("", "sglang", "overlay"):
+        raise LaunchError(f"SGLANG_SM120_PREFILL is {value!r} and needs sglang or overlay.")
+    if value == "sglang" and emulated:
+        raise LaunchError("SGLANG_SM120_PREFILL is sglang, whose prefill needs SM12x: leave out SGLANG_SM120_FORCE.")
+    return "all" if value == "overlay" or emulated else "decode"
+
+
 def _step_settings(room: Room, request: Request) -> Iterator[Setting]:
-    if room.step != "none" and not request.patched:
+    if room.step == "none":
+        return
+    if not request.patched:
         yield flag("enable-nvidia-megakernel", True, "SGLang is not patched here, so the step is asked for by its flag")
+    if room.step == "all":
+        yield flag("disable-prefill-cuda-graph", True, "SGLang's prefill graphs hold its own layers, not the step")
+    if not room.sm12x:
+        yield flag("moe-runner-backend", "triton", "keeps the experts as loaded, for the step to take over")
+        if room.draft_tokens:
+            yield flag("speculative-moe-runner-backend", "marlin", "SGLang's kernel for the draft's experts here")
+        yield from (env(name, "0", reason) for name, reason in EMULATION_VARIABLES.items())
 
 
 def _on_cpu(machine: Machine, model: Model, request: Request) -> _Decided:
@@ -359,9 +395,7 @@ def _served_settings() -> Iterator[Setting]:
     yield flag("tool-call-parser", "deepseekv4", "the model's own tool-call format")
     yield flag("grammar-backend", "xgrammar", "SGLang's default for structured output")
     yield flag("enable-metrics", True, "token counters tell a wedged server from a healthy one; /health does not")
-    yield flag(
-        "uvicorn-access-log-exclude-prefixes", ("/metrics", "/health"), "the watchdog looks there all the time"
-    )
+    yield flag("uvicorn-access-log-exclude-prefixes", ("/metrics", "/health"), "the watchdog looks there all the time")
 
 
 def _notes(machine: Machine, tp: int) -> Iterator[str]:

@@ -8,17 +8,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from . import contract
 from .checks_software import is_patched
 from .config import Config
 from .errors import LaunchError
 from .flags import Flags
 from .machine import Machine
 from .model import Model
-from .plan import Plan, Request
+from .plan import EMULATION_VARIABLES, Plan, Request
 
 VARIABLES = (
     "CUDA_DEVICE_ORDER", "GLOO_SOCKET_IFNAME", "NCCL_IB_HCA", "NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE",
-    "NCCL_SOCKET_IFNAME", "SGLANG_SM120", "SGLANG_SM120_FORCE", "SGLANG_SM120_PREFILL",
+    "NCCL_SOCKET_IFNAME", "SGLANG_SM120", "SGLANG_SM120_FORCE", "SGLANG_SM120_PREFILL", *contract.VARIABLES,
+    *EMULATION_VARIABLES,
 )  # fmt: skip
 """Variables that change a plan or that it may set: the user's own value of one of them stays."""
 

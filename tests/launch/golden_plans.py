@@ -19,6 +19,7 @@ from sglang_sm120_launch.plan import Request, make_plan  # noqa: E402
 
 MACHINES = sorted(path.stem for path in (HERE / "machines").glob("*.json"))
 CASES: dict[str, dict[str, Any]] = {name: {} for name in MACHINES} | {
+    "2x-h200+force": {"env": {"SGLANG_SM120_FORCE": "1"}},
     "2x-rtx-pro-6000+mtp": {"mtp": True},
     "mixed-cards+gpus": {"gpus": (0, 2)},
 }

@@ -85,6 +85,17 @@ def test_the_documented_options_are_there():
         assert word in page
 
 
+def test_the_builder_gets_what_is_copied():
+    """.dockerignore leaves out everything but the sources of COPY, so no environment of 10 GB is sent."""
+    lines = [line for line in (CHECKOUT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
+    sent = {line[1:] for line in lines if line.startswith("!")}
+    copied = {source for step in steps() if step.name == "COPY" for source in step.text.split()[:-1]}
+    assert lines[0] == "*" and sent == {source.split("/")[0] for source in copied}
+    assert all((CHECKOUT / name).exists() for name in sent)
+    left_out = [line for line in lines[1:] if not line.startswith("!")]
+    assert all(line.startswith("**/") for line in left_out), "or a source would be cut"
+
+
 def fake(folder: Path, name: str, text: str) -> None:
     folder.mkdir(exist_ok=True)
     (folder / name).write_text(f"#!/bin/sh\n{text}\n")

@@ -12,11 +12,17 @@ from pathlib import Path
 import pytest
 
 import sglang_sm120.ops
+import sglang_sm120.sglang_kernels  # noqa: F401  registers what the step registers
 from sglang_sm120 import registry
 from sglang_sm120_launch import kernels
 from sglang_sm120_launch.errors import LaunchError
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+SGLANGS = {
+    "compress", "compress_norm_rope_store", "hash_topk", "indexer_q", "k_norm_rope_store", "q_norm_rope",
+    "silu_mul_clamp",
+}  # fmt: skip
+"""Ops that SGLang's own CUDA kernels serve on SM12x."""
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +54,8 @@ def test_every_provider_of_every_op_once(kind: str, capsys: pytest.CaptureFixtur
     assert all(row["why"] for row in rows)
     fast = {row["op"] for row in rows if row["chosen"] and row["provider"] != registry.TORCH}
     assert bool(fast) == (kind in ("sm120", "sm121"))
+    theirs = {row["op"] for row in rows if row["chosen"] and row["provider"] == "sglang"}
+    assert theirs == (SGLANGS if fast else set())
 
     assert run("--device", kind) == 0
     out = capsys.readouterr().out
@@ -94,6 +102,28 @@ def test_misuse_is_one_sentence(device: str, provider: str, sentence: str, monke
     monkeypatch.setenv("SGLANG_SM120_PROVIDER", provider)
     with pytest.raises(LaunchError, match=sentence):
         run("--device", device)
+
+
+# What says how a run was served asks a process of its own, in which nothing else registers providers.
+@pytest.mark.parametrize(
+    "ask",
+    {
+        "kernels": "from sglang_sm120_launch.cli import main\nmain(['kernels', '--device', 'sm120', '--json'])",
+        "evals": (
+            "import json, types, report\nfrom sglang_sm120 import registry\n"
+            "registry.device_kind = lambda device: 'sm120'\n"
+            "client = types.SimpleNamespace(url='http://127.0.0.1', model='', context=0, settings={})\n"
+            "print(json.dumps(report.facts(client)['providers']))"
+        ),
+    }.values(),
+    ids=("kernels", "evals"),
+)
+def test_sglangs_own_kernels_are_named(ask: str):
+    environment = {"PYTHONPATH": f"{CHECKOUT}/launch:{CHECKOUT}/overlay:{CHECKOUT}/evals", "PATH": "/usr/bin:/bin"}
+    code = f"import sys\n{ask}\nassert 'sglang' not in sys.modules, 'SGLang takes ten seconds to import'"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert {row["op"] for row in json.loads(done.stdout) if row["chosen"] and row["provider"] == "sglang"} == SGLANGS
 
 
 def test_without_torch():

@@ -117,6 +117,24 @@ def test_sizes_are_sglangs(ratios: list[int], available: int, window: float, req
             assert vars(pools) == named(found)
 
 
+@given(
+    ratios=RATIOS,
+    available=st.integers(min_value=1 << 28, max_value=1 << 37),
+    window=WINDOWS,
+    requests=REQUESTS,
+    mtp=st.booleans(),
+)
+def test_pools_take_no_more_than_counted_and_padding(
+    ratios: list[int], available: int, window: float, requests: int, mtp: bool
+):
+    """SGLang fills `available` with what it counts; a dummy page and a ring of each layer come on top."""
+    config = made(ratios)
+    tokens = memory.tokens_that_fit(config, available, window, requests, mtp)
+    taken = sum(memory.pool_bytes(config, memory.pool_sizes(config, tokens, window, requests, mtp), mtp).values())
+    spent = max(available, memory.request_state_bytes(config, requests, mtp))
+    assert taken <= spent + memory.pool_padding(config, requests, mtp)
+
+
 @settings(deadline=None)
 @given(
     ratios=RATIOS,
@@ -190,11 +208,31 @@ def test_ranks_share_what_is_sharded(flash: Model):
 
 
 def test_scales_are_widened_on_a_cpu_alone(flash: Model):
-    """One byte becomes four (43 layers x 256 experts x 25.2 M values / 32), and the step has its own copy there."""
+    """One byte becomes four (43 layers x 256 experts x 25.2 M values / 32)."""
     gpu, cpu = (memory.weights(flash, 2, device)["experts"] for device in ("cuda", "cpu"))
     assert cpu - gpu == 3 * 43 * 256 * (3 * 4096 * 2048 // 32) // 2
-    assert memory.step_weights(flash, 2, "cpu")["experts (the step)"] == gpu
-    assert "experts (the step)" not in memory.step_weights(flash, 2, "cuda")
+
+
+def test_the_step_has_no_experts_of_its_own(flash: Model):
+    """On a CPU it turns SGLang's, layer by layer and in their place: what is new of one layer has room, no more."""
+    import torch
+
+    from sglang_sm120.formats import experts
+
+    assert memory.step_weights(flash, 2, "cuda").keys() == {"wo_a FP8 (the step)"}
+    room = memory.step_weights(flash, 2, "cpu")["one layer's experts (the step)"]
+    assert room == memory.weights(flash, 2, "cuda")["experts"] // 43
+    # One of the 256 experts, at half of Flash's 2,048 channels inside.
+    hidden, inter = 4096, 1024
+    kept = experts.Experts(
+        torch.zeros(1, 2 * inter, hidden // 2, dtype=torch.uint8), torch.ones(1, 2 * inter, hidden // 32),
+        torch.zeros(1, hidden, inter // 2, dtype=torch.uint8), torch.ones(1, hidden, inter // 32),
+    )  # fmt: skip
+    turned = experts.from_gate_first(*kept)
+    new = sum(a.nbytes for a, b in zip(turned, kept, strict=True) if a.data_ptr() != b.data_ptr())
+    assert turned.w2.data_ptr() == kept.w2.data_ptr()
+    # Beside them scales that were turned, as fp32, for a moment.
+    assert new + kept.s13.nbytes <= room // 256 == sum(tensor.nbytes for tensor in turned)
 
 
 def test_wo_a_is_there_twice(flash: Model):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sglang_sm120.limits import MAX_ROWS
 from sglang_sm120_launch.errors import LaunchError
-from sglang_sm120_launch.fit import GIB, graph_sizes
+from sglang_sm120_launch.fit import graph_sizes
 from sglang_sm120_launch.flags import Flags
 from sglang_sm120_launch.machine import LINKS, Gpu, Machine
 from sglang_sm120_launch.model import FLASH, Model
@@ -34,6 +34,14 @@ def test_golden(case: str):
     """The whole plan, reasons and budget included; `golden_plans.py` writes them again."""
     kept = json.loads((HERE / "golden" / f"{case}.json").read_text(encoding="utf-8"))
     assert planned(case, MODEL) == kept
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_is_planned_twice(case: str):
+    """The budget's last line is what stays unused; a plan has no more than there is."""
+    if "refused" not in (plan := planned(case, MODEL)):
+        last = plan["budget_bytes"][-1]
+        assert last["what"] == "unused" and last["bytes"] >= 0
 
 
 def test_machines_cover_what_the_plan_tells_apart():
@@ -79,7 +87,10 @@ FACTS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "IOMMU passes through": ({"iommu": "passthrough"}, set()),
     "no peer access, small /dev/shm": ({"p2p": False, "shm_mib": 64}, COMMS | {"NCCL_SHM_DISABLE"}),
     "NVLink": ({"link": "nvlink"}, COMMS - {"NCCL_P2P_DISABLE", "disable-custom-all-reduce"}),
-    "some memory in use": ({"gpus": (PRO, replace(PRO, used_mib=3000))}, {"context-length"}),
+    "some memory in use": (
+        {"gpus": (PRO, replace(PRO, used_mib=3000))},
+        {"context-length", "mem-fraction-static"},
+    ),
     "more memory in use": (
         {"gpus": (PRO, replace(PRO, used_mib=9000))},
         MEMORY - {"swa-full-tokens-ratio", "chunked-prefill-size"},
@@ -156,7 +167,7 @@ def test_any_machine_is_served_or_refused_with_numbers(
         return
     holds(plan)
     assert {name: plan.value(name) for name in wanted} == wanted
-    assert plan.fit.lines[-1][1] >= -0.02 * GIB, "pages round up; more would not fit"
+    assert plan.fit.lines[-1][1] >= 0
 
 
 @pytest.mark.parametrize("requests", [*range(1, 40), 64, 100, 160, 500])
@@ -212,43 +223,14 @@ def test_what_does_not_fit_is_refused_with_the_numbers(flags: dict[str, Any], nu
     assert all(number in str(refusal.value) for number in numbers)
 
 
-LEFT_OUT: dict[str, tuple[dict[str, Any], str]] = {
-    "switched off": ({"env": {"SGLANG_SM120": "0"}}, "SGLANG_SM120=0"),
-    "LoRA": ({"flags": {"enable-lora": True}}, "--enable-lora"),
-    "deterministic": ({"flags": {"enable-deterministic-inference": True}}, "--enable-deterministic-inference"),
-    "prefill alone": ({"flags": {"disaggregation-mode": "prefill"}}, "--disaggregation-mode prefill"),
-    "one host of two": ({"apart": True}, "prefill and decode apart"),
-    "two nodes": ({"flags": {"nnodes": 2}}, "several nodes"),
-}
-
-
-@pytest.mark.parametrize("reason", LEFT_OUT)
-def test_where_sglang_leaves_the_step_out(reason: str):
-    """A note says why, the budget has nothing of the step's, and the flag that would be refused is absent."""
-    values, words = LEFT_OUT[reason]
-    for patched in (True, False):
-        plan = make_plan(TWO, MODEL, Request(**values, patched=patched))
-        assert any(words in note for note in plan.notes), plan.notes
-        assert plan.value("enable-nvidia-megakernel") is None
-        assert not any("the step" in what for what, _ in plan.fit.lines)
-
-
 def test_the_step_is_the_plugins():
-    """The rows that it takes, and the features that it leaves to SGLang: each is one that a plan knows."""
+    """The rows that it takes, and that it serves the drafts of `--mtp`."""
     from sglang.kernels.plugin_kernels.nvidia.spec import Feature
 
     from sglang_sm120.plugin import SPEC
 
     assert SPEC.max_rows == MAX_ROWS
-    known = {Feature.LORA, Feature.DETERMINISTIC_INFERENCE, Feature.TWO_BATCH_OVERLAP, Feature.PD_DISAGGREGATION}
-    assert not SPEC.features & (known | {Feature.MULTI_NODE_TP})
     assert Feature.SPECULATIVE_DECODING in SPEC.features
-
-
-@pytest.mark.parametrize("flags", ({"enable-lora": False}, {"disaggregation-mode": "null"}, {"nnodes": 1}))
-def test_what_does_not_leave_the_step_out(flags: dict[str, Any]):
-    """The same flags with the values that they have anyway."""
-    assert make_plan(TWO, MODEL, Request(flags=flags)).notes == ()
 
 
 def test_the_step_in_an_unpatched_sglang():

@@ -1,0 +1,129 @@
+"""Which flags and variables leave the step out: what SGLang's plugin contract refuses, and what the step itself does.
+
+All of it is found in the arguments, so that a plan needs no SGLang; a test holds the features against SGLang's own
+probes and the step's spec. What only the loaded weights show ends the server instead, and no plan can see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from sglang_sm120.speculation import MAX_DRAFT_TOKENS
+
+from .settings import Value
+
+FEATURES: Mapping[str, Mapping[str, Value | None]] = {
+    "CONTEXT_PARALLEL": {"attn-cp-size": 1, "dcp-size": 1, "enable-prefill-cp": False},
+    "CPU_OFFLOAD": {"cpu-offload-gb": 0, "offload-group-size": 0},
+    "DETERMINISTIC_INFERENCE": {"enable-deterministic-inference": False, "rl-on-policy-target": None},
+    "DP_ATTENTION": {"enable-dp-attention": False, "attn-dp-size": 1},
+    "EPLB": {"enable-eplb": False},
+    "HISPARSE": {"enable-hisparse": False},
+    "LORA": {"enable-lora": False, "lora-paths": ()},
+    "MEMORY_RELEASE": {"enable-memory-saver": False, "enable-weights-cpu-backup": False},
+    "MULTI_NODE_TP": {"nnodes": 1},
+    "PARTITIONED_GPU": {},
+    "PD_DISAGGREGATION": {"disaggregation-mode": "null"},
+    "PIPELINE_PARALLEL": {"pp-size": 1},
+    "RETURN_INDEXER_TOPK": {"enable-return-indexer-topk": False},
+    "RETURN_ROUTED_EXPERTS": {"enable-return-routed-experts": False},
+    "TORCH_COMPILE": {"enable-torch-compile": False},
+    "TWO_BATCH_OVERLAP": {"enable-two-batch-overlap": False, "enable-single-batch-overlap": False},
+}
+"""Features of SGLang's contract, by name, that the step does not accept, and the flags that ask for each: one does with
+a number above the one here, or with anything else than the word here. A GPU that is partitioned is seen by no flag."""
+SERVED: Mapping[str, tuple[Value, ...]] = {
+    "cuda-graph-backend-decode": ("full", "disabled"),
+    "enable-amd-monokernel": (False,),
+    "enable-deepseek-v4-fp4-indexer": (False,),
+    "enforce-shared-experts-fusion": (False,),
+    "ep-num-redundant-experts": (0,),
+    "expert-distribution-recorder-mode": (),
+    "fp8-gemm-backend": ("auto", "cutlass", "triton"),
+    "init-expert-location": ("trivial",),
+    "moe-a2a-backend": ("none",),
+    "moe-dense-tp-size": (),
+    "moe-runner-backend": ("auto", "flashinfer_mxfp4"),
+}
+"""Other flags that leave the step out with any value but these."""
+EXPERTS = ("triton",)
+"""In place of those of --moe-runner-backend on a card that is no SM12x."""
+SWITCHES = ("SGLANG_DSV4_FP4_DEQUANT", "SGLANG_OPT_USE_ONLINE_COMPRESS", "SGLANG_SHARED_EXPERT_TP1")
+"""Variables that leave the step out where they are on."""
+WO_A = "SGLANG_OPT_FP8_WO_A_GEMM"
+"""Another, which SGLang turns off by itself on SM12x."""
+STATES = "SGLANG_DSV4_COMPRESS_STATE_DTYPE"
+PLUGINS = "SGLANG_PLUGINS"
+PLUGIN = "nvidia_megakernel"
+VARIABLES = (*SWITCHES, WO_A, STATES, PLUGINS)
+ON = ("1", "true", "yes", "y")
+"""What SGLang reads as on, in any case."""
+SHORTEST_WATCHDOG = 10
+"""Seconds; with a shorter one SGLang's waits have too little time."""
+
+Get = Callable[[str], Value | None]
+"""What the user gave for a flag, None where nothing."""
+
+
+def asked(feature: str, flags: Get) -> Iterator[str]:
+    """The flags, with their values, that ask for a feature."""
+    for name, off in FEATURES[feature].items():
+        value = flags(name)
+        if value is not None and _beyond(value, off):
+            yield _written(name, value)
+
+
+def reasons(
+    flags: Get, variables: Callable[[str], str | None], *, takes_prefill: bool = False, emulated: bool = False
+) -> list[str]:
+    """Why the step would be left out, a clause for each reason; empty where it serves.
+
+    Args:
+        variables: what the user gave for a variable, None where nothing.
+        takes_prefill: the step is asked to take prefill too.
+        emulated: SGLANG_SM120_FORCE=1 has the step serve on a card that is no SM12x.
+    """
+    found = ["SGLANG_SM120=0 is set"] if variables("SGLANG_SM120") == "0" else []
+    found += [_refused(words) for feature in FEATURES for words in asked(feature, flags)]
+    served: dict[str, tuple[Value, ...]] = {**SERVED}
+    switches: tuple[str, ...] = SWITCHES
+    if takes_prefill:
+        served |= {"cuda-graph-backend-prefill": ("disabled",), "disable-prefill-cuda-graph": (True,)}
+    if emulated:
+        served["moe-runner-backend"] = EXPERTS
+        switches += (WO_A,)
+    found += [
+        _refused(_written(name, value))
+        for name, values in served.items()
+        if (value := flags(name)) is not None and value not in values
+    ]
+    if emulated and flags("speculative-moe-runner-backend") == "triton":
+        found.append("on this card the draft's experts cannot run by --speculative-moe-runner-backend triton")
+    drafts, watchdog = flags("speculative-num-draft-tokens"), flags("watchdog-timeout")
+    if isinstance(drafts, int) and drafts > MAX_DRAFT_TOKENS:
+        found.append(f"--speculative-num-draft-tokens {drafts} is more than the compressor can take back")
+    if isinstance(watchdog, int | float) and 0 < watchdog < SHORTEST_WATCHDOG:
+        found.append(f"--watchdog-timeout {watchdog:g} leaves SGLang's waits too little time")
+    found += [_refused(f"{name}={value}") for name in switches if (value := variables(name) or "").lower() in ON]
+    if (dtype := variables(STATES)) not in (None, "float32"):
+        found.append(_refused(f"{STATES}={dtype}"))
+    if (plugins := variables(PLUGINS)) and PLUGIN not in (one.strip() for one in plugins.split(",")):
+        found.append(f"{PLUGINS}={plugins} does not list {PLUGIN}")
+    return found
+
+
+def _beyond(value: Value, off: Value | None) -> bool:
+    if isinstance(off, int) and isinstance(value, int | float):
+        return value > off
+    return value != off
+
+
+def _refused(words: str) -> str:
+    return f"the step does not serve {words}"
+
+
+def _written(name: str, value: Value) -> str:
+    """A flag as it would be typed."""
+    if value is True:
+        return f"--{name}"
+    return f"--{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
