@@ -1,101 +1,16 @@
-"""The benchmark's baselines call what the installed SGLang, DeepGEMM and FlashMLA define, with arguments these take.
-
-Read from their source: without a GPU some of these modules cannot be imported, and no kernel of them runs.
-"""
+"""The benchmark's baselines call what the installed SGLang, DeepGEMM and FlashMLA define, with arguments these take."""
 
 from __future__ import annotations
 
 import ast
-import importlib.util
-import inspect
-from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
-from types import EllipsisType
 
 import pytest
+from foreign import bind, calls, definition, functions, imported
 
 import baselines
 
 pytestmark = pytest.mark.needs_no_gpu
-FOREIGN = ("sglang", "deep_gemm")
-TREE = ast.parse(Path(baselines.__file__).read_text(encoding="utf-8"))
-FUNCTIONS = {node.name: node for node in TREE.body if isinstance(node, ast.FunctionDef)}
-
-
-def imported(function: ast.AST) -> dict[str, str]:
-    """Local name: module and name, dotted, of what a function imports of other projects."""
-    found = {}
-    for node in ast.walk(function):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in FOREIGN:
-            found |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
-        if isinstance(node, ast.Import):
-            found |= {alias.name: alias.name for alias in node.names if alias.name in FOREIGN}
-    return found
-
-
-def calls(function: ast.AST) -> Iterator[tuple[str, ast.Call]]:
-    """(dotted name, call) of every call of what the function imports, or of an attribute of an imported module."""
-    names = imported(function)
-    for node in ast.walk(function):
-        if not isinstance(node, ast.Call):
-            continue
-        if isinstance(node.func, ast.Name) and node.func.id in names:
-            yield names[node.func.id], node
-        elif isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
-            if node.func.value.id in names:
-                yield f"{names[node.func.value.id]}.{node.func.attr}", node
-
-
-@cache
-def source(module: str) -> ast.Module:
-    """The parsed source of an installed module, found without importing it."""
-    top, *parts = module.split(".")
-    spec = importlib.util.find_spec(top)
-    assert spec is not None and spec.origin is not None, f"{top} is not installed"
-    place = Path(spec.origin).parent.joinpath(*parts)
-    file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
-    return ast.parse(file.read_text(encoding="utf-8"))
-
-
-def definition(dotted: str) -> ast.FunctionDef | EllipsisType:
-    """The function's definition; ... where the module only gives the name to something else."""
-    module, _, name = dotted.rpartition(".")
-    for node in ast.walk(source(module)):
-        if isinstance(node, ast.FunctionDef) and node.name == name:
-            return node
-        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
-            return ...
-    raise AssertionError(f"{module} defines no {name}")
-
-
-def signature(function: ast.FunctionDef) -> inspect.Signature:
-    """Names, kinds and which of them have defaults."""
-    a, kinds = function.args, inspect.Parameter
-    positional = [(arg.arg, kinds.POSITIONAL_OR_KEYWORD) for arg in (*a.posonlyargs, *a.args)]
-    required = len(positional) - len(a.defaults)
-    found = [
-        kinds(name, kind, default=kinds.empty if index < required else None)
-        for index, (name, kind) in enumerate(positional)
-    ]
-    if a.vararg:
-        found.append(kinds(a.vararg.arg, kinds.VAR_POSITIONAL))
-    for arg, default in zip(a.kwonlyargs, a.kw_defaults, strict=True):
-        found.append(kinds(arg.arg, kinds.KEYWORD_ONLY, default=kinds.empty if default is None else None))
-    if a.kwarg:
-        found.append(kinds(a.kwarg.arg, kinds.VAR_KEYWORD))
-    return inspect.Signature(found)
-
-
-def bind(dotted: str, call: ast.Call) -> None:
-    """Raises TypeError where the function does not take the call's arguments."""
-    function = definition(dotted)
-    if function is ...:
-        return
-    assert not any(isinstance(arg, ast.Starred) for arg in call.args), f"{dotted}: arguments that cannot be counted"
-    signature(function).bind(*call.args, **{keyword.arg: keyword.value for keyword in call.keywords if keyword.arg})
-
-
+FUNCTIONS = functions(baselines)
 FOREIGN_USERS = [name for name, function in FUNCTIONS.items() if imported(function)]
 
 

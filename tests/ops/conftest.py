@@ -9,7 +9,10 @@ import pytest
 import torch
 from cases.common import POISON
 
-from sglang_sm120 import kernels
+from sglang_sm120 import (
+    kernels,
+    sglang_kernels,  # noqa: F401  registers SGLang's kernels, so that a run on a GPU judges them too
+)
 
 
 @pytest.fixture(scope="session", autouse=True)

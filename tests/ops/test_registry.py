@@ -76,7 +76,7 @@ def test_the_environment_chooses_one_op_or_all_that_have_it(monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("value", "sentence"),
     [
-        ("tritn", "asks for provider 'tritn', which any op lacks; use one of fake, torch"),
+        ("tritn", "asks for provider 'tritn', which any op lacks; use one of fake, sglang, torch"),
         ("double=triton", "asks for provider 'triton', which op double lacks"),
         ("doubel=torch", "names op 'doubel' and needs one of"),
         ("double=", "asks for provider '', which op double lacks"),

@@ -5,18 +5,10 @@ Part of `resolution_probe.py`, which runs with the released SGLang and with the 
 
 from __future__ import annotations
 
-import hashlib
-import os
 import types
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
-
-import torch
-from torch import Tensor
-
-# `select_top_k_tokens` compiles its tree otherwise, which takes longer than all the rest.
-os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 
 def outcome(function: Callable[[], object]) -> object:
@@ -25,10 +17,6 @@ def outcome(function: Callable[[], object]) -> object:
         return function()
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-
-
-def digest(x: Tensor) -> str:
-    return hashlib.sha256(x.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def prompts(model: Any) -> list[object]:
@@ -86,20 +74,6 @@ def longest_prompt(model: Any) -> object:
     return outcome(lambda: [number for number in worker.get_worker_info() if isinstance(number, int)])
 
 
-def draft_tokens() -> list[str]:
-    """EAGLE's choice of draft tokens at its second step, one and two a step."""
-    from sglang.srt.speculative.spec_utils import select_top_k_tokens
-
-    found = []
-    for top_k in (1, 2):
-        torch.manual_seed(top_k)
-        probabilities, index = torch.rand(3 * top_k, top_k), torch.randint(512, (3 * top_k, top_k))
-        hidden, scores = torch.randn(3 * top_k, 8), torch.rand(3, top_k)
-        ids, states, best, tree = select_top_k_tokens(1, probabilities, index, hidden, scores, top_k)
-        found += [digest(tensor) for tensor in (ids, states, best, *tree)]
-    return found
-
-
 def results(folder: str) -> dict[str, object]:
     """Everything that is asked, for the model whose config.json is in `folder`."""
     from sglang.srt.arg_groups.overrides import model_config_of
@@ -113,5 +87,4 @@ def results(folder: str) -> dict[str, object]:
         "prompts": prompts(model),
         "first request": first_request(server_args),
         "longest prompt": longest_prompt(model),
-        "draft tokens": draft_tokens(),
     }

@@ -7,7 +7,8 @@ GPUs or null for a machine without one; `env`, variables that are set for the ca
 resolved arguments, what was logged, and the error in which the resolution ended. Run by the tests with the SGLang of
 one environment after another. With `declared`, arguments that are declared once resolution has ended, SGLang's step of
 the kernel plugin runs again on them and its log alone is kept: for a feature that SGLang refuses earlier.
-MODEL, the folder of a model that is not DeepSeek-V4, adds what `inactive_probe.py` finds for it.
+MODEL, the folder of a model that is not DeepSeek-V4, adds what `inactive_probe.py` finds for it, and what
+`card_probe.py` finds for tensors of a CUDA card.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from typing import Any
 from unittest import mock
 
 import torch
+
+# Read when a kernel is defined, for `card_probe.py`.
+os.environ["TRITON_INTERPRET"] = "1"
 
 
 class Lines(logging.Handler):
@@ -105,9 +109,10 @@ def main() -> None:
     answers = {case["name"]: resolve(case) for case in cases}
     inactive = None
     if len(sys.argv) > 2:
+        import card_probe
         import inactive_probe
 
-        inactive = inactive_probe.results(sys.argv[2])
+        inactive = inactive_probe.results(sys.argv[2]) | card_probe.results()
     print(json.dumps({"sglang": sglang.__file__, "answers": answers, "inactive": inactive}))
 
 

@@ -95,7 +95,7 @@ class Answers:
     """By the SGLang of this interpreter: `make test` applies the series first."""
     zero_patch: dict[str, Any]
     inactive: tuple[dict[str, Any], dict[str, Any]]
-    """What functions of touched files return for another model: upstream, patched."""
+    """What functions of touched files return for another model, and for a card's tensors: upstream, patched."""
 
 
 @pytest.fixture(scope="session")
@@ -180,7 +180,17 @@ def test_inactive_is_upstream(patched: dict[str, Any], upstream: dict[str, Any],
     assert found == expected
 
 
-@pytest.mark.parametrize("what", ["prompts", "first request", "longest prompt", "draft tokens"])
+ON_A_CARD = ["drafts", "slots", "between passes", "process groups", "deepseek v4"]
+
+
+@pytest.mark.parametrize("what", ON_A_CARD)
+def test_a_card_gets_upstreams_results(answers: Answers, what: str):
+    """What speculation and DeepSeek-V4's classes compute for tensors that are not on a CPU, on a simulated sm_90."""
+    expected, found = (results[f"{what} on a card"] for results in answers.inactive)
+    assert expected and found == expected
+
+
+@pytest.mark.parametrize("what", ["prompts", "first request", "longest prompt"])
 def test_another_model_gets_upstreams_results(answers: Answers, what: str):
     expected, found = (results[what] for results in answers.inactive)
     assert found == expected

@@ -1,0 +1,56 @@
+"""SGLang's kernels as providers: each call gives to each parameter of SGLang's function what belongs there.
+
+A run on a GPU holds their results against the torch references, in `tests/ops/test_parity.py`.
+"""
+
+from __future__ import annotations
+
+import pytest
+from foreign import bind, calls, functions
+
+from sglang_sm120 import registry, sglang_kernels
+
+pytestmark = pytest.mark.needs_no_gpu
+FUNCTIONS = functions(sglang_kernels)
+POSITIONS = {"eps": "eps", "freqs_cis": "freqs_cis", "positions": "positions"}
+# Provider: what each parameter of the function that it calls gets.
+GIVEN = {
+    "q_norm_rope": {"q_input": "q", "q_output": "out"} | POSITIONS,
+    "k_norm_rope_store": {
+        "kv": "kv", "kv_weight": "weight", "out_loc": "slots", "kvcache": "pages", "page_size": "page_size",
+    } | POSITIONS,
+    "indexer_q": {
+        "q_input": "q", "weight": "weight", "weight_scale": "weight_scale", "freqs_cis": "freqs_cis",
+        "positions": "positions",
+    },
+    "hash_topk": {"router_logits": "router_logits", "input_ids": "input_ids", "tid2eid": "tid2eid"},
+    "silu_mul_clamp": {"input": "gate_up", "output": "out", "swiglu_limit": "limit"},
+    "compress": {
+        "kv_score_buffer": "kv_score_buffer", "kv_score_input": "kv_score_input", "ape": "ape",
+        "plan": "_plan(ratio, plans, is_decode)", "compress_ratio": "ratio", "head_dim": "head_dim", "out": "out",
+    },
+    "compress_norm_rope_store": {
+        "kv": "kv", "plan": "_plan(ratio, (plan,) if is_decode else (plan, plan), is_decode)",
+        "norm_weight": "norm_weight", "norm_eps": "eps", "freq_cis": "freqs_cis", "out_loc": "out_slots",
+        "kvcache": "pages", "page_size": "page_size",
+    },
+}  # fmt: skip
+
+
+def given(function: str) -> list[dict[str, str]]:
+    return [bind(dotted, call) for dotted, call in calls(FUNCTIONS[function])]
+
+
+def test_each_provider_is_listed() -> None:
+    assert set(GIVEN) == {name for name, op in registry.ops().items() if "sglang" in op.providers}
+
+
+@pytest.mark.parametrize("op", GIVEN)
+def test_each_parameter_gets_what_belongs_there(op: str) -> None:
+    assert given(registry.ops()[op].providers["sglang"].function.__name__) == [GIVEN[op]]
+
+
+def test_a_plan_is_sglangs() -> None:
+    decode, prefill = given("_plan")
+    assert decode == {"compress_ratio": "ratio", "plan_d": "*plans"}
+    assert prefill == {"compress_ratio": "ratio", "plan_c": "*plans", "plan_w": "*plans"}
