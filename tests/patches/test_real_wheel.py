@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import hashlib
 import importlib.metadata
@@ -59,11 +60,34 @@ def test_apply_then_unapply_gives_the_released_bytes(wheel: Path, tmp_path: Path
     assert "nothing to do" in real.done("unapply")
 
 
-def test_every_patched_python_file_compiles(real: Box):
+def _unbound(function: ast.AST) -> set[str]:
+    """Names that an import of ours in one branch makes local to the function, and that others of its lines read."""
+    nodes = list(ast.walk(function))
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    stored = {name.id for name in names if isinstance(name.ctx, ast.Store)}
+    found = set()
+    for branch in (node for node in nodes if isinstance(node, ast.If)):
+        imports = [node for node in branch.body if isinstance(node, ast.ImportFrom)]
+        ours = [alias for node in imports if node.module == "sglang_sm120.hooks" for alias in node.names]
+        local = {alias.asname or alias.name for alias in ours} - stored
+        inside = {id(node) for line in branch.body for node in ast.walk(line)}
+        found |= {name.id for name in names if name.id in local and id(name) not in inside}
+    return found
+
+
+def test_patched_python_files_compile_and_find_their_names(real: Box):
+    """A redirect that imports a kernel's twin by the kernel's own name would fail everywhere but on a CPU."""
     real.done("apply")
     names = patch_series.Series.load(CHECKOUT / "patches").files()
+    redirected = 0
     for name in (name for name in names if name.endswith(".py")):
-        compile((real.site / name).read_bytes(), name, "exec")
+        tree = ast.parse((real.site / name).read_bytes())
+        compile(tree, name, "exec")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                redirected += "sglang_sm120" in ast.dump(node)
+                assert not _unbound(node), (name, node.name)
+    assert redirected > 12
 
 
 def test_one_flipped_byte_is_refused_by_name(real: Box):
