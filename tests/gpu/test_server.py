@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -87,8 +88,9 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(os.environ.get("OUT") or tmp_path_factory.mktemp("logs"))
 
 
-def prompts() -> list[list[int]]:
-    rng = random.Random(5)
+@pytest.fixture(scope="module")
+def prompts(request: pytest.FixtureRequest) -> list[list[int]]:
+    rng = random.Random(zlib.crc32(request.node.nodeid.encode()))
     return [[rng.randrange(300, VOCABULARY) for _ in range(length)] for length in LENGTHS]
 
 
@@ -113,18 +115,17 @@ def greedy(server: LocalServer, batch: list[list[int]]) -> list[Greedy]:
     return answers
 
 
-def sampled(server: LocalServer, count: int) -> None:
+def sampled(server: LocalServer, count: int, seed: int) -> None:
     """`count` sampled requests, 16 at a time, each answered in full."""
-    rng = random.Random(11)
-    lengths = [rng.randrange(1, 800) for _ in range(count)]
+    rng = random.Random(seed)
+    batch = [[rng.randrange(300, VOCABULARY) for _ in range(rng.randrange(1, 800))] for _ in range(count)]
     sampling = {"max_new_tokens": 32, "temperature": 0.7, "top_p": 0.9, "ignore_eos": True}
 
-    def one(length: int) -> list[int]:
-        ids = [random.Random(length).randrange(300, VOCABULARY) for _ in range(length)]
+    def one(ids: list[int]) -> list[int]:
         return generate(server, {"input_ids": ids, "sampling_params": sampling})["output_ids"]
 
     with ThreadPoolExecutor(16) as pool:
-        for tokens in pool.map(one, lengths):
+        for tokens in pool.map(one, batch):
             assert len(tokens) == 32
             assert all(0 <= token < VOCABULARY for token in tokens)
 
@@ -167,12 +168,12 @@ def tp(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture(scope="module")
-def expected(checkpoint: Path, logs: Path, tp: int) -> list[Greedy]:
+def expected(checkpoint: Path, logs: Path, tp: int, prompts: list[list[int]]) -> list[Greedy]:
     """The torch provider's answers: prefill in chunks, no CUDA graph."""
     flags = (*FLAGS, *flags_of_card(), *NO_GRAPHS, "--chunked-prefill-size", "2048", "--tp", str(tp))
     env = {**environment(), "SGLANG_SM120_PROVIDER": "torch"}
     with LocalServer(checkpoint, *flags, log=logs / f"torch-tp{tp}.log", env=env, ready_seconds=300) as server:
-        found = greedy(server, prompts())
+        found = greedy(server, prompts)
         assert_step_served(server, "decode")
         return found
 
@@ -187,8 +188,8 @@ def server(checkpoint: Path, logs: Path, tp: int, expected: list[Greedy]) -> Ite
 
 
 @pytest.fixture(scope="module")
-def answers(server: LocalServer) -> list[Greedy]:
-    return greedy(server, prompts())
+def answers(server: LocalServer, prompts: list[list[int]]) -> list[Greedy]:
+    return greedy(server, prompts)
 
 
 def test_greedy_tokens_equal_the_torch_providers(
@@ -198,17 +199,19 @@ def test_greedy_tokens_equal_the_torch_providers(
     assert_step_served(server, "decode")
 
 
-def test_batch_size_does_not_change_an_answer(server: LocalServer, expected: list[Greedy]) -> None:
-    assert_agree([greedy(server, [prompt])[0] for prompt in prompts()], expected)
+def test_batch_size_does_not_change_an_answer(
+    server: LocalServer, prompts: list[list[int]], expected: list[Greedy]
+) -> None:
+    assert_agree([greedy(server, [prompt])[0] for prompt in prompts], expected)
 
 
-def test_200_sampled_requests(server: LocalServer) -> None:
-    sampled(server, 200)
+def test_200_sampled_requests(server: LocalServer, seed: int) -> None:
+    sampled(server, 200, seed)
 
 
-def test_unfiltered_samples_follow_the_distribution(server: LocalServer) -> None:
+def test_unfiltered_samples_follow_the_distribution(server: LocalServer, prompts: list[list[int]]) -> None:
     """At a temperature that gives the likeliest token a half, it and the second come as often as they should."""
-    prompt, count = prompts()[LENGTHS.index(300)], 400
+    prompt, count = prompts[LENGTHS.index(300)], 400
     one = {"max_new_tokens": 1, "temperature": 0}
     meta = generate(server, {"input_ids": prompt, "sampling_params": one, "return_logprob": True,
                              "top_logprobs_num": 64})["meta_info"]  # fmt: skip
@@ -227,11 +230,11 @@ def test_unfiltered_samples_follow_the_distribution(server: LocalServer) -> None
         assert abs(tokens.count(token) / count - share) < 5 * (share * (1 - share) / count) ** 0.5, (token, share)
 
 
-def test_no_kernel_that_sm120_lacks(server: LocalServer, logs: Path) -> None:
+def test_no_kernel_that_sm120_lacks(server: LocalServer, logs: Path, prompts: list[list[int]]) -> None:
     folder = logs / "trace"
     folder.mkdir(exist_ok=True)
     httpx.post(f"{server.url}/start_profile", json={"output_dir": str(folder), "activities": ["GPU"]}, timeout=60)
-    greedy(server, [prompts()[LENGTHS.index(length)] for length in (1, 300, 2600)])
+    greedy(server, [prompts[LENGTHS.index(length)] for length in (1, 300, 2600)])
     httpx.post(f"{server.url}/stop_profile", timeout=120)
     found = [kernel for trace in folder.rglob("*.json.gz") for kernel in traces.read(trace)]
     names = {kernel.name for kernel in found}
@@ -243,11 +246,13 @@ def test_nothing_was_compiled_while_serving(server: LocalServer) -> None:
     assert_nothing_compiled_late(server)
 
 
-def test_mtp_answers_as_without(checkpoint: Path, logs: Path, tp: int, expected: list[Greedy]) -> None:
+def test_mtp_answers_as_without(
+    checkpoint: Path, logs: Path, tp: int, prompts: list[list[int]], expected: list[Greedy], seed: int
+) -> None:
     flags = (*FLAGS, *flags_of_card(), *GRAPHS, *MTP, "--tp", str(tp))
     with LocalServer(checkpoint, *flags, log=logs / f"mtp-tp{tp}.log", env=environment(), ready_seconds=400) as server:
-        assert_agree(greedy(server, prompts()), expected)
-        sampled(server, 50)
+        assert_agree(greedy(server, prompts), expected)
+        sampled(server, 50, seed)
         assert server.alive()
         assert_step_served(server, "target_verify")
         assert_nothing_compiled_late(server)

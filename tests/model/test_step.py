@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,6 +40,11 @@ def no_grad() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def module_seed(request: pytest.FixtureRequest) -> int:
+    return zlib.crc32(request.node.nodeid.encode())
+
+
 @pytest.fixture(scope="module", autouse=True)
 def ranks() -> Iterator[Ranks]:
     with pytest.MonkeyPatch.context() as patch:
@@ -71,22 +77,24 @@ def server(step: Target, ratios: tuple[int, ...], rng: torch.Generator) -> Serve
 
 
 @pytest.fixture(scope="module")
-def tokens(prompt_of: PromptOf) -> list[int]:
-    return prompt_of(LENGTH, 7)
+def tokens(prompt_of: PromptOf, module_seed: int) -> list[int]:
+    return prompt_of(LENGTH, module_seed)
 
 
 @pytest.fixture(scope="module")
-def others(prompt_of: PromptOf) -> list[int]:
-    return prompt_of(140, 8)
+def others(prompt_of: PromptOf, module_seed: int) -> list[int]:
+    return prompt_of(140, module_seed + 1)
 
 
 FIRST = (250, 122)
 
 
 @pytest.fixture(scope="module")
-def before_boundaries(step: Target, ratios: tuple[int, ...], tokens: list[int], others: list[int]) -> Server:
+def before_boundaries(
+    step: Target, ratios: tuple[int, ...], tokens: list[int], others: list[int], module_seed: int
+) -> Server:
     """Two requests shortly before a block of 128, one of them before a page, in a server with drafts."""
-    server = Server(step, ratios, 2, LENGTH, torch.Generator().manual_seed(1), rings=(16, 256))
+    server = Server(step, ratios, 2, LENGTH, torch.Generator().manual_seed(module_seed), rings=(16, 256))
     server.extend(New(1, 0, tokens[: FIRST[0]]), New(2, 0, others[: FIRST[1]]))
     return server
 
