@@ -83,16 +83,14 @@ def _error_of(response: httpx.Response) -> str:
     ("body", "named"),
     [
         ({"input_ids": []}, "empty"),
-        ({"text": ""}, "empty"),
         ({"input_ids": [7] * (CONTEXT + 1)}, "context length"),
-        ({"input_ids": [7, 1 << 30]}, "valid range is [0, 1024)"),
-        ({"input_ids": [7, -3]}, "valid range is [0, 1024)"),
     ],
-    ids=["no tokens", "empty text", "over the context", "id too large", "id negative"],
+    ids=["no tokens", "over the context"],
 )
 def test_bad_prompt(
     server: LocalServer, oracle: CachedOracle, body: dict[str, object], named: str, short_prompt: list[int]
 ) -> None:
+    """As SGLang itself refuses them; `test_fixes.py` sends what it would not refuse."""
     response = httpx.post(f"{server.url}/generate", json={**body, "sampling_params": {"max_new_tokens": 1}}, timeout=60)
     assert named in _error_of(response)
     assert server.alive()
