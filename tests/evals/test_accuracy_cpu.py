@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,14 +35,22 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return unpack(PACKED, tmp_path_factory.mktemp("trained") / "DeepSeek-V4-small")
 
 
-def test_short_form_reaches_its_floors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("mtp", [False, True], ids=["plain", "mtp"])
+def test_short_form_reaches_its_floors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, mtp: bool
+) -> None:
+    # Other tests run on the other core: two threads of a server would wait for each other.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     out = tmp_path / "accuracy.json"
-    code = accuracy_cpu.main([str(PACKED), str(QUESTIONS), "--short", "--out", str(out)])
-    print(capsys.readouterr().out)
+    code = accuracy_cpu.main([str(PACKED), str(QUESTIONS), "--short", "--out", str(out), *["--mtp"] * mtp])
+    printed = capsys.readouterr().out
+    print(printed)
     assert code == 0
     rows = {row["name"]: row for row in json.loads(out.read_text())["rows"]}
     assert {"recall x1", "far recall x1", "sparse recall x1", "json x1"} <= rows.keys()
     assert rows["far recall x1"]["right"] == rows["far recall x1"]["total"] == accuracy_cpu.SHORT["far recall"]
+    accepted = re.search(r"mean accepted length with MTP: ([\d.]+) of", printed)
+    assert accepted is None if not mtp else accepted and float(accepted[1]) > 1
 
 
 @pytest.mark.parametrize(
