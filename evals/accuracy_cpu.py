@@ -19,7 +19,7 @@ if __name__ == "__main__":
 
 import accuracy
 from client import Client
-from local_server import LocalServer, ServerError
+from local_server import EAGLE, PLAIN, LocalServer, ServerError
 from questions import masked_recall
 from report import Row, exit_code, table
 from sglang_sm120_reference.packed import unpack
@@ -56,18 +56,21 @@ def judge(checkpoint: Path, questions: Path, out: Path, log: Path, mtp: bool = F
     With mtp the server speculates, and how many tokens a verification gave in the mean is printed too.
 
     Raises:
-        ServerError: the server does not start, or does not speculate as it should.
+        ServerError: the server does not start, is not served by the step, or does not speculate as it should.
     """
     with LocalServer(checkpoint, *FLAGS, *(MTP if mtp else ()), log=log, ready_seconds=READY_SECONDS) as server:
         words = ["--only=synthetic", f"--synthetic={questions}", f"--concurrency={CONCURRENCY}", f"--out={out}"]
         code = accuracy.main([server.url, *words])
         # What stopped the harness was said already.
-        if mtp and code == 0:
+        if code != 0:
+            return code
+        server.require_step(EAGLE if mtp else PLAIN)
+        if mtp:
             accepted = Client(server.url).accept_length()
             if accepted is None:
                 raise ServerError("The server was to speculate and tells of no acceptance length.")
             print(f"mean accepted length with MTP: {accepted:.2f} of {DRAFT_TOKENS} tokens a verification")
-        return code
+        return 0
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -21,14 +21,14 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1] / "reference")]
 
 import httpx
-from openai import OpenAI, OpenAIError
+from openai import DefaultHttpxClient, OpenAI, OpenAIError
 from openai.types.chat import (
     ChatCompletionAssistantMessageParam,
     ChatCompletionMessageParam,
     ChatCompletionUserMessageParam,
 )
 
-from local_server import LocalServer, ServerError
+from local_server import PLAIN, LocalServer, ServerError
 from sglang_sm120_reference.packed import unpack
 
 REACH = 2048
@@ -101,11 +101,14 @@ def _show_requests(url: str) -> None:
         response.raise_for_status()
         _say(f"GET {path}: {response.status_code} {response.text.strip()[:120]}")
 
-    client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=300, max_retries=0)
+    sent: list[str] = []
+    counting = DefaultHttpxClient(event_hooks={"request": [lambda request: sent.append(request.url.path)]})
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=300, max_retries=0, http_client=counting)
     model = client.models.list().data[0].id
     messages: list[ChatCompletionMessageParam] = []
     text = haystack()
     _say(f"{len(text.split())} words: …{text[-60:]}")
+    start = time.monotonic()
     for key in ASKED:
         _say(f"What is {key!r}? The text says {RECORDS[key]!r}.")
         messages.append(ChatCompletionUserMessageParam(role="user", content=f"{text} {key}?"))
@@ -117,6 +120,8 @@ def _show_requests(url: str) -> None:
         messages.append(ChatCompletionAssistantMessageParam(role="assistant", content=answer))
         text = ""
     _constrained(client, model, ASKED[0])
+    seconds, requests = time.monotonic() - start, sum(path.endswith("/completions") for path in sent)
+    _say(f"{requests} requests in {seconds:.1f} s: {60 * requests / seconds:.1f} requests a minute")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -137,6 +142,7 @@ def main(argv: list[str] | None = None) -> int:
             with LocalServer(checkpoint, "--device", "cpu", log=log) as server:
                 _say(f"Server ready at {server.url} after {time.monotonic() - start:.0f} s.")
                 _show_requests(server.url)
+                server.require_step(PLAIN)
         except (ServerError, OSError, ValueError, httpx.HTTPError, OpenAIError) as error:
             print(f"make demo failed: {error}", file=sys.stderr)
             return 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -17,6 +18,10 @@ from types import TracebackType
 import httpx
 
 PR_SET_PDEATHSIG = 1
+PLAIN = ("extend", "decode")
+EAGLE = (*PLAIN, "extend", "target_verify", "draft_extend_v2")
+"""Modes of the passes of a server on a CPU, one word for each model that has passes of it; with EAGLE the target and
+the draft layer share the work, and both extend."""
 
 
 class ServerError(RuntimeError):
@@ -109,8 +114,11 @@ class LocalServer:
         """Whether the launched process still runs."""
         return self._process is not None and self._process.poll() is None
 
-    def stop(self, grace_seconds: float = 10) -> None:
-        """Terminate the process group, by force after `grace_seconds`; returns when all of it is gone."""
+    def stop(self, grace_seconds: float = 2) -> None:
+        """Terminate the process group, by force after `grace_seconds`; returns when all of it is gone.
+
+        SGLang's children end at once; its first process then sleeps five seconds, for crash reports, and kills itself.
+        """
         if self._process is None:
             return
         group = self._process.pid
@@ -147,6 +155,27 @@ class LocalServer:
                 pass
             time.sleep(0.5)
         raise ServerError(f"The server was not healthy after {self._ready_seconds:.0f} s; log:\n{self.log_tail()}")
+
+    def require_step(self, modes: Sequence[str]) -> None:
+        """Whether the step of sglang_sm120 took this server's passes; on a CPU, where it is to take every one.
+
+        Args:
+            modes: `PLAIN` or `EAGLE`.
+
+        Raises:
+            ServerError: on some rank it took passes of other modes, or was not installed.
+        """
+        log, says = self.log.read_text(errors="replace"), r"\] sglang_sm120: the step"
+        ranks = re.findall(rf"\[\S+ [^\s\]]+( [^\]]+)?{says} serves every pass of DeepseekV4ForCausalLM ", log)
+        if not ranks:
+            raise ServerError("The step of sglang_sm120 was not installed in the server: run `make apply`.")
+        for rank in ranks:
+            found = sorted(re.findall(rf"\[\S+ [^\s\]]+{re.escape(rank)}{says} takes its first (\w+) pass ", log))
+            if found != sorted(modes):
+                raise ServerError(
+                    f"The step took passes of the modes {found}{rank and ' on' + rank}, needed {sorted(modes)}: "
+                    "see which forward served the rest."
+                )
 
     def log_tail(self, lines: int = 40) -> str:
         """The last lines of the server's log."""

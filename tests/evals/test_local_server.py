@@ -1,0 +1,49 @@
+"""What a server's log says of the step, read without a server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from local_server import EAGLE, PLAIN, LocalServer, ServerError
+
+ONE, TWO = ("",), (" TP0 EP0", " TP1 EP1")
+
+
+def server_of(folder: Path, ranks: Sequence[str], modes: Sequence[str]) -> LocalServer:
+    """A server that was never started, with lines as SGLang 0.5.23 writes them on each rank."""
+    lines = ["[2026-11-29 08:43:51] The step takes its first pass in a prompt."]
+    for rank in ranks:
+        own = f"[2026-11-29 08:43:53{rank}] sglang_sm120: the step"
+        lines += [f"{own} serves every pass of DeepseekV4ForCausalLM{draft} on this CPU." for draft in ("", "NextN")]
+        lines += [f"{own} takes its first {mode} pass (22 rows)." for mode in modes]
+    (folder / "server.log").write_text("\n".join(lines))
+    return LocalServer(folder, log=folder / "server.log")
+
+
+@pytest.mark.parametrize("modes", [PLAIN, EAGLE], ids=["plain", "eagle"])
+@pytest.mark.parametrize("ranks", [ONE, TWO], ids=["one rank", "two ranks"])
+def test_the_modes_of_a_server_are_found(tmp_path: Path, modes: Sequence[str], ranks: Sequence[str]) -> None:
+    server_of(tmp_path, ranks, modes).require_step(modes)
+
+
+@pytest.mark.parametrize("missing", range(len(EAGLE)))
+def test_a_model_whose_passes_went_elsewhere_is_found(tmp_path: Path, missing: int) -> None:
+    left = [*EAGLE[:missing], *EAGLE[missing + 1 :]]
+    with pytest.raises(ServerError, match="see which forward served the rest"):
+        server_of(tmp_path, ONE, left).require_step(EAGLE)
+
+
+def test_a_rank_without_the_step_is_found(tmp_path: Path) -> None:
+    server = server_of(tmp_path, TWO, PLAIN)
+    lines = server.log.read_text().splitlines()
+    server.log.write_text("\n".join(line for line in lines if "TP1 EP1] sglang_sm120: the step takes" not in line))
+    with pytest.raises(ServerError, match=r"modes \[\] on TP1 EP1, needed"):
+        server.require_step(PLAIN)
+
+
+def test_a_server_without_the_step_is_found(tmp_path: Path) -> None:
+    with pytest.raises(ServerError, match="was not installed"):
+        server_of(tmp_path, (), ()).require_step(PLAIN)
