@@ -1,7 +1,8 @@
 """What the step sees of SGLang 0.5.23 on a CPU: a loaded DeepSeek-V4, its pools and its attention metadata.
 
 Names, shapes and dtypes are those of SGLang's `models/deepseek_v4.py` and `deepseek_v4_nextn.py` after loading, of
-`mem_cache/deepseek_v4_memory_pool.py` and of `layers/attention/deepseek_v4_backend.py`. Nothing of SGLang is imported.
+`mem_cache/deepseek_v4_memory_pool.py` and of `layers/attention/deepseek_v4_backend.py`; `test_eagle_cpu.py` compares
+them with its servers'. Nothing of SGLang is imported.
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ class Weights:
         return SimpleNamespace(
             is_hash=hashed, gate=gate, top_k=config.num_experts_per_tok,
             routed_scaling_factor=config.routed_scaling_factor,
-            topk=SimpleNamespace(tid2eid=self._raw(prefix + "gate.tid2eid") if hashed else None),
+            topk=SimpleNamespace(**({"tid2eid": self._raw(prefix + "gate.tid2eid")} if hashed else {})),
             experts=SimpleNamespace(
                 num_local_experts=len(ids), moe_ep_rank=rank.index if rank.whole_experts else 0,
                 w13_weight=stacked(("w1", "w3"), "weight", rows),
@@ -283,7 +284,7 @@ class Server:
         self, step: Callable[..., Any], ratios: Sequence[int], requests: int, length: int, generator: torch.Generator,
         index_topk: int = 512, rings: tuple[int, int] = (8, 128),
     ) -> None:  # fmt: skip
-        self._step, self._topk, self._rings = step, index_topk, rings
+        self._step, self._ratios, self._topk, self._rings = step, ratios, index_topk, rings
         each = -(-length // PAGE)
         pages = 1 + requests * each
         within = torch.arange(PAGE)
@@ -361,19 +362,24 @@ class Server:
         }
         lengths = {4: (seen // 4).clamp(1, self._topk).int(), 128: (seen // 128).clamp(min=1).int()}
         table = (self._req_to_token[requests][:, ::PAGE] // PAGE).int()
-        core = SimpleNamespace(
-            swa_page_indices=torch.where(window < 0, -1, self._full_to_swa[full]).int(),
-            swa_topk_lengths=seen.clamp(max=WINDOW).int(),
-            sparse_page_indices=sparse.__getitem__, sparse_topk_lengths=lengths.__getitem__,
-            c4_topk_lengths_raw=(seen // 4).int(), c4_sparse_page_indices=sparse[4],
-            c4_out_loc=torch.where(seen % 4 == 0, slots // 4, 0),
-            c128_out_loc=torch.where(seen % 128 == 0, slots // 128, 0),
-        )  # fmt: skip
-        return SimpleNamespace(
-            core_attn_metadata=core, indexer_metadata=SimpleNamespace(page_table=table), late_layer_tail=None,
-            c4_compress_metadata=self._plan(4, new, is_decode, len(seen)),
-            c128_compress_metadata=self._plan(128, new, is_decode, len(seen)),
-        )  # fmt: skip
+        core = {
+            "c4_topk_lengths_raw": (seen // 4).int(), "c4_sparse_page_indices": sparse[4],
+            "c4_out_loc": torch.where(seen % 4 == 0, slots // 4, 0),
+            "c128_out_loc": torch.where(seen % 128 == 0, slots // 128, 0),
+        }  # fmt: skip
+        metadata = {
+            "indexer_metadata": SimpleNamespace(page_table=table),
+            "c4_compress_metadata": self._plan(4, new, is_decode, len(seen)),
+            "c128_compress_metadata": self._plan(128, new, is_decode, len(seen)),
+        }
+        if not any(self._ratios):  # the draft layer's
+            core, metadata = dict.fromkeys(core), dict.fromkeys(metadata)
+        core |= {
+            "swa_page_indices": torch.where(window < 0, -1, self._full_to_swa[full]).int(),
+            "swa_topk_lengths": seen.clamp(max=WINDOW).int(),
+            "sparse_page_indices": sparse.__getitem__, "sparse_topk_lengths": lengths.__getitem__,
+        }  # fmt: skip
+        return SimpleNamespace(core_attn_metadata=SimpleNamespace(**core), late_layer_tail=None, **metadata)
 
     def _plan(self, ratio: int, new: list[New], is_decode: bool, rows: int) -> SimpleNamespace:
         ends = torch.tensor([one.prefix + len(one.tokens) for one in new])
