@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from serving import CachedOracle, PromptOf
+from serving import ONE_THREAD, CachedOracle, PromptOf
 
 from local_server import PLAIN, LocalServer
 from sglang_sm120_reference.oracle import Oracle
@@ -71,7 +71,7 @@ def server(
         *module.SERVER_ARGS,
         log=tmp_path_factory.mktemp("server") / "server.log",
         launcher=getattr(module, "SERVER_LAUNCHER", ("-m", "sglang.launch_server")),
-        env=getattr(module, "SERVER_ENV", None),
+        env=ONE_THREAD | getattr(module, "SERVER_ENV", {}),
     ) as running:
         yield running
     running.require_step(PLAIN)
