@@ -56,7 +56,7 @@ def differences(made: Any, real: Any, path: str, shapes: bool = False) -> Iterat
 
 def caches(pool: Any, layer: int, ratio: int) -> dict[str, Any]:
     """What a pool says of a layer."""
-    found = {"swa": pool.get_swa_raw_buffer(layer), "swa page": pool.get_swa_key_page_size()}
+    found = {"swa": pool.get_swa_key_buffer_radix(layer), "swa page": pool.get_swa_key_page_size()}
     if ratio:
         states = pool.get_attention_compress_states(layer).kv_score_buffer.kv_score
         found |= {"extra": pool.get_extra_key_buffer(layer), "states": states}
@@ -87,8 +87,9 @@ def compared_pass(view: Any, forward_batch: Any, ratios: tuple[int, ...], is_dec
     for layer, ratio in enumerate(ratios):
         pools = (caches(one.kv_pool.pool, layer, ratio) for one in (made, view))
         yield from differences(*(SimpleNamespace(**pool) for pool in pools), f"pool of layer {layer}")
-    for name in ("uniform_fp8", "request_window"):
-        yield from differences(getattr(made.kv_pool.pool, name), getattr(view.kv_pool.pool, name), name)
+    one, other = made.kv_pool, view.kv_pool
+    yield from differences(one.request_window, other.request_window, "request_window")
+    yield from differences(one.get_swa_key_bytes_per_token(), other.get_swa_key_bytes_per_token(), "bytes per token")
 
 
 def install_and_compare(model: torch.nn.Module, hf_config: Any) -> None:

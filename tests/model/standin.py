@@ -375,7 +375,7 @@ class Server:
             "swa_topk_lengths": seen.clamp(max=WINDOW).int(),
             "sparse_page_indices": sparse.__getitem__, "sparse_topk_lengths": lengths.__getitem__,
         }  # fmt: skip
-        return SimpleNamespace(core_attn_metadata=SimpleNamespace(**core), late_layer_tail=None, **metadata)
+        return SimpleNamespace(core_attn_metadata=SimpleNamespace(**core), **metadata)
 
     def _plan(self, ratio: int, new: list[New], is_decode: bool, rows: int) -> SimpleNamespace:
         ends = torch.tensor([one.prefix + len(one.tokens) for one in new])
