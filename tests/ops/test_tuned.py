@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_sm120 import compilation, kernels, ops, registry, tuned, warmup
+from sglang_sm120 import compilation, ops, registry, tuned, warmup
 from sglang_sm120.checkpoint.config import model_config
 from sglang_sm120.model_calls import Inputs
 from sglang_sm120.ops._linear_config import Config as Linear
