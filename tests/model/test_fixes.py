@@ -62,6 +62,47 @@ def test_an_unusable_prompt_is_refused(server: LocalServer, prompt: dict[str, An
 
 
 @pytest.mark.parametrize(
+    ("path", "body", "sentence"),
+    [
+        ("/generate", {"return_logprob": True, "top_logprobs_num": 1000000}, "top_logprobs_num must be in [0, 1024]"),
+        ("/v1/completions", {"logprobs": 1000000}, "top_logprobs_num must be in [0, 1024]"),
+        ("/generate", {"return_logprob": True, "logprob_start_len": -5}, "logprob_start_len must be in [-1, "),
+        ("/v1/completions", {"stop_token_ids": [9999999], "min_tokens": 2}, "stop_token_ids must be in [0, 1023]"),
+        ("/generate", {"sampling_params": {"logit_bias": {"5": 1e300}}}, "logit_bias must be within +-1e+20"),
+        ("/generate", {"sampling_params": {"stop_regex": "("}}, "stop_regex '('"),
+        ("/generate", {"sampling_params": {"nope": 1}}, "unknown field `nope`"),
+        ("/generate", {"sampling_params": []}, "sampling_params is a list of 0"),
+        ("/generate", {"positional_embed_overrides": 5}, "positional_embed_overrides holds no"),
+        ("/generate", {"sampling_params": {"json_schema": '{"$ref": "#"}'}}, "It allows no first token"),
+        ("/v1/completions", {"n": 0}, "n must be in [1, 4096]"),
+    ],
+)
+def test_a_hostile_request_is_refused_and_the_next_is_answered(
+    server: LocalServer, path: str, body: dict[str, Any], sentence: str
+) -> None:
+    prompt = {"input_ids": [5, 6]} if path == "/generate" else {"model": "m", "prompt": [5, 6], "max_tokens": 2}
+    refused = httpx.post(server.url + path, json=prompt | body, timeout=120)
+    assert refused.status_code == 400, refused.text
+    assert sentence in refused.text
+    assert post(server, input_ids=[0, 1023]).status_code == 200
+
+
+def test_a_lone_surrogate_is_refused(server: LocalServer) -> None:
+    for path, field in (("/generate", "text"), ("/v1/completions", "prompt")):
+        body = f'{{"model": "m", "{field}": "a\\ud800"}}'
+        refused = httpx.post(server.url + path, content=body, headers={"Content-Type": "application/json"}, timeout=120)
+        assert refused.status_code == 400, refused.text
+        assert "surrogate" in refused.text
+
+
+def test_after_all_refusals_the_answer_is_the_oracles(
+    server: LocalServer, oracle: CachedOracle, seed: int, prompt_of: PromptOf
+) -> None:
+    assert_equal(ask(server, prompt_of(90, seed), new_tokens=4), oracle)
+    assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.parametrize(
     ("pages", "chunk", "longest"), [(3, -1, PAGE), (3, None, PAGE), (9, None, 7 * PAGE), (3, 512, 8000 - 7)]
 )
 def test_how_long_a_prompt_may_be(pages: int, chunk: int | None, longest: int) -> None:
