@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -93,6 +94,19 @@ def test_a_lone_surrogate_is_refused(server: LocalServer) -> None:
         refused = httpx.post(server.url + path, content=body, headers={"Content-Type": "application/json"}, timeout=120)
         assert refused.status_code == 400, refused.text
         assert "surrogate" in refused.text
+
+
+def test_a_cpu_server_keeps_to_a_grammar(server: LocalServer) -> None:
+    """SGLang's own since 0.5.23: before, the scheduler ended in the bit mask."""
+    for grammar in ({"regex": "[0-9]{3}"}, {"json_schema": '{"enum": [[407, 312]]}'}):
+        body = {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": 64, "temperature": 1} | grammar}
+        answer = httpx.post(f"{server.url}/generate", json=body, timeout=300)
+        assert answer.status_code == 200, answer.text
+        text = answer.json()["text"]
+        if "regex" in grammar:
+            assert len(text) == 3 and text.isdecimal()
+        elif answer.json()["meta_info"]["finish_reason"]["type"] == "stop":
+            assert json.loads(text) == [407, 312]
 
 
 def test_after_all_refusals_the_answer_is_the_oracles(

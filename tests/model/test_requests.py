@@ -301,6 +301,18 @@ def test_other_arguments_of_a_past_call_are_rendered(arguments: Any, rendered: s
     assert call["function"] == {"name": "f", "arguments": rendered}
 
 
+def test_the_role_function_is_refused() -> None:
+    from sglang.srt.parser.deepseek_recipe_renderer import MODEL_NAMES, load_deepseek_recipe, pre_normalize
+
+    recipe = load_deepseek_recipe()
+    options = recipe.ConversionOptions()
+    body = {"messages": [{"role": "user", "content": "hi"}], "thinking": False}
+    recipe.ChatCompletionRequest(pre_normalize(body) | {"model": MODEL_NAMES["dsv4"]}).convert(options)
+    body["messages"].append({"role": "function", "name": "f", "content": "x"})
+    with pytest.raises(ValueError, match="unknown variant `function`"):
+        recipe.ChatCompletionRequest(pre_normalize(body) | {"model": MODEL_NAMES["dsv4"]}).convert(options)
+
+
 class ByteTokenizer:
     """xgrammar's view of a vocabulary: every byte, and one token that ends the answer."""
 
