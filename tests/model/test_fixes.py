@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -59,6 +60,60 @@ def test_an_unusable_prompt_is_refused(server: LocalServer, prompt: dict[str, An
     assert refused.status_code == 400, refused.text
     assert sentence in refused.text
     assert post(server, input_ids=[0, 1023]).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "sentence"),
+    [
+        ("/generate", {"return_logprob": True, "top_logprobs_num": 1000000}, "top_logprobs_num must be in [0, 1024]"),
+        ("/v1/completions", {"logprobs": 1000000}, "top_logprobs_num must be in [0, 1024]"),
+        ("/generate", {"return_logprob": True, "logprob_start_len": -5}, "logprob_start_len must be in [-1, "),
+        ("/v1/completions", {"stop_token_ids": [9999999], "min_tokens": 2}, "stop_token_ids must be in [0, 1023]"),
+        ("/generate", {"sampling_params": {"logit_bias": {"5": 1e300}}}, "logit_bias must be within +-1e+20"),
+        ("/generate", {"sampling_params": {"stop_regex": "("}}, "stop_regex '('"),
+        ("/generate", {"sampling_params": {"nope": 1}}, "unknown field `nope`"),
+        ("/generate", {"sampling_params": []}, "sampling_params is a list of 0"),
+        ("/generate", {"positional_embed_overrides": 5}, "positional_embed_overrides holds no"),
+        ("/generate", {"sampling_params": {"json_schema": '{"$ref": "#"}'}}, "It allows no first token"),
+        ("/v1/completions", {"n": 0}, "n must be in [1, 4096]"),
+    ],
+)
+def test_a_hostile_request_is_refused_and_the_next_is_answered(
+    server: LocalServer, path: str, body: dict[str, Any], sentence: str
+) -> None:
+    prompt = {"input_ids": [5, 6]} if path == "/generate" else {"model": "m", "prompt": [5, 6], "max_tokens": 2}
+    refused = httpx.post(server.url + path, json=prompt | body, timeout=120)
+    assert refused.status_code == 400, refused.text
+    assert sentence in refused.text
+    assert post(server, input_ids=[0, 1023]).status_code == 200
+
+
+def test_a_lone_surrogate_is_refused(server: LocalServer) -> None:
+    for path, field in (("/generate", "text"), ("/v1/completions", "prompt")):
+        body = f'{{"model": "m", "{field}": "a\\ud800"}}'
+        refused = httpx.post(server.url + path, content=body, headers={"Content-Type": "application/json"}, timeout=120)
+        assert refused.status_code == 400, refused.text
+        assert "surrogate" in refused.text
+
+
+def test_a_cpu_server_keeps_to_a_grammar(server: LocalServer) -> None:
+    """SGLang's own since 0.5.23: before, the scheduler ended in the bit mask."""
+    for grammar in ({"regex": "[0-9]{3}"}, {"json_schema": '{"enum": [[407, 312]]}'}):
+        body = {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": 64, "temperature": 1} | grammar}
+        answer = httpx.post(f"{server.url}/generate", json=body, timeout=300)
+        assert answer.status_code == 200, answer.text
+        text = answer.json()["text"]
+        if "regex" in grammar:
+            assert len(text) == 3 and text.isdecimal()
+        elif answer.json()["meta_info"]["finish_reason"]["type"] == "stop":
+            assert json.loads(text) == [407, 312]
+
+
+def test_after_all_refusals_the_answer_is_the_oracles(
+    server: LocalServer, oracle: CachedOracle, seed: int, prompt_of: PromptOf
+) -> None:
+    assert_equal(ask(server, prompt_of(90, seed), new_tokens=4), oracle)
+    assert "Traceback" not in server.log.read_text()
 
 
 @pytest.mark.parametrize(
