@@ -12,6 +12,9 @@ HOST, PORT = "127.0.0.1", 30000
 GRPC_OFFSET = 10000
 """How far above --port SGLang's older gRPC server listens."""
 
+URL_FILE = "SGLANG_SM120_URL_FILE"
+"""Variable that names a file into which `serve` writes the server's URL, for a health check beside it."""
+
 Get = Callable[[str], Value | None]
 """The value of a flag, None where it is not set."""
 
