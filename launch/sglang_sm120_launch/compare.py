@@ -82,10 +82,9 @@ def load(path: Path) -> dict[str, Any]:
     for i, point in enumerate(result["points"]):
         good = isinstance(point, dict) and all(type(point.get(key)) is int for key in COUNTS)
         if good and point["completed"]:
+            times = (point.get(key) for key in TIMES)
             figures = [point.get("output_tokens_per_s")]
-            figures += [
-                (point.get(key) or {}).get("median") if isinstance(point.get(key), dict) else None for key in TIMES
-            ]
+            figures += [time.get("median") if isinstance(time, dict) else None for time in times]
             good = all(type(figure) in number and math.isfinite(figure) and figure >= 0 for figure in figures)
         if not good:
             wrong.append(f"point {i + 1}")

@@ -86,11 +86,12 @@ class Stream:
         self.failure = self.failure or why
 
 
-async def ask(call: Any, pbar: Any = None) -> Any:
+async def ask(request_func_input: Any, pbar: Any = None) -> Any:
     """A request function as SGLang's benchmark calls it: its RequestFuncInput to its RequestFuncOutput."""
     import aiohttp
     from sglang.benchmark import serving
 
+    call = request_func_input
     output = serving.RequestFuncOutput.init_new(call)
     stream = Stream(call.output_len)
     body = {

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
+import http.server
 import json
 import random
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from local_server import LocalServer
 from sglang_sm120.checkpoint.config import ReferenceConfig
 from sglang_sm120_launch import bench, compare, picture
 from sglang_sm120_launch.errors import LaunchError
-from sglang_sm120_launch.stream import Stream
+from sglang_sm120_launch.stream import Stream, ask
 from sglang_sm120_reference.write import write_checkpoint
 
 
@@ -207,6 +210,53 @@ def test_a_stream_is_whole_or_a_failure(stream: Stream, tokens: int, problem: st
     """Tokens are those of the server's count or of the stream, never those that were asked for."""
     assert stream.tokens() == tokens
     assert problem in stream.problem() and bool(problem) == bool(stream.problem())
+
+
+class Streaming(http.server.BaseHTTPRequestHandler):
+    """Answers every request with the same events."""
+
+    events: tuple[Any, ...] = ()
+    status = 200
+
+    def do_POST(self) -> None:  # noqa: N802  named by http.server
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(self.status)
+        self.end_headers()
+        for event in self.events:
+            self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("events", "status", "error"),
+    [
+        ((said("ab"), said("c", "length"), usage(2)), 200, ""),
+        ((said("ab"), {"error": {"message": "boom"}}), 200, "boom"),
+        ((said("a"),), 200, "ended early, after 1 of 2"),
+        ((), 503, "503 Service Unavailable"),
+    ],
+)
+def test_the_benchmark_asks_so(events: tuple[Any, ...], status: int, error: str, monkeypatch: pytest.MonkeyPatch):
+    """As SGLang's benchmark calls it; what is no answer is no success."""
+    from sglang.benchmark import serving
+
+    monkeypatch.setattr(serving, "args", argparse.Namespace(header=None), raising=False)
+    kind = type("Now", (Streaming,), {"events": events, "status": status})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), kind) as stub:
+        threading.Thread(target=stub.serve_forever, daemon=True).start()
+        call = serving.RequestFuncInput(
+            prompt="x", api_url=f"http://127.0.0.1:{stub.server_address[1]}/v1/chat/completions", prompt_len=1,
+            output_len=2, model="m", lora_name="", image_data=None, extra_request_body={},
+        )  # fmt: skip
+        output = asyncio.run(ask(request_func_input=call, pbar=None))
+        stub.shutdown()
+    assert output.success == (not error) and error in output.error
+    if not error:
+        assert (output.output_len, output.prompt_len, output.generated_text) == (2, 5, "abc")
+        assert len(output.itl) == len(output.text_chunks) == 1 and 0 < output.ttft <= output.latency
 
 
 def test_the_picture_names_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
