@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import LaunchError
+from .stream import ask
 
 SCHEMA = 1
 """Version of the JSON file; `compare` refuses another."""
@@ -236,6 +237,7 @@ def _measure(server: Server, output_tokens: int, rounds: int, seed: int) -> Call
     # Imported once, not in a process for each point: torch and transformers come with it.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from sglang.bench_serving import run_benchmark
+    from sglang.benchmark import serving
     from sglang.benchmark.datasets import DATASET_MAPPING
     from sglang.benchmark.datasets.common import BaseDataset, DatasetRow
     from sglang.test.test_utils import get_benchmark_args
@@ -255,6 +257,7 @@ def _measure(server: Server, output_tokens: int, rounds: int, seed: int) -> Call
 
     # SGLang's own kinds count with the tokenizer's template, which DeepSeek-V4's has not, or without any.
     DATASET_MAPPING[DATASET] = Prompts
+    serving.ASYNC_REQUEST_FUNCS["sglang-oai-chat"] = ask
     count = counter(server)
 
     def measure(prompt_tokens: int, concurrency: int) -> dict[str, Any]:
@@ -354,4 +357,7 @@ def picture(result: Mapping[str, Any], path: Path) -> None:
     server = result["server"]
     heading = f"{Path(result['model']).name} on SGLang {server.get('version')}, TP {server.get('tp_size')}, "
     heading += f"{server.get('device')}, {result['output_tokens']} output tokens, {result['started'][:10]}"
+    failed = sum(point["requests"] - point["completed"] for point in result["points"])
+    if failed:
+        heading += f" — {failed} of {sum(point['requests'] for point in result['points'])} requests failed"
     draw(heading, panels, path)

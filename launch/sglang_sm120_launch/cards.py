@@ -60,13 +60,13 @@ def choose(machine: Machine, model: Model, wanted: tuple[int, ...] | None, tp: i
         raise LaunchError(f"{unserved[0].name} has no DeepSeek-V4 kernels: name other cards with --gpus.")
     nodes = machine.nodes
     if tp is None:
-        local = next((size for size in SIZES if size <= len(group) and _divides(model, size * nodes)), 0)
+        local = next((size for size in SIZES if size <= len(group) and divides(model, size * nodes)), 0)
         if not local:
             raise LaunchError(f"{nodes} nodes make no number of ranks that divides the model: use 1, 2, 4 or 8 cards.")
         ranks, why = local * nodes, _why(local, len(group), nodes)
     else:
         ranks, why = tp, "as given"
-        if not _divides(model, tp) or tp % nodes or tp // nodes > len(group):
+        if not divides(model, tp) or tp % nodes or tp // nodes > len(group):
             most = next((size for size in SIZES if size <= len(group)), 0) * nodes
             raise LaunchError(
                 f"TP {tp} was asked for, and {nodes} x {len(group)} cards and the model's heads, groups and FP8 blocks "
@@ -113,7 +113,7 @@ def _size(count: int) -> int:
     return next(size for size in SIZES if size <= count)
 
 
-def _divides(model: Model, tp: int) -> bool:
+def divides(model: Model, tp: int) -> bool:
     """Whether ranks get whole heads, output groups and FP8 blocks."""
     config = model.config
     inter, low_rank = config["moe_intermediate_size"], config["o_groups"] * config["o_lora_rank"]

@@ -9,12 +9,15 @@ import os
 import re
 import resource
 import shutil
-import socket
+import signal
 import subprocess
+import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from .address import listen_problem, port_problem
 from .machine import IOMMU, Machine
 
 Status = Literal["ok", "warn", "fail"]
@@ -29,8 +32,9 @@ USED_MIB = 1024
 OPEN_FILES = 65535
 """What SGLang raises its own limit to, as far as the hard limit allows."""
 CACHE_BYTES = 5 * GIB
-GRPC_OFFSET = 10000
-"""SGLang reserves a gRPC port this far above the first and refuses to start when there is no such port."""
+CACHE_VARIABLE = "TRITON_CACHE_DIR"
+NVCC_SECONDS = 5.0
+"""How long a compiler may take to say what it is: one on a hanging network drive never answers."""
 
 
 class Finding(NamedTuple):
@@ -182,10 +186,16 @@ def _limit(value: int, unit: str = "", scale: int = 1) -> str:
 def disk(cache: Path) -> Finding:
     """Space for compiled kernels."""
     place = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    try:
+        # Tried, not asked: permission bits say nothing about root, a read-only mount or a file in the way.
+        with tempfile.TemporaryFile(dir=place) as probe:
+            probe.write(b"0")
+            probe.flush()
+    except OSError as error:
+        do = f"set HOME, or {CACHE_VARIABLE} for Triton's kernels, to a folder that the server may write to"
+        return Finding("disk", "fail", f"{place} is not writable ({error.strerror})", do)
     free = shutil.disk_usage(place).free
     found = f"{free / GIB:.1f} GiB free for {cache}"
-    if not os.access(place, os.W_OK):
-        return Finding("disk", "fail", f"{place} is not writable", "set HOME to a folder that the server may write to")
     if free < CACHE_BYTES:
         return Finding("disk", "warn", found, f"free {CACHE_BYTES // GIB} GiB: compiled kernels are kept there")
     return Finding("disk", "ok", found)
@@ -193,16 +203,10 @@ def disk(cache: Path) -> Finding:
 
 def port_free(host: str, port: int) -> Finding:
     """The server's port."""
-    last = 65535 - GRPC_OFFSET
-    if not 0 < port <= last:
-        return Finding(
-            "port", "fail", f"{port} is out of range", f"choose a --port from 1 to {last}, as SGLang needs it"
-        )
-    try:
-        with socket.create_server((host, port)):
-            pass
-    except OSError as error:
-        return Finding("port", "fail", f"{host}:{port} cannot be bound ({error.strerror})", "choose another --port")
+    if problem := port_problem(port):
+        return Finding("port", "fail", f"{port} is out of range", problem)
+    if problem := listen_problem(host, port):
+        return Finding("port", "fail", f"{host}:{port} cannot be bound ({problem})", "choose another --port or --host")
     return Finding("port", "ok", f"{host}:{port} is free")
 
 
@@ -212,10 +216,13 @@ def nvcc(machine: Machine, environment: Mapping[str, str]) -> Finding:
     do = f"install the CUDA toolkit {FIRST_CUDA[0]}.{FIRST_CUDA[1]} or newer and set CUDA_HOME"
     if compiler is None:
         return Finding("nvcc", "fail", "not in CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda", do)
-    release = re.search(r"release (\d+\.\d+)", _output(str(compiler), "--version"))
-    if release is None:
-        return Finding("nvcc", "fail", f"{compiler} does not run", do)
-    known = {int(number) for number in re.findall(r"compute_(\d+)", _output(str(compiler), "--list-gpu-arch"))}
+    until = time.monotonic() + NVCC_SECONDS
+    release = re.search(r"release (\d+\.\d+)", _output(until, str(compiler), "--version"))
+    listed = _output(until, str(compiler), "--list-gpu-arch") if release is not None else ""
+    if release is None or time.monotonic() >= until:
+        late = f" within {NVCC_SECONDS:.0f} s" if time.monotonic() >= until else ""
+        return Finding("nvcc", "fail", f"{compiler} does not run{late}", do)
+    known = {int(number) for number in re.findall(r"compute_(\d+)", listed)}
     missing = sorted({card.sm for card in machine.gpus if card.sm in SERVED} or set(SERVED[:1]))
     found = f"{release.group(1)} ({compiler})"
     if not known.issuperset(missing):
@@ -246,9 +253,19 @@ def host_compiler() -> Finding:
     return Finding("host-compiler", "ok", "a C++ compiler and ninja are on PATH")
 
 
-def _output(*command: str) -> str:
-    """Standard output of a command, empty when it fails or takes too long."""
+def _output(until: float, *command: str) -> str:
+    """Standard output of a command, empty when it fails or has not ended at that time of `time.monotonic`."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
-    except (OSError, subprocess.TimeoutExpired):
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+    except OSError:
+        return ""
+    try:
+        return process.communicate(timeout=max(0.0, until - time.monotonic()))[0]
+    except subprocess.TimeoutExpired:
+        # What it has started holds the pipe open as well.
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
         return ""

@@ -5,7 +5,6 @@ Only the headers of the safetensors files are read, without torch.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -14,7 +13,7 @@ from typing import Any
 
 from .checks import Finding
 from .errors import LaunchError
-from .model import INDEX, shard_header
+from .model import checked, read_index, read_json, shard_header
 
 MODEL_TYPE = "deepseek_v4"
 EXPERT = re.compile(r"(?:layers|mtp)\.\d+\.ffn\.experts\.\d+\.w[123]\.(weight|scale)")
@@ -25,12 +24,13 @@ EXPERT_DTYPES = {"weight": "I8", "scale": "F8_E8M0"}
 def checkpoint_checks(folder: Path) -> Iterator[Finding]:
     """Both checks of the checkpoint in `folder`."""
     try:
-        config = _json(folder / "config.json")
+        config = read_json(folder / "config.json")
         if config.get("model_type") != MODEL_TYPE:
             raise LaunchError(
                 f"{folder} holds the model type {config.get('model_type')!r}, needed {MODEL_TYPE!r}: "
                 "name another directory with --model."
             )
+        checked(config, str(folder), folder / "config.json")
         dtypes = _dtypes(folder)
     except LaunchError as error:
         found, _, do = str(error).rstrip(".").rpartition(": ")
@@ -59,9 +59,7 @@ def experts(config: Mapping[str, Any], dtypes: Mapping[str, str]) -> Finding:
 
 def _dtypes(folder: Path) -> dict[str, str]:
     """Tensor name -> dtype, once the index and the files it names agree about every tensor."""
-    weight_map = _json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise LaunchError(f"{folder / INDEX} has no weight_map: download it again.")
+    weight_map = read_index(folder)
     files = {file: shard_header(folder / file) for file in sorted(set(weight_map.values()))}
     lost = sorted(name for name, file in weight_map.items() if name not in files[file])
     if lost:
@@ -71,15 +69,3 @@ def _dtypes(folder: Path) -> dict[str, str]:
     if extra:
         raise LaunchError(f"the index does not have {extra[0]} ({len(extra)} tensors of the files): download it again.")
     return {name: files[file][name]["dtype"] for name, file in weight_map.items()}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise LaunchError(f"{path} cannot be read ({error.strerror}): download it again.") from None
-    except ValueError as error:
-        raise LaunchError(f"{path} is not JSON ({error}): download it again.") from None
-    if not isinstance(value, dict):
-        raise LaunchError(f"{path} holds no JSON object: download it again.")
-    return value

@@ -74,11 +74,11 @@ def patches(package: Path | None, overlay: Path | None) -> Finding:
         package: SGLang's folder, None when it is not installed.
         overlay: the folder of the overlay that Python imports.
     """
-    from sglang_sm120.startup import problem_of
-
     sglang = _find("sglang")
     if overlay is None:
         return Finding("patches", "fail", "not looked at", "see overlay")
+    from sglang_sm120.startup import problem_of
+
     try:
         problem = problem_of(overlay, package.parent if package else None, sglang.version if sglang else None)
         if problem is not None:

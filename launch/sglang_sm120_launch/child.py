@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -73,6 +74,16 @@ class Child:
             if title:
                 parts.append(f"--- {process.pid} {title[:100]}\n{_stack(process)}")
         return "\n".join(parts)
+
+    def drain(self, seconds: float) -> None:
+        """Tell the first process alone to end, and wait so long: SGLang then answers what is in flight.
+
+        Its ranks and detokenizer would die of the same signal, and with them every stream.
+        """
+        if self.status() is None:
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(seconds)
 
     def stop(self, grace_seconds: float = 5.0) -> None:
         """Terminate the process group, by force after `grace_seconds`; returns when all of it is gone."""

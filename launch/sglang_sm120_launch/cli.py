@@ -28,13 +28,26 @@ def main(words: Sequence[str] | None = None) -> int:
     for name, summary in COMMANDS.items():
         child = choices.add_parser(name, help=summary, description=summary)
         if name == chosen:
-            # Imported only now, so that `doctor` runs where torch and SGLang cannot be imported.
-            module = importlib.import_module(f"{__package__}.{name}")
-            module.configure(child)
-            child.set_defaults(run=module.run)
+            chosen_parser = child
     try:
-        arguments = parser.parse_args(words)
+        if chosen is not None:
+            # Imported only now, so that `doctor` runs where torch and SGLang cannot be imported.
+            module = importlib.import_module(f"{__package__}.{chosen}")
+            module.configure(chosen_parser)
+            chosen_parser.set_defaults(run=module.run)
+        arguments, unknown = parser.parse_known_args(words)
+        if unknown:
+            where = "SGLang's own flags come after `--`" if "server" in arguments else "`--help` lists them"
+            raise LaunchError(f"{unknown[0]} is no option of `{chosen}`: {where}.")
         return int(arguments.run(arguments))
+    except ModuleNotFoundError as error:
+        package = (error.name or str(error)).partition(".")[0]
+        print(
+            f"sglang-sm120: {sys.executable} has no package {package}, which `{chosen}` needs: run `make setup` and "
+            f"`make apply`, or use the Python that they filled.",
+            file=sys.stderr,
+        )
+        return 2
     except LaunchError as error:
         print(f"sglang-sm120: {error}", file=sys.stderr)
         return 2

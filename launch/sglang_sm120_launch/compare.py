@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from .errors import LaunchError
 
 SETTINGS = ("model", "output_tokens", "rounds", "server")
 """Keys of a run that make its figures what they are; where two runs differ in them, the reader is told."""
+
+COUNTS = ("prompt_tokens", "concurrency", "requests", "completed")
+TIMES = ("ttft_ms", "tpot_ms")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +35,12 @@ def run(arguments: argparse.Namespace) -> int:
             f"{arguments.a} and {arguments.b} have no point in common: run `bench` with the same --prompt-tokens and "
             "--concurrency."
         )
+    for name, run in (("A", a), ("B", b)):
+        if not run["complete"]:
+            print(f"{name} is incomplete: it was ended before its last point")
+        failed, asked = (sum(point[key] for point in run["points"]) for key in ("completed", "requests"))
+        if failed < asked:
+            print(f"{name} had failures: {asked - failed} of {asked} requests")
     for name in SETTINGS:
         if a[name] != b[name]:
             print(f"{name} differs: {_difference(a[name], b[name])}")
@@ -59,13 +69,27 @@ def load(path: Path) -> dict[str, Any]:
         result = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise LaunchError(f"{path} cannot be read ({error.strerror}): name a result of `bench`.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LaunchError(f"{path} is not JSON ({error}): name a result of `bench`.") from None
     schema = result.get("schema") if isinstance(result, dict) else None
     if schema != SCHEMA or not isinstance(result.get("points"), list):
         raise LaunchError(
             f"{path} has the schema {schema!r}, needed {SCHEMA}: name a result of this version's `bench`."
         )
+    number = (int, float)
+    kinds: dict[str, Any] = {"complete": bool, "model": str, "output_tokens": int, "rounds": int, "server": dict}
+    wrong = [key for key, kind in kinds.items() if not isinstance(result.get(key), kind)]
+    for i, point in enumerate(result["points"]):
+        good = isinstance(point, dict) and all(type(point.get(key)) is int for key in COUNTS)
+        if good and point["completed"]:
+            times = (point.get(key) for key in TIMES)
+            figures = [point.get("output_tokens_per_s")]
+            figures += [time.get("median") if isinstance(time, dict) else None for time in times]
+            good = all(type(figure) in number and math.isfinite(figure) and figure >= 0 for figure in figures)
+        if not good:
+            wrong.append(f"point {i + 1}")
+    if wrong:
+        raise LaunchError(f"{path} is damaged ({', '.join(wrong)}): run `bench` again.")
     return result
 
 

@@ -120,8 +120,8 @@ class Config:
 
 
 def matches(wanted: str, name: str) -> bool:
-    """Whether NVML's name of a card is the one a config means; RTX PRO 6000 has a Max-Q edition of its own."""
-    return wanted.removesuffix(" Max-Q") in name and ("Max-Q" in name) == wanted.endswith("Max-Q")
+    """Whether NVML's name of a card is the one a config means: its Max-Q edition too, which differs in power alone."""
+    return wanted.removesuffix(" Max-Q") in name and ("Max-Q" in name or not wanted.endswith("Max-Q"))
 
 
 def _keys(value: object, known: tuple[str, ...] | None, needed: tuple[str, ...], where: str) -> dict[str, Any]:

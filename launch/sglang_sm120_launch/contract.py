@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from sglang_sm120.speculation import MAX_DRAFT_TOKENS
-
 from .settings import Value
 
 FEATURES: Mapping[str, Mapping[str, Value | None]] = {
@@ -99,9 +97,7 @@ def reasons(
     ]
     if emulated and flags("speculative-moe-runner-backend") == "triton":
         found.append("on this card the draft's experts cannot run by --speculative-moe-runner-backend triton")
-    drafts, watchdog = flags("speculative-num-draft-tokens"), flags("watchdog-timeout")
-    if isinstance(drafts, int) and drafts > MAX_DRAFT_TOKENS:
-        found.append(f"--speculative-num-draft-tokens {drafts} is more than the compressor can take back")
+    watchdog = flags("watchdog-timeout")
     if isinstance(watchdog, int | float) and 0 < watchdog < SHORTEST_WATCHDOG:
         found.append(f"--watchdog-timeout {watchdog:g} leaves SGLang's waits too little time")
     found += [_refused(f"{name}={value}") for name in switches if (value := variables(name) or "").lower() in ON]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .checks import Finding, Status, machine_checks
+from .checks import CACHE_VARIABLE, Finding, Status, machine_checks
 from .checks_checkpoint import checkpoint_checks
 from .checks_software import software_checks
 from .errors import LaunchError
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.model is not None and not arguments.model.is_dir():
         raise LaunchError(f"--model {arguments.model} is not a directory: name the folder of a downloaded checkpoint.")
     machine = visible(Machine.detect(), os.environ.get("CUDA_VISIBLE_DEVICES"))
-    cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton")
+    cache = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".triton").absolute()
     findings = [*machine_checks(machine, arguments.host, arguments.port, cache), *software_checks()]
     if arguments.model is not None:
         findings += checkpoint_checks(arguments.model)

@@ -139,8 +139,11 @@ def fit(model: Model, room: Room, given: Given, chunk: int) -> Fit:
         )
     nearest = _Short(math.inf, "")
     for candidate in _candidates(given, chunk):
-        found = _Try(model, room, given, loaded, *candidate).found()
+        attempt = _Try(model, room, given, loaded, *candidate)
+        found = attempt.found()
         if isinstance(found, Fit):
+            if (unused := found.lines[-1][1]) < 0:
+                raise LaunchError(attempt.over(found, -unused))
             return found
         nearest = min(nearest, found)
     raise LaunchError(
@@ -261,6 +264,17 @@ class _Try:
             self.chunk, self.requests, context, self.ratio, static, *self.graphs, pools, per_token, available,
             self._lines(context, pools),
         )  # fmt: skip
+
+    def over(self, found: Fit, missing: int) -> str:
+        """A sentence about a memory fraction that the user gave, `missing` bytes too large for what stays beside."""
+        beside = sum(self.beside(found.context).values())
+        free = replace(self, given=replace(self.given, static=None))
+        context = self.given.context or free.context()
+        return (
+            f"--mem-fraction-static is {found.static} and leaves {_gib(beside - missing)} of {_gib(beside)} GiB that "
+            f"graphs, activations and prefill take beside weights and cache at a context length of {found.context}: "
+            f"leave it out, or give {free.pools(context)[0]} or less with --context-length {context}."
+        )
 
     def _holds(self, context: int) -> bool:
         return self.pools(context)[2].full >= context + PAGE

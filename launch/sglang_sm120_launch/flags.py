@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import importlib.util
 import io
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
@@ -38,6 +39,8 @@ class Flags:
         """The flags of the SGLang beside this launcher; importing it takes some ten seconds."""
         if importlib.util.find_spec("sglang") is None:
             return cls(None)
+        # Seconds without a word would look like a hang; stdout is the plan's, JSON perhaps.
+        print("sglang-sm120: importing SGLang for its flags, some ten seconds", file=sys.stderr, flush=True)
         parser = _Parser(prog="sglang.launch_server", add_help=False)
         # SGLang's import prints warnings about its own dependencies, which would stand before a plan.
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):

@@ -25,6 +25,9 @@ _NEEDED = (
 )  # fmt: skip
 
 
+_ROPE = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
+_QUANTISED = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+"""What config.json says of the published checkpoint, whose experts SGLang knows for MXFP4 beside it."""
 _SHARDED = re.compile(
     r"^(embed|head)\.weight$|\.attn\.(wq_b|wo_a|wo_b)\.|\.ffn\.(shared_experts|experts\.\d+)\.w[123]\."
 )
@@ -89,26 +92,39 @@ class Model:
         Raises:
             LaunchError: there is no such model here, it is not DeepSeek-V4, or a file of the checkpoint is missing.
         """
-        folder = Path(path)
-        if not folder.is_dir():
-            cached = _cached(path)
-            if cached is None and path != FLASH:
-                raise LaunchError(
-                    f"{path} is neither a directory nor a model in the Hugging Face cache: give a checkpoint directory "
-                    f"or download it first with `hf download`."
-                )
-            folder = cached or folder
-        file = folder / "config.json"
-        if file.is_file():
-            text = file.read_text(encoding="utf-8")
+        folder = located(path)
+        file = folder / "config.json" if folder is not None else None
+        if file is not None and file.is_file():
+            config = checked(read_json(file), path, file)
         elif path == FLASH:
             text = resources.files("sglang_sm120").joinpath("model-config.json").read_text(encoding="utf-8")
+            config = json.loads(text)
         else:
             raise LaunchError(f"{folder} has no config.json: give the directory of a DeepSeek-V4 checkpoint.")
-        config = _checked(text, path)
-        if (folder / INDEX).is_file():
-            return cls(path, config, _from_shards(folder), "the checkpoint's index")
-        return cls(path, config, _from_config(config, path), "config.json")
+        expected = _from_config(config, str(file))
+        if folder is None or not (folder / INDEX).is_file():
+            return cls(path, config, expected, "config.json")
+        found = _from_shards(folder)
+        _compare(found, expected, config, folder)
+        return cls(path, config, found, "the checkpoint's index")
+
+
+def located(path: str) -> Path | None:
+    """The directory of a checkpoint or of a model in the Hugging Face cache; None for Flash, known without either.
+
+    Raises:
+        LaunchError: there is no such model here.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    cached = _cached(path)
+    if cached is None and path != FLASH:
+        raise LaunchError(
+            f"{path} is neither a directory nor a model in the Hugging Face cache: give a checkpoint directory "
+            f"or download it first with `hf download`."
+        )
+    return cached
 
 
 def _cached(name: str) -> Path | None:
@@ -123,26 +139,75 @@ def _cached(name: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def _checked(text: str, path: str) -> dict[str, Any]:
-    try:
-        config = json.loads(text)
-    except ValueError as error:
-        raise LaunchError(f"config.json of {path} is not JSON ({error}): download it again.") from None
-    kind = config.get("model_type") if isinstance(config, dict) else None
+def checked(config: dict[str, Any], path: str, file: Path) -> dict[str, Any]:
+    """config.json, once every value that is reckoned with is there and of its kind.
+
+    Raises:
+        LaunchError: it is another model's, damaged, or of a checkpoint that is quantised otherwise.
+    """
+    kind = config.get("model_type")
     if kind != "deepseek_v4":
         raise LaunchError(f"{path} is a model of type {kind}, needed deepseek_v4: this launcher serves nothing else.")
     missing = [key for key in _NEEDED if key not in config]
     if missing:
-        raise LaunchError(f"config.json of {path} lacks {', '.join(missing)}: download it again.")
+        raise LaunchError(f"{file} lacks {', '.join(missing)}: download it again.")
+    ratios = config["compress_ratios"]
+    for key in _NEEDED:
+        value = config[key]
+        if key == "compress_ratios":
+            good = isinstance(ratios, list) and all(type(one) is int for one in ratios)
+        elif key == "rope_scaling":
+            good = isinstance(value, dict) and all(type(value.get(name)) in (int, float) for name in _ROPE)
+        else:
+            good = type(value) is int
+        if not good:
+            raise LaunchError(f"{file} has {key}={value!r}, which is of another kind: download it again.")
+    for key in ("num_nextn_predict_layers", "num_hash_layers"):
+        if type(config.get(key, 0)) is not int:
+            raise LaunchError(f"{file} has {key}={config[key]!r}, which is of another kind: download it again.")
+    quantised = config.get("quantization_config")
+    found = {key: quantised.get(key) for key in _QUANTISED} if isinstance(quantised, dict) else quantised
+    if found != _QUANTISED:
+        raise LaunchError(
+            f"{file} has the quantization_config {found}, needed {_QUANTISED}: use the published checkpoint."
+        )
+    if config.get("expert_dtype", "fp4") != "fp4":
+        raise LaunchError(f"{file} has expert_dtype={config['expert_dtype']!r}: use the published checkpoint (fp4).")
     return config
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of a checkpoint.
+
+    Raises:
+        LaunchError: the file cannot be read or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LaunchError(f"{path} cannot be read ({error.strerror}): download it again.") from None
+    except (ValueError, RecursionError) as error:
+        raise LaunchError(f"{path} is not JSON ({error}): download it again.") from None
+    if not isinstance(value, dict):
+        raise LaunchError(f"{path} holds no JSON object: download it again.")
+    return value
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """Tensor name -> file, from a checkpoint's index.
+
+    Raises:
+        LaunchError: there is no index, or it names no tensors.
+    """
+    places = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
+        raise LaunchError(f"{folder / INDEX} has no weight_map: download it again.")
+    return places
 
 
 def _from_shards(folder: Path) -> dict[str, int]:
     """Bytes of every tensor, from the headers of the files that the index names."""
-    try:
-        places: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError):
-        raise LaunchError(f"{folder / INDEX} has no weight_map: download it again.") from None
+    places = read_index(folder)
     tensors: dict[str, int] = {}
     for shard in sorted(set(places.values())):
         header = shard_header(folder / shard)
@@ -151,6 +216,22 @@ def _from_shards(folder: Path) -> dict[str, int]:
     if absent:
         raise LaunchError(f"{places[absent[0]]} lacks the tensor {absent[0]} that the index names: download it again.")
     return {name: tensors[name] for name in places}
+
+
+def _compare(found: Mapping[str, int], expected: Mapping[str, int], config: Mapping[str, Any], folder: Path) -> None:
+    """Raise LaunchError where a tensor that config.json implies is missing or has another size."""
+
+    # DSpark's stages take the place of the MTP layer under the same prefix.
+    dspark = any(key.startswith("dspark_") for key in config)
+    needed = {name: size for name, size in expected.items() if not (dspark and name.startswith("mtp."))}
+    differing = sorted(name for name, size in needed.items() if found.get(name) != size)
+    if differing:
+        name = differing[0]
+        there = f"{found[name]} bytes" if name in found else "nothing"
+        raise LaunchError(
+            f"{folder / INDEX} differs from config.json in {len(differing)} of {len(needed)} tensors (first {name}: "
+            f"{there}, needed {needed[name]} bytes): use the published checkpoint, or download it again."
+        )
 
 
 def shard_header(file: Path) -> dict[str, dict[str, Any]]:
@@ -162,12 +243,18 @@ def shard_header(file: Path) -> dict[str, dict[str, Any]]:
     try:
         with file.open("rb") as stream:
             (size,) = struct.unpack("<Q", stream.read(8))
+            if size > file.stat().st_size:
+                raise ValueError("it is longer than the file")
             header = json.loads(stream.read(size))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            if not (type(begin) is type(end) is int and 0 <= begin <= end and isinstance(entry["dtype"], str)):
+                raise ValueError(f"the entry of {name}")
     except FileNotFoundError:
         raise LaunchError(f"{file} is missing though the index names it: download it.") from None
-    except (OSError, ValueError, struct.error, MemoryError, OverflowError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise LaunchError(f"{file} has no readable safetensors header ({error}): download it again.") from None
-    header.pop("__metadata__", None)
     end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     found = file.stat().st_size
     if found != 8 + size + end:
@@ -175,12 +262,12 @@ def shard_header(file: Path) -> dict[str, dict[str, Any]]:
     return header
 
 
-def _from_config(config: dict[str, Any], path: str) -> dict[str, int]:
+def _from_config(config: dict[str, Any], file: str) -> dict[str, int]:
     from sglang_sm120.checkpoint.config import ReferenceConfig
     from sglang_sm120.checkpoint.layout import stored
 
     try:
         layout = stored(ReferenceConfig.from_json(config))
     except ValueError as error:
-        raise LaunchError(f"config.json of {path} is none this project can serve: {error}.") from None
+        raise LaunchError(f"{file} is none this project can serve: {error}.") from None
     return {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in layout.items()}

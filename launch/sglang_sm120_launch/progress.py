@@ -7,11 +7,15 @@ request is there the counter rests, so a resting server is asked for one token t
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx
+
+from .address import URL_FILE
 
 COUNTER = "sglang:realtime_tokens_total"
 PAGE_SECONDS = 5.0
@@ -26,7 +30,8 @@ class Progress:
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._client = httpx.Client(base_url=url, headers=headers, trust_env=False)
+        # The server is this machine's own, and its certificate names it as clients do, not as it is reached here.
+        self._client = httpx.Client(base_url=url, headers=headers, trust_env=False, verify=False)
         self._tokens = self.tokens()
         self._seen = time.monotonic()
         self._question: threading.Thread | None = None
@@ -69,11 +74,19 @@ class Progress:
 
 
 def main(words: list[str]) -> int:
-    """0 when the server makes a token within 30 seconds, 1 when not, 2 for misuse."""
-    if len(words) != 1:
-        print("usage: python -m sglang_sm120_launch.progress URL", file=sys.stderr)
+    """0 when the server makes a token within 30 seconds, 1 when not, 2 for misuse.
+
+    Without a URL it is the one that `serve` has written into the file that SGLANG_SM120_URL_FILE names.
+    """
+    file = os.environ.get(URL_FILE)
+    if len(words) > 1 or not (words or file):
+        print(f"usage: python -m sglang_sm120_launch.progress URL, or set {URL_FILE}", file=sys.stderr)
         return 2
-    return 0 if Progress(words[0]).made_within(ASK_SECONDS) else 1
+    try:
+        url = words[0] if words else Path(str(file)).read_text(encoding="utf-8").strip()
+    except OSError:
+        return 1
+    return 0 if Progress(url).made_within(ASK_SECONDS) else 1
 
 
 if __name__ == "__main__":

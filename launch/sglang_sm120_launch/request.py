@@ -14,8 +14,10 @@ from .config import Config
 from .errors import LaunchError
 from .flags import Flags
 from .machine import Machine
-from .model import Model
-from .plan import EMULATION_VARIABLES, Plan, Request
+from .model import Model, located
+from .plan import Plan
+from .sections import EMULATION_VARIABLES
+from .values import Request
 
 VARIABLES = (
     "CUDA_DEVICE_ORDER", "GLOO_SOCKET_IFNAME", "NCCL_IB_HCA", "NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE",
@@ -23,6 +25,10 @@ VARIABLES = (
     *EMULATION_VARIABLES,
 )  # fmt: skip
 """Variables that change a plan or that it may set: the user's own value of one of them stays."""
+
+
+KEYS = {"SGLANG_API_KEY": "api-key", "SGLANG_ADMIN_API_KEY": "admin-api-key"}
+"""Variables of the launcher's own: SGLang takes its keys as flags alone, which a shell keeps in its history."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,9 @@ def read(arguments: argparse.Namespace, environment: Mapping[str, str] = os.envi
     Raises:
         LaunchError: a file, a flag or the machine is not what it should be.
     """
+    if arguments.model is not None:
+        # A path that is not there is told before SGLang is imported.
+        located(arguments.model)
     flags = Flags.installed()
     given = flags.from_words(arguments.server)
     config = Config.load(arguments.config, flags) if arguments.config else None
@@ -75,8 +84,10 @@ def read(arguments: argparse.Namespace, environment: Mapping[str, str] = os.envi
     gpus = arguments.gpus
     if gpus is None and (visible := present.get("CUDA_VISIBLE_DEVICES")):
         gpus = _visible(visible)
+    keys = {flag: present[variable] for variable, flag in KEYS.items() if present.get(variable)}
     request = Request(
         flags=given,
+        keys=keys,
         env={name: present[name] for name in VARIABLES if name in present},
         mtp=arguments.mtp,
         gpus=gpus,

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import signal
-import socket
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 import httpx
 
 from . import request, show
+from .address import HOST, PORT, URL_FILE, listen_problem, url
 from .child import Child
 from .errors import LaunchError
 from .plan import Plan, make_plan
 from .progress import Progress
 
-HOST, PORT = "127.0.0.1", 30000
-"""SGLang's own defaults."""
 LOOK_SECONDS = 2.0
 PROMPT = "What is 6 times 7?"
+IDS = list(range(1, 9))
 TOKENS = 16
 REQUEST_SECONDS = 600.0
 
@@ -62,6 +64,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--start-limit", type=float, default=3600.0, metavar="SECONDS",
         help="how long loading, compiling and warm-up may take (default: %(default).0f)",
     )  # fmt: skip
+    parser.add_argument(
+        "--drain-limit", type=float, default=30.0, metavar="SECONDS",
+        help="how long requests in flight may take to end after SIGTERM or Ctrl-C; a second one ends the wait "
+        "(default: %(default).0f)",
+    )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -78,6 +85,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.watch and plan.value("enable-metrics") is not True:
         raise LaunchError("--watch reads token counters and the config leaves out enable-metrics: add it to `auto`.")
     _require_free_port(plan)
+    if file := os.environ.get(URL_FILE):
+        Path(file).write_text(url(plan.value), encoding="utf-8")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:
@@ -92,7 +101,7 @@ def _serve(plan: Plan, arguments: argparse.Namespace) -> int:
     try:
         if plan.value("node-rank") in (None, 0):
             _wait_until_ready(child, plan, began + arguments.start_limit)
-            _say(f"ready: {url(plan)} after {time.monotonic() - began:.0f} s")
+            _say(f"ready: {url(plan.value)} after {time.monotonic() - began:.0f} s")
             if plan.value("disaggregation-mode") in (None, "null"):
                 _say(_sentence(first_request(plan)))
             _say(f"evidence for this configuration: {plan.evidence}")
@@ -102,17 +111,16 @@ def _serve(plan: Plan, arguments: argparse.Namespace) -> int:
     except Failed as failure:
         print(f"sglang-sm120: {failure}", file=sys.stderr)
         return 1
+    except Stopped:
+        # A second signal ends the wait.
+        with contextlib.suppress(Stopped):
+            child.drain(arguments.drain_limit)
+        raise
     finally:
-        # A second Ctrl-C must not leave processes behind.
+        # A further Ctrl-C must not leave processes behind.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         child.stop()
-
-
-def url(plan: Plan) -> str:
-    """Where this machine reaches the server."""
-    host = plan.value("host") or HOST
-    return f"http://{HOST if host == '0.0.0.0' else host}:{plan.value('port') or PORT}"
 
 
 def first_request(plan: Plan) -> Answer:
@@ -121,8 +129,10 @@ def first_request(plan: Plan) -> Answer:
     Raises:
         Failed: the server answered with an error, or not at all.
     """
+    # A server without a tokenizer takes token ids alone.
+    prompt = {"input_ids": IDS} if plan.value("skip-tokenizer-init") is True else {"text": PROMPT}
     body = {
-        "text": PROMPT,
+        **prompt,
         "sampling_params": {"max_new_tokens": TOKENS, "temperature": 0, "ignore_eos": True},
     }
     key = plan.value("api-key")
@@ -131,8 +141,9 @@ def first_request(plan: Plan) -> Answer:
     response = None
     try:
         response = httpx.post(
-            f"{url(plan)}/generate", json=body, headers=headers, timeout=REQUEST_SECONDS, trust_env=False
-        )
+            f"{url(plan.value)}/generate", json=body, headers=headers, timeout=REQUEST_SECONDS, trust_env=False,
+            verify=False,
+        )  # fmt: skip
         response.raise_for_status()
         meta = response.json()["meta_info"]
     except (httpx.HTTPError, ValueError, KeyError) as error:
@@ -149,7 +160,7 @@ def watch(child: Child, plan: Plan, stall_limit: float) -> None:
             the stacks of all its processes have been printed.
     """
     key = plan.value("api-key")
-    progress = Progress(url(plan), str(key) if key else None)
+    progress = Progress(url(plan.value), str(key) if key else None)
     child.remember()
     while True:
         if child.status() is not None:
@@ -171,7 +182,7 @@ def _wait_until_ready(child: Child, plan: Plan, deadline: float) -> None:
             raise Failed(f"The server ended with status {child.status()} before it was ready: its log above says why.")
         try:
             # SGLang answers 503 until its own warm-up request has been served.
-            if httpx.get(f"{url(plan)}/health", timeout=30, trust_env=False).status_code == 200:
+            if httpx.get(f"{url(plan.value)}/health", timeout=30, trust_env=False, verify=False).status_code == 200:
                 return
         except httpx.HTTPError:
             pass
@@ -181,14 +192,8 @@ def _wait_until_ready(child: Child, plan: Plan, deadline: float) -> None:
 
 def _require_free_port(plan: Plan) -> None:
     host, port = str(plan.value("host") or HOST), int(str(plan.value("port") or PORT))
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise LaunchError(
-                f"{host}:{port} cannot be listened on ({error.strerror}): stop what uses it or give another --port."
-            ) from None
+    if problem := listen_problem(host, port):
+        raise LaunchError(f"{host}:{port} cannot be listened on ({problem}): stop what uses it or give another --port.")
 
 
 def _sentence(answer: Answer) -> str:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
+
+SECRET = re.compile(r"api-key$|password$")
+"""Flags whose values nobody may read over a shoulder or in a log."""
+HIDDEN = "********"
 
 Value = bool | int | float | str | tuple[int, ...] | tuple[str, ...]
 
@@ -33,6 +38,11 @@ class Setting:
         if isinstance(self.value, bool):
             return "on" if self.value else "off"
         return " ".join(map(str, self.value)) if isinstance(self.value, tuple) else str(self.value)
+
+
+def hidden(entry: Setting) -> Setting:
+    """The setting as it may be printed: a key's or a password's value is left out."""
+    return replace(entry, value=HIDDEN) if entry.kind == "flag" and SECRET.search(entry.name) else entry
 
 
 def flag(name: str, value: Value, reason: str) -> Setting:

@@ -6,7 +6,7 @@ import json
 import textwrap
 from typing import TYPE_CHECKING, Any
 
-from .settings import shell
+from .settings import hidden, shell
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -24,7 +24,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "evidence": plan.evidence,
         "settings": [
             {"kind": entry.kind, "name": entry.name, "value": entry.value, "reason": entry.reason}
-            for entry in plan.settings
+            for entry in map(hidden, plan.settings)
         ],
         "budget_bytes": [{"what": what, "bytes": size} for what, size in fit.lines],
         "pools": vars(fit.pools),
@@ -50,7 +50,10 @@ def as_text(plan: Plan) -> str:
 
 
 def _settings(plan: Plan) -> list[str]:
-    rows = [(entry.name if entry.kind == "env" else f"--{entry.name}", entry.shown(), entry) for entry in plan.settings]
+    rows = [
+        (entry.name if entry.kind == "env" else f"--{entry.name}", entry.shown(), entry)
+        for entry in map(hidden, plan.settings)
+    ]
     names = max(len(name) for name, _, _ in rows)
     widest = max((len(value) for _, value, _ in rows if len(value) <= 24), default=0)
     lines = []

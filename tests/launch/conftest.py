@@ -40,3 +40,10 @@ def flags() -> Flags:
     found = Flags.installed()
     assert found.known is not None, "sglang is not installed: make setup"
     return found
+
+
+@pytest.fixture
+def one_flags(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's parser is built once, and the series counts as applied."""
+    monkeypatch.setattr(Flags, "installed", lambda: flags)
+    monkeypatch.setattr("sglang_sm120_launch.request.is_patched", lambda: True)

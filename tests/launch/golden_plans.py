@@ -15,7 +15,8 @@ from sglang_sm120_launch import show  # noqa: E402
 from sglang_sm120_launch.errors import LaunchError  # noqa: E402
 from sglang_sm120_launch.machine import Machine  # noqa: E402
 from sglang_sm120_launch.model import FLASH, Model  # noqa: E402
-from sglang_sm120_launch.plan import Request, make_plan  # noqa: E402
+from sglang_sm120_launch.plan import make_plan  # noqa: E402
+from sglang_sm120_launch.values import Request  # noqa: E402
 
 MACHINES = sorted(path.stem for path in (HERE / "machines").glob("*.json"))
 CASES: dict[str, dict[str, Any]] = {name: {} for name in MACHINES} | {

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
+import http.server
 import json
 import random
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from local_server import LocalServer
 from sglang_sm120.checkpoint.config import ReferenceConfig
 from sglang_sm120_launch import bench, compare, picture
 from sglang_sm120_launch.errors import LaunchError
+from sglang_sm120_launch.stream import Stream, ask
 from sglang_sm120_reference.write import write_checkpoint
 
 
@@ -68,7 +72,7 @@ def point(prompt_tokens: int, concurrency: int, speed: float) -> dict[str, Any]:
 def result(*points: dict[str, Any], **changes: Any) -> dict[str, Any]:
     server = {"version": "0.5.23", "tp_size": 2, "device": "cuda"}
     fixed = {"schema": bench.SCHEMA, "started": "2026-01-01T00:00:00+00:00", "model": "org/model", "server": server}
-    return {**fixed, "output_tokens": 8, "rounds": 1, "seed": 1, "points": list(points), **changes}
+    return {**fixed, "output_tokens": 8, "rounds": 1, "seed": 1, "complete": True, "points": list(points), **changes}
 
 
 def colours_in(image: Image.Image, left: int, right: int) -> set[str]:
@@ -133,6 +137,13 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         ("[]", "needed 1"),
         (json.dumps({"schema": 99, "points": []}), "schema 99"),
         (json.dumps(result(point(512, 1, 1.0))), "no point in common"),
+        ("[" * 100000, "is not JSON"),
+        (json.dumps(result(7)), "damaged .point 1.: run `bench` again"),
+        (json.dumps(result(point(4096, 1, 1.0) | {"ttft_ms": None})), "damaged .point 1."),
+        (json.dumps(result(point(4096, 1, 1.0) | {"output_tokens_per_s": float("nan")})), "damaged .point 1."),
+        (json.dumps(result(point(4096, 1, 1.0) | {"completed": "2"})), "damaged .point 1."),
+        (json.dumps(result(server=None)), "damaged .server."),
+        (json.dumps({"schema": bench.SCHEMA, "points": []}), "damaged .complete, model"),
     ],
 )
 def test_compare_refuses(text: str | None, sentence: str, tmp_path: Path):
@@ -142,6 +153,118 @@ def test_compare_refuses(text: str | None, sentence: str, tmp_path: Path):
         b.write_text(text)
     with pytest.raises(LaunchError, match=sentence):
         run(compare, str(a), str(b))
+
+
+def test_compare_says_what_a_run_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
+    a.write_text(json.dumps(result(point(4096, 1, 10.0), complete=False)))
+    b.write_text(json.dumps(result(point(4096, 1, 10.0) | {"completed": 1}, {**point(8192, 1, 1.0), "completed": 0})))
+    assert run(compare, str(a), str(b)) == 0
+    out = capsys.readouterr().out
+    assert "A is incomplete" in out and "B had failures: 3 of 4 requests" in out
+    assert "A had failures" not in out and "B is incomplete" not in out
+
+
+def streamed(*events: Any, done: bool = True, asked: int = 2) -> Stream:
+    """A stream of these events, as the lines of an answer."""
+    found = Stream(asked)
+    for event in events:
+        found.take(f"data: {json.dumps(event)}\n".encode())
+        found.take(b"\n")
+    if done:
+        found.take(b"data: [DONE]\n")
+    return found
+
+
+def said(text: str, reason: str | None = None) -> dict[str, Any]:
+    return {"choices": [{"delta": {"content": text}, "finish_reason": reason}]}
+
+
+THOUGHT = {"choices": [{"delta": {"reasoning_content": "ab"}}]}
+
+
+def usage(tokens: int) -> dict[str, Any]:
+    return {"choices": [], "usage": {"completion_tokens": tokens, "prompt_tokens": 5}}
+
+
+@pytest.mark.parametrize(
+    ("stream", "tokens", "problem"),
+    {
+        "whole": (streamed(said("ab"), said("c", "length"), usage(2)), 2, ""),
+        "two tokens in an event": (streamed(said("abc", "length"), usage(2)), 2, ""),
+        "thinking": (streamed(THOUGHT, said("", "length"), usage(2)), 2, ""),
+        "not counted by the server": (streamed(said("a"), said("b", "length")), 2, ""),
+        "not counted, and short": (streamed(said("a", "stop")), 1, ""),
+        "an error": (streamed(said("a"), {"error": {"message": "boom"}}), 1, "an error: boom"),
+        "an error and an end": (streamed({"error": "boom"}, said("ab", "length"), usage(2)), 2, "an error: boom"),
+        "aborted": (streamed(said("ab", "abort"), usage(2)), 2, "ended by abort"),
+        "no end": (streamed(said("a"), said("b"), done=False), 2, "ended early, after 2 of 2"),
+        "no last event": (streamed(said("a"), said("b", "length"), done=False), 2, "ended early"),
+        "nothing": (streamed(done=False), 0, "ended early, after 0 of 2"),
+        "fewer than asked": (streamed(said("a", "stop"), usage(1)), 1, "1 of 2 tokens"),
+        "fewer than said": (streamed(said("a", "length"), usage(2)), 2, "says 2 tokens and holds 1 bytes"),
+        "no object": (streamed([]), 0, "has the event '[]'"),
+    }.values(),
+)  # fmt: skip
+def test_a_stream_is_whole_or_a_failure(stream: Stream, tokens: int, problem: str):
+    """Tokens are those of the server's count or of the stream, never those that were asked for."""
+    assert stream.tokens() == tokens
+    assert problem in stream.problem() and bool(problem) == bool(stream.problem())
+
+
+class Streaming(http.server.BaseHTTPRequestHandler):
+    """Answers every request with the same events."""
+
+    events: tuple[Any, ...] = ()
+    status = 200
+
+    def do_POST(self) -> None:  # noqa: N802  named by http.server
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(self.status)
+        self.end_headers()
+        for event in self.events:
+            self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("events", "status", "error"),
+    [
+        ((said("ab"), said("c", "length"), usage(2)), 200, ""),
+        ((said("ab"), {"error": {"message": "boom"}}), 200, "boom"),
+        ((said("a"),), 200, "ended early, after 1 of 2"),
+        ((), 503, "503 Service Unavailable"),
+    ],
+)
+def test_the_benchmark_asks_so(events: tuple[Any, ...], status: int, error: str, monkeypatch: pytest.MonkeyPatch):
+    """As SGLang's benchmark calls it; what is no answer is no success."""
+    from sglang.benchmark import serving
+
+    monkeypatch.setattr(serving, "args", argparse.Namespace(header=None), raising=False)
+    kind = type("Now", (Streaming,), {"events": events, "status": status})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), kind) as stub:
+        threading.Thread(target=stub.serve_forever, daemon=True).start()
+        call = serving.RequestFuncInput(
+            prompt="x", api_url=f"http://127.0.0.1:{stub.server_address[1]}/v1/chat/completions", prompt_len=1,
+            output_len=2, model="m", lora_name="", image_data=None, extra_request_body={},
+        )  # fmt: skip
+        output = asyncio.run(ask(request_func_input=call, pbar=None))
+        stub.shutdown()
+    assert output.success == (not error) and error in output.error
+    if not error:
+        assert (output.output_len, output.prompt_len, output.generated_text) == (2, 5, "abc")
+        assert len(output.itl) == len(output.text_chunks) == 1 and 0 < output.ttft <= output.latency
+
+
+def test_the_picture_names_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    headings = []
+    monkeypatch.setattr(picture, "draw", lambda heading, panels, path: headings.append(heading))
+    bench.picture(result({**point(4096, 1, 1.0), "completed": 1}), tmp_path / "a.png")
+    bench.picture(result(point(4096, 1, 1.0)), tmp_path / "a.png")
+    assert "1 of 2 requests failed" in headings[0] and "failed" not in headings[1]
 
 
 @pytest.mark.parametrize("text", ["", "0", "4K,4096", "1,x", "-1", "1.5"])

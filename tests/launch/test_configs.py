@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import json
@@ -16,14 +17,16 @@ import pynvml
 import pytest
 import yaml
 from golden_plans import HERE, MACHINES, machine
+from telling import refused
 
-from sglang_sm120_launch import cli
+from sglang_sm120_launch import cli, request
 from sglang_sm120_launch.config import Config
 from sglang_sm120_launch.errors import LaunchError
 from sglang_sm120_launch.flags import Flags
 from sglang_sm120_launch.machine import Gpu, Machine
 from sglang_sm120_launch.model import FLASH, INDEX, Model
-from sglang_sm120_launch.plan import Request, make_plan
+from sglang_sm120_launch.plan import make_plan
+from sglang_sm120_launch.values import Request
 
 CONFIGS = sorted((HERE.parents[1] / "configs").glob("*.yaml"))
 MADE_FOR = {
@@ -36,13 +39,7 @@ MADE_FOR = {
     "deepseek-v4-small.cpu.tp1.yaml": "no-gpu",
 }
 TWO = str(HERE / "machines" / "2x-rtx-pro-6000.json")
-
-
-@pytest.fixture(autouse=True)
-def one_flags(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SGLang's parser is built once, and the series counts as applied."""
-    monkeypatch.setattr(Flags, "installed", lambda: flags)
-    monkeypatch.setattr("sglang_sm120_launch.request.is_patched", lambda: True)
+pytestmark = pytest.mark.usefixtures("one_flags")
 
 
 @pytest.fixture(scope="module")
@@ -176,14 +173,6 @@ def test_what_is_in_neither_list_keeps_sglangs_default(tmp_path: Path, capsys: p
     assert flags == {"model-path", "tp-size", "context-length"}
 
 
-def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one sentence a command line is refused with."""
-    assert cli.main(words) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and err.startswith("sglang-sm120: ") and err.endswith(".\n"), err
-    return err
-
-
 @pytest.mark.parametrize("mistake", CONFIG_MISTAKES)
 def test_a_mistake_in_a_config(mistake: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Names what was found and what was needed."""
@@ -192,61 +181,11 @@ def test_a_mistake_in_a_config(mistake: str, tmp_path: Path, capsys: pytest.Capt
     assert all(part in sentence for part in parts), sentence
 
 
-def _checkpoint(change: Callable[[Path], object]) -> Callable[[Path, Path], list[str]]:
-    def damaged(checkpoint: Path, folder: Path) -> list[str]:
-        copy = folder / "model"
-        copy.mkdir()
-        for file in checkpoint.iterdir():
-            (copy / file.name).write_bytes(file.read_bytes())
-        change(copy)
-        return ["--model", str(copy)]
-
-    return damaged
-
-
-def _edit(name: str, **values: Any) -> Callable[[Path], object]:
-    def edit(folder: Path) -> None:
-        content = json.loads((folder / name).read_text())
-        content |= values
-        (folder / name).write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
-
-    return edit
-
-
-def _shard(folder: Path) -> Path:
-    return sorted(folder.glob("*.safetensors"))[0]
-
-
-MODEL_MISTAKES: dict[str, tuple[Callable[[Path, Path], list[str]], tuple[str, ...]]] = {
-    "another model": (_checkpoint(_edit("config.json", model_type="llama")), ("llama", "deepseek_v4")),
-    "a key of config.json missing": (_checkpoint(_edit("config.json", o_groups=None)), ("lacks o_groups",)),
-    "no config.json": (_checkpoint(lambda folder: (folder / "config.json").unlink()), ("no config.json",)),
-    "config.json is no JSON": (_checkpoint(lambda folder: (folder / "config.json").write_text("{")), ("not JSON",)),
-    "a missing shard": (_checkpoint(lambda folder: _shard(folder).unlink()), ("00001-of", "missing")),
-    "half a shard": (
-        _checkpoint(lambda folder: _shard(folder).write_bytes(_shard(folder).read_bytes()[:100000])),
-        ("100000 bytes",),
-    ),
-    "an empty shard": (_checkpoint(lambda folder: _shard(folder).write_bytes(b"")), ("no readable",)),
-    "an index without a map": (_checkpoint(_edit(INDEX, weight_map=None)), ("no weight_map",)),
-    "no model": (lambda checkpoint, folder: [], ("--model",)),
-    "neither directory nor known": (lambda checkpoint, folder: ["--model", "nobody/nothing"], ("nobody/nothing",)),
-    "no name at all": (lambda checkpoint, folder: ["--model", "a b c//"], ("a b c//",)),
-}
-
-
-@pytest.mark.parametrize("mistake", MODEL_MISTAKES)
-def test_a_mistake_in_the_model(mistake: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Nothing is planned for what cannot be served."""
-    damage, parts = MODEL_MISTAKES[mistake]
-    sentence = refused(["plan", "--machine", TWO, *damage(checkpoint, tmp_path)], capsys)
-    assert all(part in sentence for part in parts), sentence
-
-
 WORD_MISTAKES: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "a typo": (["--", "--contxt-length", "1"], ("--contxt-length", "--context-length")),
     "a missing value": (["--", "--context-length"], ("--context-length", "without a value")),
     "a word for a number": (["--", "--context-length", "long"], ("--context-length", "'long'")),
+    "a flag of SGLang's before the dashes": (["--context-length", "8192"], ("--context-length", "come after `--`")),
     "a value for a switch": (["--", "--enable-metrics", "1"], ("--enable-metrics", "switch")),
     "no flag": (["--", "65536"], ("'65536'",)),
     "a card that is not there": (["--gpus", "0,2"], ("0,2", "0 to 1")),
@@ -455,10 +394,6 @@ def test_drafts_on_a_cpu(checkpoint: Path, flags: Flags, capsys: pytest.CaptureF
 
 def test_the_environment_counts_on_this_machine_only(monkeypatch: pytest.MonkeyPatch):
     """CUDA_VISIBLE_DEVICES limits the cards, a variable the user has set stays."""
-    import argparse
-
-    from sglang_sm120_launch import request
-
     four = machine("4x-rtx-pro-6000")
     monkeypatch.setattr(Machine, "detect", classmethod(lambda cls: four))
     parser = argparse.ArgumentParser()

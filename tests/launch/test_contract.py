@@ -13,8 +13,9 @@ from sglang_sm120_launch import contract
 from sglang_sm120_launch.errors import LaunchError
 from sglang_sm120_launch.flags import Flags
 from sglang_sm120_launch.model import FLASH, Model
-from sglang_sm120_launch.plan import Plan, Request, make_plan
+from sglang_sm120_launch.plan import Plan, make_plan
 from sglang_sm120_launch.settings import Value
+from sglang_sm120_launch.values import Request
 
 MODEL = Model.load(FLASH)
 TWO, HOPPER = machine("2x-rtx-pro-6000"), machine("2x-h200")
@@ -118,7 +119,6 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "FP4 indexer": ({"flags": {"enable-deepseek-v4-fp4-indexer": True}}, "--enable-deepseek-v4-fp4-indexer"),
     "FP8 by another library": ({"flags": {"fp8-gemm-backend": "deep_gemm"}}, "--fp8-gemm-backend deep_gemm"),
     "breakable graphs": ({"flags": {"cuda-graph-backend-decode": "breakable"}}, "-backend-decode breakable"),
-    "too many drafts": ({"flags": {"speculative-num-draft-tokens": 11}}, "--speculative-num-draft-tokens 11"),
     "hasty watchdog": ({"flags": {"watchdog-timeout": 9.0}}, "--watchdog-timeout 9"),
     "dequantised experts": ({"env": {"SGLANG_DSV4_FP4_DEQUANT": "True"}}, "SGLANG_DSV4_FP4_DEQUANT=True"),
     "online compression": ({"config_env": {"SGLANG_OPT_USE_ONLINE_COMPRESS": "1"}}, "ONLINE_COMPRESS=1"),

@@ -74,7 +74,8 @@ def test_it_runs_as_a_user_and_checks_itself():
     assert re.fullmatch(r"[1-9]\d*", user), "Kubernetes tells root from others by a number"
     assert "RUN" not in names[names.index("USER") :]
     assert only("EXPOSE").text == "30000"
-    assert only("HEALTHCHECK").words()[-1] == "http://127.0.0.1:30000"
+    assert only("HEALTHCHECK").words()[-1] == "sglang_sm120_launch.progress"
+    assert "SGLANG_SM120_URL_FILE=/home/sglang/" in " ".join(step.text for step in steps() if step.name == "ENV")
     (entry,) = only("ENTRYPOINT").words()
     assert os.access(CHECKOUT / Path(entry).relative_to("/opt/sglang-sm120"), os.X_OK)
 
@@ -82,6 +83,8 @@ def test_it_runs_as_a_user_and_checks_itself():
 def test_the_documented_options_are_there():
     page = (CHECKOUT / "docs/container.md").read_text()
     for word in ("--shm-size=16g", "--ipc=host", "--gpus all", "30000", "make image", "--ulimit"):
+        assert word in page
+    for word in ("-e SGLANG_API_KEY", "--host 0.0.0.0", "127.0.0.1:30000", "--stop-timeout"):
         assert word in page
 
 
@@ -103,23 +106,27 @@ def fake(folder: Path, name: str, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "served"),
+    ("given", "looked_at"),
     [
-        ([], "serve --watch -- --host 0.0.0.0 --port 30000"),
-        (["--model", "a b", "--mtp"], "serve --watch --model a b --mtp -- --host 0.0.0.0 --port 30000"),
-        (["--model", "x", "--", "--tp", "4"], "serve --watch --model x -- --tp 4 --host 0.0.0.0 --port 30000"),
+        ([], ""),
+        (["--model", "a b", "--mtp"], ""),
+        (["--model", "x", "--", "--tp", "4"], ""),
+        (["--model", "x", "--", "--host", "0.0.0.0", "--tp", "4", "--port", "8000"], " --host 0.0.0.0 --port 8000"),
+        (["--", "--port=7", "--host=::"], " --port=7 --host=::"),
     ],
 )
-def test_the_entry_point(given: list[str], served: str, tmp_path: Path):
+def test_the_entry_point(given: list[str], looked_at: str, tmp_path: Path):
+    """It adds no flag: the server listens where the user says, else on the loopback, and doctor looks there."""
+    served, doctor = " ".join(["serve --watch", *given]), f"doctor{looked_at}"
     fake(tmp_path / "bin", "sglang-sm120", f'echo "$@" >> {tmp_path}/trace; exit $(cat {tmp_path}/code)')
     environment = {"PATH": f"{tmp_path}/bin:{PATH}"}
-    for code, expected in ((0, ["doctor --host 0.0.0.0 --port 30000", served]), (1, [])):
+    for code, expected in ((0, [doctor, served]), (1, [])):
         (tmp_path / "trace").write_text("")
         (tmp_path / "code").write_text(str(code))
         done = subprocess.run([CHECKOUT / "launch/entrypoint", *given], env=environment, timeout=30)
         trace = (tmp_path / "trace").read_text().splitlines()
         assert done.returncode == code
-        assert trace == (expected or ["doctor --host 0.0.0.0 --port 30000"]), "a failed check must start no server"
+        assert trace == (expected or [doctor]), "a failed check must start no server"
 
 
 @pytest.mark.parametrize("builder", ["docker", "podman", "buildah", None])
@@ -288,7 +295,7 @@ def test_every_step_in_a_clean_root(clean_root: Path, tmp_path: Path):
     assert found["gpu"] == found["pins"] == "fail"
     assert any((clean_root / "home/sglang/.cache/pycache").rglob("*.pyc")), "byte code has to be kept somewhere"
 
-    *command, _ = only("HEALTHCHECK").words()
+    command = only("HEALTHCHECK").words()
     for status, code in ((200, 0), (503, 1)):
         with answering(status) as url:
             assert root.run(*command, url).returncode == code

@@ -17,7 +17,8 @@ from sglang_sm120_launch.fit import graph_sizes
 from sglang_sm120_launch.flags import Flags
 from sglang_sm120_launch.machine import LINKS, Gpu, Machine
 from sglang_sm120_launch.model import FLASH, Model
-from sglang_sm120_launch.plan import Plan, Request, make_plan
+from sglang_sm120_launch.plan import Plan, make_plan
+from sglang_sm120_launch.values import Request
 
 MODEL = Model.load(FLASH)
 COMMS = {"disable-custom-all-reduce", "enable-p2p-check", "NCCL_P2P_DISABLE"}

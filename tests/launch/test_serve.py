@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ import pytest
 from golden_plans import HERE
 
 from local_server import free_port
+from sglang_sm120_launch.child import Child
 from sglang_sm120_launch.progress import Progress
 from sglang_sm120_reference.write import write_checkpoint
 
@@ -72,16 +74,25 @@ class Serve:
 
 @contextmanager
 def serve(
-    command: tuple[str, ...], model: Path, folder: Path, *words: str, port: int | None = None, stub: str | None = None
+    command: tuple[str, ...],
+    model: Path,
+    folder: Path,
+    *words: str,
+    port: int | None = None,
+    stub: str | None = None,
+    flags: tuple[str, ...] = (),
+    **variables: str,
 ) -> Iterator[Serve]:
     """`serve` on a free port, killed with all its processes at the end if it still runs."""
     port = port or free_port()
     # One thread each: two servers whose threads wait for each other on shared cores would take minutes.
-    environment = os.environ | {"PYTHONPATH": LAUNCH, "OMP_NUM_THREADS": "1"} | ({"STUB": stub} if stub else {})
+    environment = (
+        os.environ | {"PYTHONPATH": LAUNCH, "OMP_NUM_THREADS": "1"} | ({"STUB": stub} if stub else {}) | variables
+    )
     log = folder / f"serve-{port}.log"
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [*command, "serve", "--model", str(model), *words, "--", "--port", str(port)],
+            [*command, "serve", "--model", str(model), *words, "--", "--port", str(port), *flags],
             stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment,
         )  # fmt: skip
     running = Serve(process, log, port)
@@ -143,7 +154,8 @@ def test_the_real_server_answers_and_ctrl_c_ends_it(real: dict[str, Serve]):
     assert progress.made_within(30)
     tree = running.tree()
     running.process.send_signal(signal.SIGINT)
-    assert running.ends(10, tree) == 128 + signal.SIGINT
+    # SGLang looks every five seconds whether it shall end.
+    assert running.ends(20, tree) == 128 + signal.SIGINT
 
 
 def test_the_real_server_loses_its_scheduler(real: dict[str, Serve]):
@@ -223,6 +235,85 @@ def test_a_killed_launcher_takes_the_server_along(checkpoint: Path, tmp_path: Pa
         running.process.kill()
         running.process.wait()
         assert not psutil.wait_procs([server], timeout=10)[1]
+
+
+def ask(url: str, seconds: float) -> httpx.Response:
+    """A request that takes so long."""
+    return httpx.post(f"{url}/generate", json={"text": "x", "seconds": seconds}, timeout=60, trust_env=False)
+
+
+def test_a_request_in_flight_is_answered(checkpoint: Path, tmp_path: Path):
+    """The first process is told alone, and ends when it has answered."""
+    with serve(STUB, checkpoint, tmp_path) as running, ThreadPoolExecutor() as pool:
+        running.wait_for(READY, 60)
+        tree = running.tree()
+        answer = pool.submit(ask, f"http://127.0.0.1:{running.port}", seconds=2)
+        time.sleep(1)
+        running.process.terminate()
+        assert answer.result().status_code == 200
+        assert running.ends(10, tree) == 128 + signal.SIGTERM
+
+
+def test_a_second_signal_ends_the_wait(checkpoint: Path, tmp_path: Path):
+    """A request that never ends holds the server up no longer than wanted."""
+    with serve(STUB, checkpoint, tmp_path, "--drain-limit", "60") as running, ThreadPoolExecutor() as pool:
+        running.wait_for(READY, 60)
+        tree = running.tree()
+        answer = pool.submit(ask, f"http://127.0.0.1:{running.port}", seconds=40)
+        time.sleep(1)
+        running.process.terminate()
+        time.sleep(1)
+        assert running.process.poll() is None, "the first signal cut the request off"
+        running.process.terminate()
+        assert running.ends(15, tree) == 128 + signal.SIGTERM
+        assert isinstance(answer.exception(), httpx.HTTPError)
+
+
+def test_draining_has_a_limit():
+    """So long it waits for the first process, which here never ends by the signal."""
+    child = Child.__new__(Child)
+    child._process = subprocess.Popen(["sh", "-c", "trap '' TERM; echo; sleep 60"], stdout=subprocess.PIPE)
+    assert child._process.stdout is not None and child._process.stdout.readline()
+    try:
+        began = time.monotonic()
+        child.drain(0.5)
+        assert 0.5 <= time.monotonic() - began < 10 and child.status() is None
+    finally:
+        for process in [*psutil.Process(child.pid).children(), child._process]:
+            process.kill()
+        child._process.wait()
+
+
+def test_another_address_and_no_tokenizer(checkpoint: Path, tmp_path: Path):
+    """IPv6, everywhere: the URL that is printed, and written for the health check, answers; the first prompt is ids."""
+    written = tmp_path / "url"
+    flags = ("--host", "::", "--skip-tokenizer-init")
+    with serve(STUB, checkpoint, tmp_path, flags=flags, SGLANG_SM120_URL_FILE=str(written)) as running:
+        running.wait_for(READY, 60)
+        assert written.read_text() == f"http://[::1]:{running.port}"
+        assert f"ready: http://[::1]:{running.port} after" in running.text()
+        assert health(written) == 0
+    assert health(tmp_path / "none") == 1
+
+
+def health(written: Path) -> int:
+    """The container's check beside the server."""
+    environment = os.environ | {"PYTHONPATH": LAUNCH, "SGLANG_SM120_URL_FILE": str(written)}
+    command = [sys.executable, "-m", "sglang_sm120_launch.progress"]
+    return subprocess.run(command, env=environment, timeout=60).returncode
+
+
+def test_tls(checkpoint: Path, tmp_path: Path):
+    """With a certificate the server is asked over https, by the watchdog too."""
+    key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "cert.pem")
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=somewhere.example"]
+    subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    flags = ("--host", "::1", "--ssl-keyfile", key, "--ssl-certfile", certificate)
+    with serve(STUB, checkpoint, tmp_path, "--watch", "--stall-limit", "2", flags=flags) as running:
+        running.wait_for(READY, 60)
+        assert f"ready: https://[::1]:{running.port} after" in running.text()
+        time.sleep(4)
+        assert running.process.poll() is None, "a healthy server was stopped"
 
 
 FAILURES = {

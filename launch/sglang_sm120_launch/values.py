@@ -1,0 +1,199 @@
+"""What the user asks of a plan, and the checks of every value that the plan reckons with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from sglang_sm120.speculation import MAX_DRAFT_TOKENS
+
+from .address import PORT, grpc, port_problem
+from .errors import LaunchError
+from .fit import Given
+from .memory import PAGE
+from .model import Model
+from .settings import Value
+
+DRAFT_TOKENS = 4
+EAGLE = ("EAGLE", "NEXTN")
+"""SGLang's two names for drafts by the MTP layer."""
+DRAFTS = ("speculative-num-steps", "speculative-eagle-topk", "speculative-num-draft-tokens")
+PLANNED: Mapping[str, tuple[Value, ...]] = {
+    "attention-backend": ("dsv4", "compressed"),
+    "decode-attention-backend": ("dsv4", "compressed"),
+    "dp-size": (1,),
+    "dsv4-attn-backend": ("auto", "flashmla"),
+    "kv-cache-dtype": ("auto", "fp8_e4m3"),
+    "page-size": (PAGE,),
+    "prefill-attention-backend": ("dsv4", "compressed"),
+    "speculative-adaptive": (False,),
+}
+"""Flags that change what the memory budget is made of, and the values that it knows."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user wants beside the defaults.
+
+    Attributes:
+        config_flags, config_env: values of a config file, whose name is `config`.
+        flags, env: values from the command line and the process's environment; they win over the config's.
+        keys: flags from variables of the environment; the command line wins over them, they win over the config.
+        auto: flags that the config leaves to the plan; None for all.
+        mtp: speculative decoding with the checkpoint's MTP layer.
+        gpus: indices of the cards to use; None for the best set.
+        apart: prefill and decode on hosts of their own.
+        patched: whether the series is in the SGLang that will serve: the step is then on by itself.
+        evidence: how the config was tried (see README.md).
+    """
+
+    config: str | None = None
+    config_flags: Mapping[str, Value] = field(default_factory=dict)
+    config_env: Mapping[str, str] = field(default_factory=dict)
+    flags: Mapping[str, Value] = field(default_factory=dict)
+    keys: Mapping[str, Value] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
+    auto: tuple[str, ...] | None = None
+    mtp: bool = False
+    gpus: tuple[int, ...] | None = None
+    apart: bool = False
+    patched: bool = True
+    evidence: str = "unverified"
+
+    def value(self, name: str) -> Value | None:
+        """What the user gave for a flag."""
+        return {**self.config_flags, **self.keys, **self.flags}.get(name)
+
+    def variable(self, name: str) -> str | None:
+        """What the user gave for a variable."""
+        return self.env.get(name, self.config_env.get(name))
+
+
+def checked(request: Request, model: Model) -> Request:
+    """The request, with `mtp` also where SGLang's own flag asks for it.
+
+    Raises:
+        LaunchError: a value cannot be served, or the plan does not know what it takes.
+    """
+    for name, known in PLANNED.items():
+        if (value := request.value(name)) is not None and value not in known:
+            raise LaunchError(
+                f"--{name} is {value}, which is not planned for (known: {', '.join(map(str, known))}): leave it out, "
+                f"or start SGLang without this launcher."
+            )
+    port = number(request, "port") or PORT
+    if problem := port_problem(port, grpc(request.value)):
+        raise LaunchError(f"--port is {port} and {problem}.")
+    number(request, "node-rank", least=0)
+    return _with_drafts(request, model)
+
+
+def number(request: Request, name: str, least: int = 1) -> int | None:
+    """A flag's whole number, None where it was not given.
+
+    Raises:
+        LaunchError: it is no number, or below `least`.
+    """
+    value = request.value(name)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        raise LaunchError(f"--{name} is {value!r}, needed a whole number of {least} or more.")
+    return value
+
+
+def given(request: Request, model: Model) -> Given:
+    """The values that the fit must keep.
+
+    Raises:
+        LaunchError: one of them is out of its range.
+    """
+    chunk = request.value("chunked-prefill-size")
+    if isinstance(chunk, int) and chunk < 1:
+        raise LaunchError(
+            f"--chunked-prefill-size is {chunk}, prefill in one piece, and the window pool must hold the largest "
+            f"piece: give a size such as 4096, or leave it out."
+        )
+    context, longest = number(request, "context-length"), model.config["max_position_embeddings"]
+    if context is not None and context > longest:
+        raise LaunchError(f"--context-length is {context} and the model has {longest}: give that or less.")
+    graphs = request.value("cuda-graph-bs-decode")
+    if isinstance(graphs, int) and not isinstance(graphs, bool):
+        graphs = (graphs,)
+    off = request.value("disable-cuda-graph") is True or request.value("disable-decode-cuda-graph") is True
+    if off or request.value("cuda-graph-backend-decode") == "disabled":
+        graphs = ()
+    sizes = tuple(one for one in graphs if isinstance(one, int) and one > 0) if isinstance(graphs, tuple) else None
+    if sizes != graphs:
+        raise LaunchError(f"--cuda-graph-bs-decode is {graphs!r}, needed whole numbers of 1 or more.")
+    return Given(
+        chunk=number(request, "chunked-prefill-size"),
+        requests=number(request, "max-running-requests"),
+        context=context,
+        window_ratio=_fraction(request, "swa-full-tokens-ratio"),
+        static=_fraction(request, "mem-fraction-static"),
+        graphs=sizes,
+        max_graph=number(request, "cuda-graph-max-bs-decode"),
+        max_tokens=number(request, "max-total-tokens"),
+    )
+
+
+def draft_tokens(request: Request) -> int:
+    """Tokens that a request verifies per step; 0 without speculation.
+
+    Raises:
+        LaunchError: steps and tokens do not belong together, or cannot be served.
+    """
+    if not request.mtp:
+        return 0
+    steps, tokens = number(request, "speculative-num-steps"), number(request, "speculative-num-draft-tokens", 2)
+    draft = tokens or (steps + 1 if steps else DRAFT_TOKENS)
+    if steps and draft != steps + 1:
+        raise LaunchError(
+            f"--speculative-num-steps is {steps} and --speculative-num-draft-tokens {draft}, which must be one more: "
+            f"give one of them."
+        )
+    if draft > MAX_DRAFT_TOKENS:
+        found = f"num-draft-tokens is {tokens}" if tokens else f"num-steps is {steps}"
+        raise LaunchError(
+            f"--speculative-{found}, and the compressor can take back {MAX_DRAFT_TOKENS} tokens: give "
+            f"--speculative-num-steps {MAX_DRAFT_TOKENS - 1} or fewer."
+        )
+    return draft
+
+
+def _with_drafts(request: Request, model: Model) -> Request:
+    algorithm = request.value("speculative-algorithm")
+    mtp = request.mtp or algorithm is not None
+    if algorithm is not None and str(algorithm).upper() not in EAGLE:
+        raise LaunchError(
+            f"--speculative-algorithm is {algorithm}, which is not planned for: give --mtp (EAGLE) instead, or start "
+            f"SGLang without this launcher."
+        )
+    if not mtp:
+        for name in DRAFTS:
+            if request.value(name) is not None:
+                raise LaunchError(f"--{name} was given and nothing drafts: add --mtp or leave it out.")
+        return request
+    asked = "--mtp" if request.mtp else f"--speculative-algorithm {algorithm}"
+    if any(key.startswith("dspark_") for key in model.config):
+        raise LaunchError(
+            f"{asked} was given and {model.path} has DSpark's stages in place of the MTP layer, whose memory is not "
+            f"planned for: leave it out, or start SGLang without this launcher and with --speculative-algorithm DSPARK."
+        )
+    if not model.config.get("num_nextn_predict_layers"):
+        raise LaunchError(f"{asked} was given and {model.path} has no MTP layer: leave it out.")
+    if (width := request.value("speculative-eagle-topk")) not in (None, 1):
+        raise LaunchError(f"--speculative-eagle-topk is {width}, and SGLang drafts DeepSeek-V4 with 1: leave it out.")
+    if (path := request.value("speculative-draft-model-path")) not in (None, model.path):
+        raise LaunchError(
+            f"--speculative-draft-model-path is {path}, and the drafts are the model's own: leave it out."
+        )
+    return replace(request, mtp=True)
+
+
+def _fraction(request: Request, name: str) -> float | None:
+    value = request.value(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        raise LaunchError(f"--{name} is {value!r}, needed a number between 0 and 1.")
+    return float(value)

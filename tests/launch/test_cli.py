@@ -1,0 +1,86 @@
+"""The command line: what is told before anything long begins, keys, and the launcher where its packages are missing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+from golden_plans import HERE, machine
+from telling import refused
+
+from sglang_sm120_launch import cli, request, show
+from sglang_sm120_launch.flags import Flags
+from sglang_sm120_launch.machine import Machine
+from sglang_sm120_launch.model import FLASH, Model
+from sglang_sm120_launch.plan import Plan, make_plan
+
+pytestmark = pytest.mark.usefixtures("one_flags")
+CONFIGS = sorted((HERE.parents[1] / "configs").glob("*.yaml"))
+TWO = str(HERE / "machines" / "2x-rtx-pro-6000.json")
+INSTALLED = Flags.installed
+
+
+def test_a_model_that_is_not_there_is_told_at_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Before SGLang is imported, which takes long."""
+    monkeypatch.setattr(Flags, "installed", Mock(side_effect=AssertionError("SGLang is imported for nothing")))
+    assert "/nowhere/model" in refused(["plan", "--model", "/nowhere/model"], capsys)
+
+
+def test_the_import_is_announced(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    """A word on stderr before SGLang is imported; stdout is the plan's."""
+    # None in sys.modules makes an import fail where it would begin.
+    monkeypatch.setitem(sys.modules, "sglang.srt.server_args", None)
+    with pytest.raises(ModuleNotFoundError):
+        INSTALLED()
+    captured = capfd.readouterr()
+    assert captured.out == "" and captured.err == "sglang-sm120: importing SGLang for its flags, some ten seconds\n"
+
+
+@pytest.mark.parametrize("command", ("plan", "serve", "bench", "kernels"))
+def test_the_launcher_alone_on_a_bare_python(command: str, tmp_path: Path):
+    """One sentence that names what is missing and what to do; `doctor` reports there instead."""
+    code = f"import sys; sys.path.insert(0, {str(HERE.parents[1] / 'launch')!r}); "
+    code += "from sglang_sm120_launch.cli import main; sys.exit(main(sys.argv[1:]))"
+    bare = [sys.executable, "-I", "-S", "-c", code]
+    done = subprocess.run([*bare, command], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert "make setup" in done.stderr
+    if command == "plan":
+        done = subprocess.run([*bare, "doctor"], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+        assert done.returncode == 1 and done.stderr == "" and "sglang-sm120 is not installed" in done.stdout
+
+
+def test_the_max_q_edition_is_planned(capsys: pytest.CaptureFixture[str]):
+    """It differs in power alone, so the plan by the other edition's config is the plan without a config."""
+    place = str(HERE / "machines" / "2x-rtx-pro-6000-max-q.json")
+    [path] = (path for path in CONFIGS if ".2x-rtx-pro-6000." in path.name)
+    plans = []
+    for words in ([], ["--config", str(path)]):
+        assert cli.main(["plan", "--json", "--model", FLASH, "--machine", place, *words]) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    assert plans[0]["pools"] == plans[1]["pools"] and plans[0]["budget_bytes"] == plans[1]["budget_bytes"]
+
+
+@pytest.mark.parametrize("variable", ("SGLANG_API_KEY", "SGLANG_ADMIN_API_KEY"))
+def test_a_key_from_the_environment(variable: str, flash: Model, monkeypatch: pytest.MonkeyPatch):
+    """The server gets it and the plan does not print it; a flag wins, and another machine's plan has none."""
+    monkeypatch.setattr(Machine, "detect", classmethod(lambda cls: machine("2x-rtx-pro-6000")))
+    monkeypatch.setattr(Model, "load", lambda path: flash)
+    parser = argparse.ArgumentParser()
+    request.configure(parser)
+    name = variable.removeprefix("SGLANG_").lower().replace("_", "-")
+
+    def plan(*words: str) -> Plan:
+        wanted = request.read(parser.parse_args(["--model", FLASH, *words]), {variable: "s3cr3t"})
+        return make_plan(wanted.machine, wanted.model, wanted.request)
+
+    assert plan().value(name) == "s3cr3t" and "s3cr3t" not in show.as_text(plan()) + show.as_json(plan())
+    [reason] = (entry.reason for entry in plan().settings if entry.name == name)
+    assert variable in reason
+    assert plan("--", f"--{name}", "mine").value(name) == "mine"
+    assert plan("--machine", TWO).value(name) is None

@@ -1,0 +1,163 @@
+"""Checkpoints that are damaged, cut short or another model's: one sentence that names the file, never a plan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from golden_plans import HERE
+from telling import refused
+
+from sglang_sm120_launch.checks_checkpoint import checkpoint_checks
+from sglang_sm120_launch.model import INDEX
+
+pytestmark = pytest.mark.usefixtures("one_flags")
+TWO = str(HERE / "machines" / "2x-rtx-pro-6000.json")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small checkpoint."""
+    from sglang_sm120_reference.write import write_checkpoint
+
+    return write_checkpoint(tmp_path_factory.mktemp("model") / "small", shard_bytes=1 << 22)
+
+
+def _checkpoint(change: Callable[[Path], object]) -> Callable[[Path, Path], list[str]]:
+    def damaged(checkpoint: Path, folder: Path) -> list[str]:
+        copy = folder / "model"
+        copy.mkdir()
+        for file in checkpoint.iterdir():
+            (copy / file.name).write_bytes(file.read_bytes())
+        change(copy)
+        return ["--model", str(copy)]
+
+    return damaged
+
+
+def _edit(name: str, **values: Any) -> Callable[[Path], object]:
+    def edit(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        content |= values
+        (folder / name).write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+    return edit
+
+
+def _shard(folder: Path) -> Path:
+    return sorted(folder.glob("*.safetensors"))[0]
+
+
+def _null(folder: Path, key: str) -> None:
+    """A key of config.json that is there and null."""
+    content = json.loads((folder / "config.json").read_text()) | {key: None}
+    (folder / "config.json").write_text(json.dumps(content))
+
+
+def _cut(folder: Path, count: int) -> None:
+    """An index that keeps its first tensors."""
+    places = json.loads((folder / INDEX).read_text())["weight_map"]
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict(list(places.items())[:count])}))
+
+
+def _header(folder: Path, change: Callable[[Any], object]) -> None:
+    """The first file with another header, which says its own length rightly."""
+    data = _shard(folder).read_bytes()
+    size = 8 + int.from_bytes(data[:8], "little")
+    made = json.dumps(change(json.loads(data[8:size]))).encode()
+    _shard(folder).write_bytes(len(made).to_bytes(8, "little") + made + data[size:])
+
+
+MODEL_MISTAKES: dict[str, tuple[Callable[[Path, Path], list[str]], tuple[str, ...]]] = {
+    "another model": (_checkpoint(_edit("config.json", model_type="llama")), ("llama", "deepseek_v4")),
+    "a key of config.json missing": (_checkpoint(_edit("config.json", o_groups=None)), ("lacks o_groups",)),
+    "no config.json": (_checkpoint(lambda folder: (folder / "config.json").unlink()), ("no config.json",)),
+    "config.json is no JSON": (_checkpoint(lambda folder: (folder / "config.json").write_text("{")), ("not JSON",)),
+    "a missing shard": (_checkpoint(lambda folder: _shard(folder).unlink()), ("00001-of", "missing")),
+    "half a shard": (
+        _checkpoint(lambda folder: _shard(folder).write_bytes(_shard(folder).read_bytes()[:100000])),
+        ("100000 bytes",),
+    ),
+    "an empty shard": (_checkpoint(lambda folder: _shard(folder).write_bytes(b"")), ("no readable",)),
+    "an index without a map": (_checkpoint(_edit(INDEX, weight_map=None)), ("no weight_map",)),
+    "an index that is a list": (
+        _checkpoint(lambda folder: (folder / INDEX).write_text("[]")),
+        (INDEX, "no JSON object"),
+    ),
+    "a map that is a list": (_checkpoint(_edit(INDEX, weight_map=["a"])), (INDEX, "no weight_map")),
+    "a map of numbers": (_checkpoint(_edit(INDEX, weight_map={"a": 1})), (INDEX, "no weight_map")),
+    "an empty map": (_checkpoint(_edit(INDEX, weight_map={})), (INDEX, "no weight_map")),
+    "five tensors": (
+        _checkpoint(lambda folder: _cut(folder, 5)),
+        (INDEX, "differs from", "nothing, needed"),
+    ),
+    "a tensor fewer": (_checkpoint(lambda folder: _cut(folder, -1)), (INDEX, "in 1 of")),
+    "a header that is a list": (_checkpoint(lambda folder: _header(folder, lambda _: [])), ("00001-of", "download")),
+    "a header of numbers": (_checkpoint(lambda folder: _header(folder, lambda _: {"a": 1})), ("00001-of", "download")),
+    "an entry without offsets": (
+        _checkpoint(lambda folder: _header(folder, lambda h: {n: {"dtype": "I8"} for n in h})),
+        ("00001-of", "no readable", "download it again"),
+    ),
+    "offsets that are words": (
+        _checkpoint(
+            lambda folder: _header(folder, lambda h: {n: e | {"data_offsets": ["0"] * 2} for n, e in h.items()})
+        ),
+        ("00001-of", "no readable", "download it again"),
+    ),
+    "a header longer than the file": (
+        _checkpoint(lambda folder: _shard(folder).write_bytes(b"\xff" * 64)),
+        ("00001-of", "no readable"),
+    ),
+    "a number as a string": (
+        _checkpoint(_edit("config.json", hidden_size="256")),
+        ("config.json", "size='256'"),
+    ),
+    "a switch for a number": (
+        _checkpoint(_edit("config.json", vocab_size=True)),
+        ("vocab_size=True", "download"),
+    ),
+    "ratios that are null": (
+        _checkpoint(lambda folder: _null(folder, "compress_ratios")),
+        ("config.json", "ratios=None", "download"),
+    ),
+    "rotation that is null": (_checkpoint(lambda folder: _null(folder, "rope_scaling")), ("rope_scaling=None",)),
+    "a config in UTF-16": (
+        _checkpoint(lambda folder: (folder / "config.json").write_text((folder / "config.json").read_text(), "utf-16")),
+        ("config.json", "not JSON", "download it again"),
+    ),
+    "an index in UTF-16": (
+        _checkpoint(lambda folder: (folder / INDEX).write_text((folder / INDEX).read_text(), "utf-16")),
+        (INDEX, "not JSON"),
+    ),
+    "no quantisation": (
+        _checkpoint(_edit("config.json", quantization_config=None)),
+        ("config None", "fp8"),
+    ),
+    "another quantisation": (
+        _checkpoint(_edit("config.json", quantization_config={"quant_method": "awq"})),
+        ("'awq'", "published"),
+    ),
+    "other experts": (_checkpoint(_edit("config.json", expert_dtype="fp8")), ("expert_dtype='fp8'", "published")),
+    "wider experts": (
+        _checkpoint(_edit("config.json", moe_intermediate_size=512)),
+        ("differs from config.json", "experts.0.w1"),
+    ),
+    "no model": (lambda checkpoint, folder: [], ("--model",)),
+    "neither directory nor known": (lambda checkpoint, folder: ["--model", "nobody/nothing"], ("nobody/nothing",)),
+    "no name at all": (lambda checkpoint, folder: ["--model", "a b c//"], ("a b c//",)),
+}
+
+
+@pytest.mark.parametrize("mistake", MODEL_MISTAKES)
+def test_a_mistake_in_the_model(mistake: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Nothing is planned for what cannot be served."""
+    damage, parts = MODEL_MISTAKES[mistake]
+    sentence = refused(["plan", "--machine", TWO, *damage(checkpoint, tmp_path)], capsys)
+    assert all(part in sentence for part in parts), sentence
+    # Without torch doctor knows no sizes.
+    if (folder := tmp_path / "model").is_dir() and mistake != "wider experts":
+        findings = {finding.name: finding.status for finding in checkpoint_checks(folder)}
+        assert "fail" in findings.values(), "doctor --model sees it too"
