@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -17,6 +18,9 @@ import torch
 
 from sglang_sm120 import compilation, kernels, registry, warmup
 from sglang_sm120.checkpoint.config import model_config
+from sglang_sm120.limits import MAX_ROWS
+from sglang_sm120.model_calls import model_calls
+from sglang_sm120.ops._pdl_triton import SMALL_GRID
 
 PREFILL_ROWS, CONTEXT = 8192, 1_048_576
 
@@ -105,6 +109,27 @@ def test_kernels_are_launched_dependently_unless_told_not_to() -> None:
     assert found["1"].result() == found[None].result() == (all_, all_)
     with pytest.raises(ValueError, match="SGLANG_SM120_PDL is 'yes' and needs 0 or 1"):
         found["yes"].result()
+
+
+def _fewest_programs(sms: int) -> int:
+    """Of the last kernel before each of SGLang's compressor kernels, in every pass that the step takes on SM12x."""
+    last: list[int] = []
+    kernels.launch = lambda kernel, grid, *args, **options: last.append(math.prod(grid))
+    function, fewest = registry.ops()["bf16_linear_fp32"].providers["triton"].function, []
+    for rows in range(1, MAX_ROWS + 1):
+        for call in model_calls(model_config(), 2, rows, 65_536, op="bf16_linear_fp32"):
+            if "compressor" in call.label:
+                with kernels.rehearse(kernels.Rehearsal(lambda *launch: None, sms)):
+                    function(**call.arguments)
+                fewest.append(last[-1])
+    return min(fewest)
+
+
+@pytest.mark.parametrize("sms", [188, 170, 48])
+def test_nothing_starts_early_beside_the_compressors_projection(sms: int) -> None:
+    """SGLang's compressor may end without having waited for it, and the kernel behind relies on its end."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), compilation.use_target, (120,)) as pool:
+        assert pool.submit(_fewest_programs, sms).result() > SMALL_GRID.value
 
 
 @pytest.mark.parametrize(
