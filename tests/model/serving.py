@@ -115,3 +115,22 @@ def assert_equal(answer: Answer, oracle: CachedOracle) -> None:
     assert error <= LOGPROB_TOLERANCE
     served, expected = greedy_until_tie(answer, oracle)
     assert served == expected
+
+
+def assert_chunked(server: LocalServer, oracle: CachedOracle, prompt: list[int]) -> None:
+    """A long prompt of a server with chunks of 512 tokens."""
+    answer = ask(server, prompt, new_tokens=4)
+    assert answer.cached_tokens == 0
+    assert "#new-token: 512" in server.log.read_text()
+    assert_equal(answer, oracle)
+
+
+def assert_batch_of_three(
+    server: LocalServer, oracle: CachedOracle, prompt_of: PromptOf, seed: int, new_tokens: int
+) -> None:
+    """Three prompts, decoded together by a server that logs every decode step."""
+    prompts = [prompt_of(tokens, seed + tokens) for tokens in (5, 130, 333)]
+    answers = ask_batch(server, prompts, new_tokens)
+    assert "Decode batch, #running-req: 3" in server.log.read_text()
+    for answer in answers:
+        assert_equal(answer, oracle)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +26,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.server_args import ServerArgs
 from standin import New, Server, Weights, stub_sglang
 
-from sglang_sm120 import plugin, reasons, warmup
+from sglang_sm120 import plugin, reasons, registry, warmup
 from sglang_sm120.checkpoint.config import ReferenceConfig
 from sglang_sm120.limits import MAX_ROWS
 from sglang_sm120.plugin import Built, Checked, Passes, install_on_cpu, why_left
@@ -175,6 +177,59 @@ def test_prefill_is_taken_on_request(prefill: Callable[[str], None]) -> None:
     prefill("yes")
     with pytest.raises(ValueError, match="^SGLANG_SM120_PREFILL is 'yes' and needs sglang or overlay.$"):
         why_left("extend", 1, {})
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Hopper card with SGLANG_SM120_FORCE=1."""
+    cached = (reasons.emulated, reasons.takes_prefill)
+    monkeypatch.setenv("SGLANG_SM120_FORCE", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    registry.reset()
+    for one in cached:
+        one.cache_clear()
+    yield
+    monkeypatch.undo()
+    registry.reset()
+    for one in cached:
+        one.cache_clear()
+
+
+def test_a_forced_card_has_every_pass_served_by_the_step(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert reasons.emulated() and why_left("extend", MAX_ROWS + 1, {}) is None
+    left = SimpleNamespace(passes=Passes())
+    for mode, rows in ((ForwardMode.MIXED, 1), (ForwardMode.DECODE, MAX_ROWS + 1)):
+        with pytest.raises(RuntimeError, match="^With SGLANG_SM120_FORCE=1 SGLang's forward cannot serve "):
+            Built.plan(left, torch.zeros(rows, dtype=torch.int64), batch(mode))
+    assert not left.passes.taken and not left.passes.left
+    reasons.takes_prefill.cache_clear()
+    monkeypatch.setenv("SGLANG_SM120_PREFILL", "sglang")
+    with pytest.raises(ValueError, match="^SGLANG_SM120_PREFILL is sglang, .*: leave out SGLANG_SM120_FORCE.$"):
+        reasons.takes_prefill()
+
+
+def test_forcing_an_sm12x_changes_no_pass(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
+    assert not reasons.emulated() and not reasons.takes_prefill()
+
+
+@pytest.mark.parametrize("isa", ["sm_90", "sm_80"])
+def test_force_adds_hopper_alone(hopper: None, isa: str) -> None:
+    """In a process of its own: the spec is made when the plugin is imported."""
+    line = (
+        "import torch; from sglang.kernels.plugin_kernels.nvidia import spec; "
+        "torch.cuda.is_available = lambda: True; torch.cuda.get_device_capability = lambda: (9, 0); "
+        "from sglang_sm120 import plugin; plugin.register(); "
+        f"found, why = spec.find_spec(architectures=[plugin.TARGET], isa={isa!r}); "
+        "print(why or sorted(map(str, found.requires.server_args['moe_runner_backend'])))"
+    )
+    said = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True).stdout.splitlines()
+    expected = {
+        "sm_90": "['triton']",
+        "sm_80": "sglang_sm120.plugin:SPEC supports ['sm_120', 'sm_121', 'sm_90'], not sm_80",
+    }
+    assert said[-1] == expected[isa]
 
 
 def test_a_built_step_plans_and_counts(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from serving import CachedOracle, PromptOf, ask, ask_batch, assert_equal
+from serving import CachedOracle, PromptOf, ask, assert_batch_of_three, assert_chunked, assert_equal
 
 from local_server import LocalServer
 
@@ -18,15 +18,8 @@ def test_prefill_and_decode(
 
 
 def test_chunked_prefill(server: LocalServer, oracle: CachedOracle, long_prompt: list[int]) -> None:
-    answer = ask(server, long_prompt, new_tokens=4)
-    assert answer.cached_tokens == 0
-    assert "#new-token: 512" in server.log.read_text()
-    assert_equal(answer, oracle)
+    assert_chunked(server, oracle, long_prompt)
 
 
 def test_three_requests_in_one_batch(server: LocalServer, oracle: CachedOracle, seed: int, prompt_of: PromptOf) -> None:
-    prompts = [prompt_of(tokens, seed + tokens) for tokens in (5, 130, 333)]
-    answers = ask_batch(server, prompts, new_tokens=6)
-    assert "Decode batch, #running-req: 3" in server.log.read_text()
-    for answer in answers:
-        assert_equal(answer, oracle)
+    assert_batch_of_three(server, oracle, prompt_of, seed, new_tokens=6)
