@@ -53,6 +53,11 @@ def rehearse(rehearsal: Rehearsal) -> Iterator[Rehearsal]:
         _rehearsal.reset(token)
 
 
+def rehearsing() -> bool:
+    """Whether launches are rehearsed; where sizes between those rehearsed choose other variants, launch these too."""
+    return _rehearsal.get() is not None
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """`kernel[grid](*args, **options)`; an empty grid launches nothing but is still compiled in a rehearsal.
 
@@ -119,11 +124,11 @@ _spare: dict[tuple[str, torch.device], list[torch.Tensor]] = {}
 _parts: dict[tuple[str, torch.device, int], torch.Tensor] = {}
 
 
-def reserve(op: str, size: int, device: torch.device) -> None:
+def reserve(op: str, size: int, device: torch.device, streams: int = STREAMS) -> None:
     """Let calls of `op` on `device` that need up to `size` bytes of scratch use memory that keeps its address.
 
     Called before the first CUDA-graph capture with the most that a captured call needs; on a GPU the memory of
-    `STREAMS` streams is taken now, so that whoever sizes a cache afterwards sees it taken.
+    `streams` streams is taken now, so that whoever sizes a cache afterwards sees it taken.
 
     Raises:
         ScratchError: it would grow after a stream was given memory, whose address a graph may hold.
@@ -141,7 +146,7 @@ def reserve(op: str, size: int, device: torch.device) -> None:
         )
     _reserved[op, device] = size
     if device.type == "cuda":
-        _spare[op, device] = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(STREAMS)]
+        _spare[op, device] = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(streams)]
 
 
 def scratch(op: str, device: torch.device, *wanted: tuple[tuple[int, ...], torch.dtype]) -> list[torch.Tensor]:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import torch
 from sglang.kernels.plugin_kernels.nvidia import spec
 
 from . import registry
 from .limits import MAX_ROWS
+from .passes import Passes
 from .reasons import MODEL_TYPE, config_reasons, emulated, model_reasons, takes_prefill, unusable, why_left
 
 logger = logging.getLogger(__name__)
@@ -30,44 +31,31 @@ def register() -> None:
     spec.register(architecture=TARGET, path=f"{__name__}:SPEC")
 
 
-class Passes:
-    """How many passes of each mode were planned for the step, and how many for SGLang's forward, by reason.
-
-    The replay of a CUDA graph is not planned again.
-    """
-
-    def __init__(self) -> None:
-        self.taken: Counter[str] = Counter()
-        self.left: Counter[str] = Counter()
-
-    def take(self, mode: str, rows: int) -> None:
-        if not self.taken[mode]:
-            logger.info("sglang_sm120: the step takes its first %s pass (%d rows).", mode, rows)
-        self.taken[mode] += 1
-
-    def leave(self, why: str) -> None:
-        if not self.left[why]:
-            logger.info("sglang_sm120: SGLang's forward serves a pass, because %s.", why)
-        self.left[why] += 1
-
-
 def mode_of(forward_batch: Any) -> str:
     """The pass's mode by its name in this project: decode, target_verify, extend, …"""
     return forward_batch.forward_mode.name.lower()
 
 
 class Built:
-    """The step of one loaded model, as SGLang's contract wants it (`BuiltMegakernel`)."""
+    """The step of one loaded model, as SGLang's contract wants it (`BuiltMegakernel`).
+
+    Args:
+        step: of the target or of the draft.
+        widths: rows of the passes in CUDA graphs that it may take.
+        left: why it leaves a pass of a mode with so many rows and these further arguments to SGLang; None: it takes it.
+    """
 
     draft_sampler = None
 
-    def __init__(self, model: torch.nn.Module, widths: tuple[int, ...]) -> None:
+    def __init__(
+        self, step: Callable[..., Any], widths: tuple[int, ...], left: Callable[[str, int, dict[str, Any]], str | None]
+    ) -> None:
         from . import sglang_kernels  # noqa: F401  registers providers
-        from .step.target import Target
 
         self.widths = widths
         self.passes = Passes()
-        self._step = Checked(Target(model))
+        self._step = Checked(step)
+        self._left = left
 
     def summary(self) -> str:
         prefill = "prefill, " if takes_prefill() else ""
@@ -75,7 +63,7 @@ class Built:
 
     def plan(self, input_ids: torch.Tensor, forward_batch: Any, *args: Any, **kwargs: Any) -> spec.Step | None:
         mode, rows = mode_of(forward_batch), input_ids.shape[0]
-        why = why_left(mode, rows, kwargs)
+        why = self._left(mode, rows, kwargs)
         if why is not None:
             if emulated():
                 raise RuntimeError(f"With SGLANG_SM120_FORCE=1 SGLang's forward cannot serve a pass here: {why}.")
@@ -110,12 +98,17 @@ class Checked:
 
 def build(model: torch.nn.Module, hf_config: Any, context: spec.BuildContext) -> Built:
     """Take the weights, compile all kernels and reserve the graphs' scratch, before SGLang sizes its cache."""
+    from sglang.srt.layers.moe.utils import get_speculative_moe_runner_backend
     from sglang.srt.mem_cache.allocation_sizing import get_req_to_token_extra_context_len
-    from sglang.srt.runtime_context import get_model, get_parallel, get_schedule
+    from sglang.srt.runtime_context import get_exec, get_model, get_parallel, get_schedule
 
+    from .step.target import Target
     from .warmup import warm_up
 
-    built, parallel = Built(model, context.widths), get_parallel()
+    check_graphs(get_exec().graph.cuda_graph_config, context.tokens_per_request)
+    if emulated() and get_speculative_moe_runner_backend().is_triton():
+        spec.register(architecture=DRAFT, path=f"{__name__}:DRAFT_SPEC")
+    built, parallel = Built(Target(model), context.widths, why_left), get_parallel()
     longest = get_model().context_length or hf_config.max_position_embeddings
     chunk = get_schedule().chunked_prefill_size or 0
     warm_up(
@@ -131,6 +124,35 @@ def build(model: torch.nn.Module, hf_config: Any, context: spec.BuildContext) ->
         compiles=parallel.tp_group.local_rank == 0,
     )
     return built
+
+
+def check_graphs(graphs: Any, tokens: int) -> None:
+    """Say which decode graphs have more rows than the step takes: SGLang's forward serves them.
+
+    Args:
+        graphs: SGLang's `CudaGraphConfig`, or None.
+        tokens: rows of one request in a decode-phase pass.
+
+    Raises:
+        ValueError: on a card where SGLang's forward cannot serve them, in one sentence.
+    """
+    larger = [size for size in (graphs and graphs.decode.bs) or () if size * tokens > MAX_ROWS]
+    if not larger:
+        return
+    rows = f"{', '.join(map(str, larger))} requests of {tokens} token{'s' if tokens > 1 else ''}"
+    if emulated():
+        raise ValueError(
+            f"CUDA graphs of {rows} have more than the {MAX_ROWS} rows that the step takes, and with "
+            f"SGLANG_SM120_FORCE=1 nothing else can serve them: give --cuda-graph-max-bs-decode {MAX_ROWS // tokens}."
+        )
+    logger.info("sglang_sm120: CUDA graphs of %s are SGLang's forward's, the step takes %d rows.", rows, MAX_ROWS)
+
+
+def build_draft(model: torch.nn.Module, hf_config: Any, context: spec.BuildContext) -> Built:
+    """The draft of a server whose draft experts only the step can read; `build` has compiled for it."""
+    from .draft import Draft
+
+    return Built(Draft(model), context.widths, lambda *_: None)
 
 
 SPEC = spec.MegakernelSpec(
@@ -177,6 +199,11 @@ SPEC = spec.MegakernelSpec(
     config_disable_reasons=config_reasons,
 )
 
+DRAFT_SPEC = msgspec.structs.replace(
+    SPEC, name="sglang-sm120-draft", build=build_draft, config_disable_reasons=None
+)
+"""For tests on a card that is no SM12x, where the draft's experts lie in SM120's layout too; elsewhere SGLang drafts."""
+
 
 def install_on_cpu(model: torch.nn.Module, hf_config: Any) -> None:
     """Replace the forward of a loaded DeepSeek-V4 or its MTP layer by the step, which serves every pass on a CPU.
@@ -191,7 +218,7 @@ def install_on_cpu(model: torch.nn.Module, hf_config: Any) -> None:
         return
     from sglang.srt.kernel_plugins.nvidia.binding import MegakernelBinding
 
-    from .cpu_draft import Draft
+    from .draft import Draft
     from .step.target import Target
 
     reasons = model_reasons(model, hf_config)

@@ -64,8 +64,6 @@ def config_reasons(cfg: Any, hf_config: Any) -> list[str]:
         reasons.append(str(error))
     if takes_prefill() and cfg.cuda_graph_config.prefill.backend != "disabled":
         reasons.append("prefill runs in CUDA graphs of SGLang's own layers: give --disable-prefill-cuda-graph")
-    if emulated() and cfg.speculative_algorithm and cfg.speculative_moe_runner_backend == "triton":
-        reasons.append("the draft's experts cannot run by triton: give --speculative-moe-runner-backend marlin")
     return reasons
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from . import kernels, registry, tuned
+from . import kernels, registry, streams, tuned
 from .compilation import Job, compile_jobs, rehearse_job, variant_key
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def warm_up(
     names = [row.op for row in table if row.chosen and row.provider == "triton" and row.op in SERVED]
     found = variants(config, *sizes, names, kernels.multiprocessors(device), tuned.of_device(device))
     for op, size in found.scratch.items():
-        kernels.reserve(op, size, device)
+        kernels.reserve(op, size, device, kernels.STREAMS + streams.ALTERNATES.get(op, 0))
     mark = _Mark(found.launches)
     listed = time.monotonic()
     if compiles and not mark.exists() and not multiprocessing.current_process().daemon:

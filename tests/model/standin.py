@@ -71,7 +71,7 @@ class Weights:
         ]
         body = SimpleNamespace(
             **self._ends(""), layers=layers, norm=self._norm("norm"), norm_eps=config.rms_norm_eps,
-            dspark_layers_to_capture=None,
+            dspark_layers_to_capture=None, alt_streams=None,
         )  # fmt: skip
         return SimpleNamespace(model=body, lm_head=self._lm_head(), logits_processor=logits_processor)
 
@@ -396,6 +396,7 @@ class Ranks:
     """Ranks in threads of this process, whose `all_reduce` adds up what each of them has, in bf16."""
 
     def __init__(self) -> None:
+        self.capturing = False
         self._here = threading.local()
         self._meet = threading.Barrier(1)
         self._parts: list[Tensor] = []
@@ -430,11 +431,13 @@ class Ranks:
 
 
 def stub_sglang(patch: pytest.MonkeyPatch) -> Ranks:
-    """Put stubs in place of the two modules from which the step takes its sums over ranks."""
+    """Put stubs in place of what the step asks SGLang for: its sums over ranks, and whether a graph is captured."""
     ranks = Ranks()
     context, utils = ModuleType("sglang.srt.runtime_context"), ModuleType("sglang.srt.layers.moe.utils")
+    capture = ModuleType("sglang.srt.model_executor.runner_utils.capture_mode")
+    capture.get_is_capture_mode = lambda: ranks.capturing  # type: ignore[attr-defined]
     context.get_parallel = lambda: SimpleNamespace(attn_tp_group=ranks)  # type: ignore[attr-defined]
     utils.post_experts_all_reduce = ranks.all_reduce  # type: ignore[attr-defined]
-    for stub in (context, utils):
+    for stub in (context, utils, capture):
         patch.setitem(sys.modules, stub.__name__, stub)
     return ranks

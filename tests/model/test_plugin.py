@@ -29,9 +29,12 @@ from standin import New, Server, Weights, stub_sglang
 from sglang_sm120 import plugin, reasons, registry, warmup
 from sglang_sm120.checkpoint.config import ReferenceConfig
 from sglang_sm120.limits import MAX_ROWS
-from sglang_sm120.plugin import Built, Checked, Passes, install_on_cpu, why_left
+from sglang_sm120.passes import Passes
+from sglang_sm120.plugin import Built, Checked, check_graphs, install_on_cpu, why_left
+from sglang_sm120.prepare import prepare
 from sglang_sm120.speculation import MAX_DRAFT_TOKENS
-from sglang_sm120.step import weights
+from sglang_sm120.step import target
+from sglang_sm120.step.target import Target
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -198,7 +201,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_a_forced_card_has_every_pass_served_by_the_step(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert reasons.emulated() and why_left("extend", MAX_ROWS + 1, {}) is None
-    left = SimpleNamespace(passes=Passes())
+    left = SimpleNamespace(passes=Passes(), _left=why_left)
     for mode, rows in ((ForwardMode.MIXED, 1), (ForwardMode.DECODE, MAX_ROWS + 1)):
         with pytest.raises(RuntimeError, match="^With SGLANG_SM120_FORCE=1 SGLang's forward cannot serve "):
             Built.plan(left, torch.zeros(rows, dtype=torch.int64), batch(mode))
@@ -236,7 +239,7 @@ def test_a_built_step_plans_and_counts(
     model: SimpleNamespace, checkpoint: Path, prompt_of: PromptOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stub_sglang(monkeypatch)
-    built = Built(model, (1, 2, 4))
+    built = Built(Target(model), (1, 2, 4), why_left)
     assert built.widths == (1, 2, 4) and built.draft_sampler is None
     assert built.summary() == "decode and verification up to 4 rows"
 
@@ -265,29 +268,57 @@ def test_what_is_compiled_and_reserved_when_the_step_is_built(monkeypatch: pytes
         "get_parallel": parallel,
         "get_model": SimpleNamespace(context_length=98_304),
         "get_schedule": SimpleNamespace(chunked_prefill_size=2048),
+        "get_exec": SimpleNamespace(graph=SimpleNamespace(cuda_graph_config=None)),
     }
     for name, bag in bags.items():
         monkeypatch.setattr(runtime_context, name, lambda bag=bag: bag)
     monkeypatch.setattr(allocation_sizing, "get_req_to_token_extra_context_len", lambda: 264)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    monkeypatch.setattr(plugin, "Built", lambda model, widths: (model, widths))
+    monkeypatch.setattr(target, "Target", str)
+    monkeypatch.setattr(plugin, "Built", lambda *arguments: arguments)
     monkeypatch.setattr(warmup, "warm_up", lambda config, **sizes: given.update(sizes, config=config))
     config = SimpleNamespace(to_dict=dict, max_position_embeddings=1 << 20)
 
-    assert plugin.build("model", config, SimpleNamespace(widths=(1, 2))) == ("model", (1, 2))
+    context = SimpleNamespace(widths=(1, 2), tokens_per_request=1)
+    assert plugin.build("model", config, context) == ("model", (1, 2), why_left)
     assert given == {
         "config": {}, "tp": 4, "ep": 2, "prefill_rows": MAX_ROWS, "graph_rows": MAX_ROWS, "context": 98_304 + 264,
         "device": torch.device("cuda", 3), "barrier": None, "compiles": False,
     }  # fmt: skip
     bags["get_model"].context_length = None
     monkeypatch.setattr(plugin, "takes_prefill", lambda: True)
-    plugin.build("model", config, SimpleNamespace(widths=()))
+    plugin.build("model", config, context)
     assert (given["context"], given["prefill_rows"]) == ((1 << 20) + 264, 2048)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tokens", "said"),
+    [
+        ([1, 128, 256], 1, []),
+        ([1, 64], 4, []),
+        ([8, 264, 320], 1, ["CUDA graphs of 264, 320 requests of 1 token are SGLang's forward's, the step takes 256 rows."]),
+        ([64, 65], 4, ["CUDA graphs of 65 requests of 4 tokens are SGLang's forward's, the step takes 256 rows."]),
+        (None, 1, []),
+    ],
+)  # fmt: skip
+def test_graphs_that_the_step_leaves_are_named(
+    hopper: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    sizes: list[int] | None, tokens: int, said: list[str],
+) -> None:  # fmt: skip
+    graphs = SimpleNamespace(decode=SimpleNamespace(bs=sizes))
+    with monkeypatch.context() as patch, caplog.at_level(logging.INFO, logger="sglang_sm120.plugin"):
+        patch.setattr(plugin, "emulated", lambda: False)
+        check_graphs(graphs, tokens)
+        check_graphs(None, tokens)
+    assert [record.message.removeprefix("sglang_sm120: ") for record in caplog.records] == said
+    if said:
+        with pytest.raises(ValueError, match=f"^CUDA graphs of .*: give --cuda-graph-max-bs-decode {256 // tokens}.$"):
+            check_graphs(graphs, tokens)
 
 
 def test_the_first_pass_of_a_kind_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     passes = Passes()
-    with caplog.at_level(logging.INFO, logger="sglang_sm120.plugin"):
+    with caplog.at_level(logging.INFO, logger="sglang_sm120.passes"):
         for rows in (3, 2):
             passes.take("decode", rows)
             passes.leave("it has no rows")
@@ -353,7 +384,8 @@ def test_pools_are_looked_at_before_the_first_pass() -> None:
 @pytest.mark.parametrize("backend", [None, "flashinfer_trtllm"])
 def test_experts_of_another_backend_are_refused(model: SimpleNamespace, backend: str | None) -> None:
     layer = model.model.layers[1]
-    kept, experts = weights.prepare(layer).experts.weights, layer.mlp.experts
+    one = SimpleNamespace(model=SimpleNamespace(layers=[layer]))
+    kept, experts = prepare(one)[0].experts.weights, layer.mlp.experts
     assert experts.w13_weight_scale_inv.data_ptr() == kept.s13.data_ptr(), "a CPU layer's experts are kept twice"
     if backend is not None:
         experts._dsv4_mxfp4_backend = backend
@@ -364,7 +396,7 @@ def test_experts_of_another_backend_are_refused(model: SimpleNamespace, backend:
         "--moe-runner-backend at auto (on a card that is no SM12x give triton)."
     )
     experts._dsv4_mxfp4_backend = "flashinfer_cutlass_sm120"
-    again = weights.prepare(layer).experts.weights
+    again = prepare(one)[0].experts.weights
     assert [tensor.data_ptr() for tensor in again] == [tensor.data_ptr() for tensor in kept]
 
 

@@ -14,7 +14,8 @@ from serving import MAX_EXCLUDED, CachedOracle, PromptOf
 from standin import New, Rank, Ranks, Server, Weights, stub_sglang
 from torch import Tensor
 
-from sglang_sm120.cpu_draft import Draft
+from sglang_sm120.draft import Draft
+from sglang_sm120.formats import fp8_block
 from sglang_sm120.step.target import Target
 from sglang_sm120_reference.oracle import LOGPROB_TOLERANCE, Result
 
@@ -174,6 +175,22 @@ def test_a_prefix_hit(before_boundaries: Server, oracle: CachedOracle, tokens: l
     server.share(1, 2, 256)
     found = [server.extend(New(2, 256, others[:19])).logits, server.decode(New(2, 275, others[19:20])).logits]
     judge(torch.cat(found), oracle(tokens[:256] + others[:20]), 256)
+
+
+def test_wo_a_that_is_not_made_of_fp8_blocks_stays_bf16(
+    checkpoint: Path, oracle: CachedOracle, ratios: tuple[int, ...], rng: torch.Generator, others: list[int],
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    def refuse(w: Tensor) -> None:
+        raise fp8_block.NotBlocks
+
+    monkeypatch.setattr(fp8_block, "requantise", refuse)
+    model = Weights(checkpoint).target()
+    server = Server(Target(model), ratios, 1, LENGTH, rng)
+    assert [record.message for record in caplog.records] == [
+        f"sglang_sm120: wo_a of {len(model.model.layers)} layers is not made of FP8 blocks and stays bf16."
+    ]
+    judge(server.extend(New(1, 0, others)).logits, oracle(others))
 
 
 @pytest.mark.parametrize("slot", [0, -1])

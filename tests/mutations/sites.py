@@ -93,6 +93,7 @@ SCALES = _ops("test_by_hand or test_formats or linear or mxfp4")
 # What follows a failure there takes a minute and tells no more.
 ORACLE = Tests(("tests/model/test_oracle.py",), most=1)
 STEP = Tests(("tests/model/test_step.py",), most=2)
+STREAMS = Tests(("tests/model/test_streams.py",))
 
 _KERNELS = (
     Mutation(
@@ -396,23 +397,39 @@ _STEP = (
         "sum over the ranks left out", "experts", "step/target.py",
         (
             (
-                "f = sum_of_experts(experts(layer.experts, y, input_ids))",
-                "f = experts(layer.experts, y, input_ids)",
+                "f = post_experts_all_reduce(experts(layer.experts, y, input_ids, at.beside))",
+                "f = experts(layer.experts, y, input_ids, at.beside)",
             ),
         ),
         STEP,
     ),
     Mutation(
         "sum over the ranks left out", "attention", "step/target.py",
-        (("f = sum_of_attention(attention(layer.attention, y, at))", "f = attention(layer.attention, y, at)"),), STEP,
+        (("f = of_attention.all_reduce(attention(layer.attention, y, at))", "f = attention(layer.attention, y, at)"),),
+        STEP,
+    ),
+    Mutation(
+        "part not joined", "attention's, in a graph", "step/attention.py",
+        (("    beside.join()\n    o = ops.sparse_mla", "    o = ops.sparse_mla"),), STREAMS,
+    ),
+    Mutation(
+        "part not joined", "shared expert, in a graph", "step/experts.py", (("    beside.join()\n", ""),), STREAMS,
+    ),
+    Mutation(
+        "part that does not wait", "top-k for the indexer's keys, in a graph", "step/attention.py",
+        (("beside.on(INDEX_QUERIES, stored)", "beside.on(INDEX_QUERIES)"),), STREAMS,
+    ),
+    Mutation(
+        "part that does not wait", "keys for their projection, in a graph", "step/attention.py",
+        (("beside.on(KEYS, latent)", "beside.on(KEYS, start)"),), STREAMS,
     ),
     Mutation(
         "RoPE table of another layer kind", "the first layer's in every layer", "step/target.py",
         (
             (
-                "[weights.prepare(layer) for layer in weights.layers_of(model)]",
+                "prepare(model)",
                 "[one._replace(attention=one.attention._replace(freqs_cis=model.model.layers[0].self_attn.freqs_cis))"
-                " for one in map(weights.prepare, weights.layers_of(model))]",
+                " for one in prepare(model)]",
             ),
         ),
         STEP,

@@ -11,12 +11,16 @@ import torch
 
 from . import e8m0
 
-__all__ = ["BLOCK", "dequantise", "quantise", "requantise"]
+__all__ = ["BLOCK", "NotBlocks", "dequantise", "quantise", "requantise"]
 
 BLOCK = 128
 """Rows and columns that share one scale."""
 
 FP8_MAX = 448.0
+
+
+class NotBlocks(ValueError):
+    """A bf16 weight that was not dequantised from FP8 blocks with power-of-two scales."""
 
 
 def quantise(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,14 +53,13 @@ def requantise(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     of E4M3 too.
 
     Raises:
-        ValueError: the weight is no such matrix.
+        NotBlocks: the weight is no such matrix.
     """
     w8, scale = quantise(w)
     values = e8m0.to_float(scale)
     if not torch.equal(dequantise(w8, values), w.float()):
-        raise ValueError(
-            f"A bf16 weight [{w.shape[0]}, {w.shape[1]}] is not made of FP8 blocks with power-of-two scales: "
-            "serve the published FP8 checkpoint."
+        raise NotBlocks(
+            f"A bf16 weight [{w.shape[0]}, {w.shape[1]}] is not made of FP8 blocks with power-of-two scales."
         )
     return w8, values
 

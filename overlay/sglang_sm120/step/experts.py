@@ -5,22 +5,26 @@ from __future__ import annotations
 import torch
 
 from .. import ops
+from ..streams import SHARED, Beside
 from .weights import Experts
 
 
-def experts(e: Experts, x: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+def experts(e: Experts, x: torch.Tensor, input_ids: torch.Tensor, beside: Beside) -> torch.Tensor:
     """This rank's part of the experts' output for x bf16 [T, H], to be summed over the ranks: bf16 [T, H].
 
         y = shared(x) + factor Σ_e weight_e expert_e(x), chosen by a table of tokens (hash layers) or by the gate
     """
+    start = beside.mark()
     logits = ops.bf16_linear_fp32(x, e.gate)
     if e.tid2eid is not None:
         weights, ids = ops.hash_topk(logits, input_ids, e.tid2eid)
     else:
         weights, ids = ops.router_topk(logits, e.bias, e.topk)
     routed = ops.mxfp4_moe(x, local(ids, e), weights, *e.weights, e.limit)
-    hidden = ops.silu_mul_clamp(ops.fp8_linear(x, *e.shared_gate_up), e.limit)
-    shared = ops.fp8_linear(hidden, *e.shared_down)
+    with beside.on(SHARED, start):
+        hidden = ops.silu_mul_clamp(ops.fp8_linear(x, *e.shared_gate_up), e.limit)
+        shared = ops.fp8_linear(hidden, *e.shared_down)
+    beside.join()
     # The router's factor is applied here and nowhere else.
     return torch.add(shared, routed, alpha=e.factor)
 

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..streams import IN_ORDER, Beside
+
 INDEX_PAGE = 64
 """Entries of an indexer page: one of 64 for each page of 256 tokens."""
 
@@ -37,9 +39,11 @@ class Pass:
         view: SGLang's `ForwardView` of the running pass.
         forward_batch: its `ForwardBatch`.
         positions: int [T].
+        beside: the streams for parts of a layer that need nothing of each other.
     """
 
-    def __init__(self, view: Any, forward_batch: Any, positions: torch.Tensor) -> None:
+    def __init__(self, view: Any, forward_batch: Any, positions: torch.Tensor, beside: Beside = IN_ORDER) -> None:
+        self.beside = beside
         self.positions = positions
         self.rows = positions.shape[0]
         self.window_slots = self._cut(view.swa_out_cache_loc(forward_batch))

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from .. import ops
+from ..prepare import prepare
+from ..streams import IN_ORDER, Beside
 from . import weights
 from .attention import attention
 from .experts import experts
@@ -21,7 +23,7 @@ class Target:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._layers = [weights.prepare(layer) for layer in weights.layers_of(model)]
+        self._layers = prepare(model)
         self._head = weights.head_of(model.model, model.model.norm_eps)
 
     def __call__(self, view: Any, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: Any) -> Any:
@@ -29,10 +31,15 @@ class Target:
 
         EAGLE gets the streams before the head, DSpark the means of the streams after the layers it asked for.
         """
+        from sglang.srt.model_executor.runner_utils.capture_mode import get_is_capture_mode
+
         model = self._model
         captured = model.model.dspark_layers_to_capture
         x = model.model.embed_tokens(input_ids).unsqueeze(1).repeat(1, STREAMS, 1)
-        x, means = through(self._layers, x, Pass(view, forward_batch, positions), input_ids, captured or ())
+        # As SGLang's own forward: beside each other in the graphs alone.
+        beside = Beside(model.model.alt_streams or ()) if get_is_capture_mode() else IN_ORDER
+        at = Pass(view, forward_batch, positions, beside)
+        x, means = through(self._layers, x, at, input_ids, captured or ())
         hidden = model.model.norm(head(self._head, x))
         return model.logits_processor(
             input_ids,
@@ -51,6 +58,10 @@ def through(
 
     Each block enters and leaves the streams by x ← post f + combᵀ x; leaving one and entering the next is one op.
     """
+    from sglang.srt.layers.moe.utils import post_experts_all_reduce
+    from sglang.srt.runtime_context import get_parallel
+
+    of_attention = get_parallel().attn_tp_group
     means: list[torch.Tensor] = []
     f = post = comb = None
     for index, layer in enumerate(layers):
@@ -61,10 +72,10 @@ def through(
             x, y, post, comb = ops.mhc_post_pre(f, x, post, comb, fn, scale, base, **options)
             if index - 1 in captured:
                 means.append(_mean(x))
-        f = sum_of_attention(attention(layer.attention, y, at))
+        f = of_attention.all_reduce(attention(layer.attention, y, at))
         fn, scale, base, options = layer.experts_mix
         x, y, post, comb = ops.mhc_post_pre(f, x, post, comb, fn, scale, base, **options)
-        f = sum_of_experts(experts(layer.experts, y, input_ids))
+        f = post_experts_all_reduce(experts(layer.experts, y, input_ids, at.beside))
     x = ops.mhc_post(f, x, post, comb)
     if len(layers) - 1 in captured:
         means.append(_mean(x))
@@ -74,20 +85,6 @@ def through(
 def head(h: weights.Mix, x: torch.Tensor) -> torch.Tensor:
     """The streams' weighted sum bf16 [T, H], which the final norm follows."""
     return ops.mhc_head(x, h.fn, h.scale, h.base, **h.options)
-
-
-def sum_of_attention(y: torch.Tensor) -> torch.Tensor:
-    """Over the ranks that share the attention's heads."""
-    from sglang.srt.runtime_context import get_parallel
-
-    return get_parallel().attn_tp_group.all_reduce(y)
-
-
-def sum_of_experts(y: torch.Tensor) -> torch.Tensor:
-    """Over the ranks that share the experts, by their width, their number or both."""
-    from sglang.srt.layers.moe.utils import post_experts_all_reduce
-
-    return post_experts_all_reduce(y)
 
 
 def _mean(x: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,4 @@
-"""SGLang's modules as the tensors that the ops take.
-
-`read` takes them as they lie; `prepare` replaces what has another form there: `wo_a`, which SGLang holds in bf16, and
-on a CPU the experts.
-"""
+"""SGLang's modules as the tensors that the ops take, as they lie; `..prepare` replaces what has another form there."""
 
 from __future__ import annotations
 
@@ -11,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 
 from ..formats import experts as layout
-from ..formats import fp8_block
 
 
 class Linear(NamedTuple):
@@ -130,24 +125,6 @@ def read(module: Any) -> Layer:
     )
 
 
-def prepare(module: Any) -> Layer:
-    """`read`, with FP8 `wo_a`, and experts in SM120's layout, where SGLang keeps them otherwise in the old one's place.
-
-    Raises:
-        ValueError: also for a weight that has no exact form in that layout.
-    """
-    layer = read(module)
-    a, e = layer.attention, layer.experts
-    weight, scale = fp8_block.requantise(a.wo_a)
-    wo_a = Linear(weight.unflatten(0, (a.groups, -1)), scale.unflatten(0, (a.groups, -1)))
-    kept = e.weights
-    if kept.s13.dtype == torch.float32:
-        kept = layout.from_gate_first(*kept)
-        for name, tensor in zip(_EXPERTS, kept, strict=True):
-            getattr(module.mlp.experts, name).data = tensor
-    return layer._replace(attention=a._replace(wo_a=wo_a), experts=e._replace(weights=kept))
-
-
 def head_of(module: Any, rms_eps: float) -> Mix:
     """The mHC head of SGLang's target or MTP model."""
     return Mix(
@@ -182,11 +159,11 @@ def _compressor(m: Any) -> Compressor:
     )
 
 
-_EXPERTS = ("w13_weight", "w13_weight_scale_inv", "w2_weight", "w2_weight_scale_inv")
+EXPERTS = ("w13_weight", "w13_weight_scale_inv", "w2_weight", "w2_weight_scale_inv")
 
 
 def _experts(m: Any, layer_id: int) -> Experts:
-    kept = layout.Experts(*(getattr(m.experts, name).data for name in _EXPERTS))
+    kept = layout.Experts(*(getattr(m.experts, name).data for name in EXPERTS))
     backend = getattr(m.experts, "_dsv4_mxfp4_backend", None)
     # fp32 scales are what SGLang keeps where it has no kernel for these experts.
     if kept.s13.dtype != torch.float32 and backend != "flashinfer_cutlass_sm120":

@@ -408,20 +408,29 @@ def sparse_mla_triton(
     )
     if splits > 1:
         width = 128 if rows < 16 else kv_page.DIM
-        kernels.launch(
-            _merge,
-            (rows * heads, kv_page.DIM // width),
-            parts,
-            stats,
-            sink,
-            freqs,
-            positions,
-            out,
-            splits,
-            HEADS=heads,
-            SPLITS=triton.next_power_of_2(splits),
-            WIDTH=width,
-            TURN=turn,
-            num_warps=4,
-        )
+        for many in _merged(splits, at_once // (rows * tiles)):
+            kernels.launch(
+                _merge,
+                (rows * heads, kv_page.DIM // width),
+                parts,
+                stats,
+                sink,
+                freqs,
+                positions,
+                out,
+                splits,
+                HEADS=heads,
+                SPLITS=many,
+                WIDTH=width,
+                TURN=turn,
+                num_warps=4,
+            )
     return out
+
+
+def _merged(splits: int, most: int) -> list[int]:
+    """SPLITS of `_merge`; in a rehearsal every one up to `most` parts, which other widths of the slots would choose."""
+    if not kernels.rehearsing():
+        return [triton.next_power_of_2(splits)]
+    last = triton.next_power_of_2(min(most, MAX_SPLITS))
+    return [1 << bit for bit in range(1, last.bit_length())]

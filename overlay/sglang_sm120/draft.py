@@ -1,6 +1,6 @@
 """The MTP layer that proposes tokens: the next token's embedding joined with the target's streams, then one layer.
 
-On a GPU SGLang's own forward drafts; on a CPU it cannot run.
+On a GPU SGLang's own forward drafts, which cannot run on a CPU, nor where the experts lie in another card's layout.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ from typing import Any
 import torch
 
 from . import ops
+from .prepare import prepare
 from .step import weights
 from .step.metadata import Pass
 from .step.target import head, through
 
 
 class Draft:
-    """The forward of one loaded `DeepseekV4ForCausalLMNextN`; served on a CPU, where SGLang's own cannot run."""
+    """The forward of one loaded `DeepseekV4ForCausalLMNextN`."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._layers = [weights.prepare(layer) for layer in weights.layers_of(model)]
+        self._layers = prepare(model)
         self._head = weights.head_of(model.model, model.model.rms_norm_eps)
         self._of_token = weights.linear_of(model.model.e_proj)
         self._of_streams = weights.linear_of(model.model.h_proj)
