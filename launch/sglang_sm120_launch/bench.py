@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from . import passes
 from .errors import LaunchError
 from .stream import ask
 
@@ -120,8 +121,10 @@ def run(arguments: argparse.Namespace) -> int:
         "seed": arguments.seed,
         "too_long": [p for p in arguments.prompt_tokens if room is not None and p > room],
         "complete": False,
+        "passes": None,
         "points": [],
     }
+    before = _passes(server.url)
     for length in result["too_long"]:
         print(f"left out: prompts of {length} tokens, the server's context is {server.longest}")
     measure = _measure(server, arguments.output_tokens, arguments.rounds, arguments.seed)
@@ -138,13 +141,15 @@ def run(arguments: argparse.Namespace) -> int:
                 print(f"sglang-sm120: {str(stop) or 'Stopped.'} {kept}", file=sys.stderr)
                 return 1
             result["points"].append(point)
+            after = _passes(server.url)
+            result["passes"] = None if before is None or after is None else passes.between(before, after)
             _write(out, result)
             bar.set_postfix_str(f"{point['output_tokens_per_s']:.1f} tok/s")
             bar.update(point["requests"])
     result["complete"] = True
     _write(out, result)
     picture(result, out.with_suffix(".png"))
-    print(f"{out}\n{out.with_suffix('.png')}")
+    print("\n".join([*passes.lines(result["passes"]), str(out), str(out.with_suffix(".png"))]))
     failed = sum(point["requests"] - point["completed"] for point in result["points"])
     if failed:
         print(f"{failed} requests failed, {out} has the first error of each point")
@@ -165,6 +170,16 @@ def find_server(url: str, tokenizer: str | None = None) -> Server:
     if Path(tokenizer).is_absolute() and not Path(tokenizer).exists():
         raise LaunchError(f"The server's tokenizer {tokenizer} is not on this machine: name a copy with --tokenizer.")
     return server
+
+
+def _passes(url: str) -> dict[str, float] | None:
+    import httpx
+
+    try:
+        page = httpx.get(f"{url}/metrics", headers=_key(), timeout=30)
+        return passes.read(page.text) if page.status_code == 200 else None
+    except (httpx.HTTPError, ValueError):
+        return None
 
 
 def _get(url: str, path: str) -> Any:

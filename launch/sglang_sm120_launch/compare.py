@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from . import passes
 from .bench import SCHEMA
 from .errors import LaunchError
 
@@ -41,6 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
         failed, asked = (sum(point[key] for point in run["points"]) for key in ("completed", "requests"))
         if failed < asked:
             print(f"{name} had failures: {asked - failed} of {asked} requests")
+        for line in passes.lines(run.get("passes")):
+            print(f"{name}: {line}")
     for name in SETTINGS:
         if a[name] != b[name]:
             print(f"{name} differs: {_difference(a[name], b[name])}")
@@ -79,6 +82,9 @@ def load(path: Path) -> dict[str, Any]:
     number = (int, float)
     kinds: dict[str, Any] = {"complete": bool, "model": str, "output_tokens": int, "rounds": int, "server": dict}
     wrong = [key for key, kind in kinds.items() if not isinstance(result.get(key), kind)]
+    counted = result.get("passes") or {}
+    if not isinstance(counted, dict) or any(type(count) not in number for count in counted.values()):
+        wrong.append("passes")
     for i, point in enumerate(result["points"]):
         good = isinstance(point, dict) and all(type(point.get(key)) is int for key in COUNTS)
         if good and point["completed"]:

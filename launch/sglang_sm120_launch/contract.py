@@ -95,8 +95,6 @@ def reasons(
         for name, values in served.items()
         if (value := flags(name)) is not None and value not in values
     ]
-    if emulated and flags("speculative-moe-runner-backend") == "triton":
-        found.append("on this card the draft's experts cannot run by --speculative-moe-runner-backend triton")
     watchdog = flags("watchdog-timeout")
     if isinstance(watchdog, int | float) and 0 < watchdog < SHORTEST_WATCHDOG:
         found.append(f"--watchdog-timeout {watchdog:g} leaves SGLang's waits too little time")

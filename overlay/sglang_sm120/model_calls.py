@@ -147,6 +147,7 @@ def _fp8_linear(make: Inputs, c: dict[str, Any], tp: int, rows: int, context: in
         if label.endswith("wq_b"):
             # Columns of the joint projection to queries and keys, whose norm comes first.
             arguments["x"] = make.bf16(rows, k + c["head_dim"])[:, :k]
+        if label.endswith("wq_b") or label.startswith("mtp."):
             arguments |= {"norm_weight": make.bf16(k), "eps": c["rms_norm_eps"]}
         yield label, arguments
 

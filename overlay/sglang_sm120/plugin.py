@@ -43,17 +43,19 @@ class Built:
         step: of the target or of the draft.
         widths: rows of the passes in CUDA graphs that it may take.
         left: why it leaves a pass of a mode with so many rows and these further arguments to SGLang; None: it takes it.
+        counts: as in `Passes`.
     """
 
     draft_sampler = None
 
     def __init__(
-        self, step: Callable[..., Any], widths: tuple[int, ...], left: Callable[[str, int, dict[str, Any]], str | None]
-    ) -> None:
+        self, step: Callable[..., Any], widths: tuple[int, ...], left: Callable[[str, int, dict[str, Any]], str | None],
+        counts: bool = False,
+    ) -> None:  # fmt: skip
         from . import sglang_kernels  # noqa: F401  registers providers
 
         self.widths = widths
-        self.passes = Passes()
+        self.passes = Passes(counts)
         self._step = Checked(step)
         self._left = left
 
@@ -67,7 +69,7 @@ class Built:
         if why is not None:
             if emulated():
                 raise RuntimeError(f"With SGLANG_SM120_FORCE=1 SGLang's forward cannot serve a pass here: {why}.")
-            self.passes.leave(why)
+            self.passes.leave(mode, why)
             return None
         self.passes.take(mode, rows)
         return spec.Step(mode, rows)
@@ -108,7 +110,8 @@ def build(model: torch.nn.Module, hf_config: Any, context: spec.BuildContext) ->
     check_graphs(get_exec().graph.cuda_graph_config, context.tokens_per_request)
     if emulated() and get_speculative_moe_runner_backend().is_triton():
         spec.register(architecture=DRAFT, path=f"{__name__}:DRAFT_SPEC")
-    built, parallel = Built(Target(model), context.widths, why_left), get_parallel()
+    parallel = get_parallel()
+    built = Built(Target(model), context.widths, why_left, counts=parallel.tp_rank == 0)
     longest = get_model().context_length or hf_config.max_position_embeddings
     chunk = get_schedule().chunked_prefill_size or 0
     warm_up(
@@ -202,7 +205,7 @@ SPEC = spec.MegakernelSpec(
 DRAFT_SPEC = msgspec.structs.replace(
     SPEC, name="sglang-sm120-draft", build=build_draft, config_disable_reasons=None
 )
-"""For tests on a card that is no SM12x, where the draft's experts lie in SM120's layout too; elsewhere SGLang drafts."""
+"""For tests on a card that is no SM12x: there the draft's experts lie in SM120's layout too. Else SGLang drafts."""
 
 
 def install_on_cpu(model: torch.nn.Module, hf_config: Any) -> None:
@@ -217,6 +220,7 @@ def install_on_cpu(model: torch.nn.Module, hf_config: Any) -> None:
     if architecture not in (TARGET, DRAFT):
         return
     from sglang.srt.kernel_plugins.nvidia.binding import MegakernelBinding
+    from sglang.srt.runtime_context import get_parallel
 
     from .draft import Draft
     from .step.target import Target
@@ -227,7 +231,8 @@ def install_on_cpu(model: torch.nn.Module, hf_config: Any) -> None:
     if reasons:
         raise ValueError(f"sglang_sm120 cannot serve this model on a CPU: {'; '.join(reasons)}.")
     step = Checked((Target if architecture == TARGET else Draft)(model))
-    binding, passes, original = MegakernelBinding(model=model), Passes(), model.forward
+    passes = Passes(architecture == TARGET and get_parallel().tp_rank == 0)
+    binding, original = MegakernelBinding(model=model), model.forward
 
     @functools.wraps(original)
     @torch.no_grad()

@@ -21,7 +21,7 @@ from PIL import Image, ImageColor
 
 from local_server import LocalServer
 from sglang_sm120.checkpoint.config import ReferenceConfig
-from sglang_sm120_launch import bench, compare, picture
+from sglang_sm120_launch import bench, compare, passes, picture
 from sglang_sm120_launch.errors import LaunchError
 from sglang_sm120_launch.stream import Stream, ask
 from sglang_sm120_reference.write import write_checkpoint
@@ -143,6 +143,7 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         (json.dumps(result(point(4096, 1, 1.0) | {"output_tokens_per_s": float("nan")})), "damaged .point 1."),
         (json.dumps(result(point(4096, 1, 1.0) | {"completed": "2"})), "damaged .point 1."),
         (json.dumps(result(server=None)), "damaged .server."),
+        (json.dumps(result(passes={"replays": "2"})), "damaged .passes."),
         (json.dumps({"schema": bench.SCHEMA, "points": []}), "damaged .complete, model"),
     ],
 )
@@ -163,6 +164,39 @@ def test_compare_says_what_a_run_lacks(tmp_path: Path, capsys: pytest.CaptureFix
     out = capsys.readouterr().out
     assert "A is incomplete" in out and "B had failures: 3 of 4 requests" in out
     assert "A had failures" not in out and "B is incomplete" not in out
+
+
+PAGE = """\
+# TYPE sglang:cuda_graph_passes_total counter
+sglang:cuda_graph_passes_total{mode="decode_cuda_graph",model_name="m"} 40.0
+sglang:cuda_graph_passes_total{mode="prefill_none",model_name="m"} 3.0
+# TYPE sglang_sm120:passes_total counter
+sglang_sm120:passes_total{by="step",mode="target_verify",why=""} 5.0
+sglang_sm120:passes_total{by="sglang",mode="extend",why="the step takes decode, not extend"} 3.0
+# TYPE sglang_sm120:graphs_total counter
+sglang_sm120:graphs_total{by="step",mode="decode"} 4.0
+"""
+EXTEND = "sglang extend: the step takes decode, not extend"
+
+
+def test_whose_forward_served_the_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    first = passes.read(PAGE)
+    assert first == {"replays": 40, "step target_verify": 5, EXTEND: 3, "graphs step": 4}
+    later = passes.read(PAGE.replace(" 40.0", " 60.0").replace(" 3.0", " 4.0"))
+    assert later is not None
+    counted = passes.between(first, later)
+    assert counted == {"replays": 20, EXTEND: 1, "graphs step": 4}
+    extend = "passes outside of graphs: 1 by SGLang's forward, extend: the step takes decode, not extend"
+    assert passes.lines(counted) == ["passes in CUDA graphs: 20 by the step", extend]
+    (mixed, _) = passes.lines({**counted, "graphs sglang": 2})
+    assert mixed == "passes in CUDA graphs: 20 by the step in 4 graphs, SGLang's forward in 2"
+    assert passes.read("\n".join(PAGE.splitlines()[:3]) + "\n") is None
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
+    a.write_text(json.dumps(result(point(4096, 1, 10.0), passes=counted)))
+    b.write_text(json.dumps(result(point(4096, 1, 10.0))))
+    assert run(compare, str(a), str(b)) == 0
+    out = capsys.readouterr().out
+    assert f"A: {extend}" in out and "B: passes: not counted" in out
 
 
 def streamed(*events: Any, done: bool = True, asked: int = 2) -> Stream:
@@ -355,7 +389,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
     write_checkpoint(folder / "DeepSeek-V4-small", config)
     # The trap for a benchmark that formats prompts itself.
     assert "chat_template" not in (folder / "DeepSeek-V4-small/tokenizer_config.json").read_text()
-    arguments = ["--device", "cpu", "--context-length", "2000"]
+    arguments = ["--device", "cpu", "--context-length", "2000", "--enable-metrics"]
     with LocalServer(folder / "DeepSeek-V4-small", *arguments, log=folder / "server.log") as running:
         yield running
 
@@ -378,6 +412,9 @@ def test_two_runs_and_their_ratios(server: LocalServer, tmp_path: Path, capsys: 
     printed = capsys.readouterr()
     assert "left out: prompts of 2048 tokens" in printed.out and "2/2" in printed.err
     found = json.loads(a.read_text())
+    # Two answers of three tokens, whose first comes from the prompt; and the warm-up request's.
+    assert 2 <= found["passes"]["step decode"] <= 6 and found["passes"]["step extend"] >= 1
+    assert f"passes outside of graphs: {found['passes']['step decode']:g} by the step, decode" in printed.out
     assert found["complete"] and found["too_long"] == [2048] and found["server"]["device"] == "cpu"
     (measured,) = found["points"]
     assert (measured["prompt_tokens"], measured["concurrency"]) == (300, 2)

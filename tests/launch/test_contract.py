@@ -202,7 +202,6 @@ class TestForcedOnHopper:
             {"moe-runner-backend": "auto"},
             {"disable-prefill-cuda-graph": False},
             {"cuda-graph-backend-prefill": "full"},
-            {"speculative-moe-runner-backend": "triton"},
         ),
         ids=lambda flags: next(iter(flags)),
     )
@@ -227,7 +226,6 @@ class TestForcedOnHopper:
                 "moe_runner_backend": plan.value("moe-runner-backend"),
                 "prefill": "disabled" if plan.value("disable-prefill-cuda-graph") else "full",
                 "speculative_algorithm": plan.value("speculative-algorithm"),
-                "speculative_moe_runner_backend": plan.value("speculative-moe-runner-backend"),
                 "speculative_num_draft_tokens": plan.value("speculative-num-draft-tokens"),
                 "enable_deepseek_v4_fp4_indexer": False,
             } | changed
@@ -235,7 +233,7 @@ class TestForcedOnHopper:
             return reasons.config_reasons(SimpleNamespace(cuda_graph_config=graphs, **given), None)
 
         assert found() == []
-        assert found(prefill="full") and found(speculative_moe_runner_backend="triton")
+        assert found(prefill="full")
 
 
 def test_prefill_by_the_step_needs_no_graphs_of_sglangs():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -263,7 +264,7 @@ def test_what_is_compiled_and_reserved_when_the_step_is_built(monkeypatch: pytes
     """All that SGLang's graphs may ask for: its page tables are wider than the longest request."""
     given: dict[str, Any] = {}
     group = SimpleNamespace(barrier=None, local_rank=1)
-    parallel = SimpleNamespace(tp_size=4, moe_ep_size=2, tp_group=group)
+    parallel = SimpleNamespace(tp_size=4, tp_rank=0, moe_ep_size=2, tp_group=group)
     bags = {
         "get_parallel": parallel,
         "get_model": SimpleNamespace(context_length=98_304),
@@ -275,12 +276,12 @@ def test_what_is_compiled_and_reserved_when_the_step_is_built(monkeypatch: pytes
     monkeypatch.setattr(allocation_sizing, "get_req_to_token_extra_context_len", lambda: 264)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(target, "Target", str)
-    monkeypatch.setattr(plugin, "Built", lambda *arguments: arguments)
+    monkeypatch.setattr(plugin, "Built", lambda *arguments, counts: (*arguments, counts))
     monkeypatch.setattr(warmup, "warm_up", lambda config, **sizes: given.update(sizes, config=config))
     config = SimpleNamespace(to_dict=dict, max_position_embeddings=1 << 20)
 
     context = SimpleNamespace(widths=(1, 2), tokens_per_request=1)
-    assert plugin.build("model", config, context) == ("model", (1, 2), why_left)
+    assert plugin.build("model", config, context) == ("model", (1, 2), why_left, True)
     assert given == {
         "config": {}, "tp": 4, "ep": 2, "prefill_rows": MAX_ROWS, "graph_rows": MAX_ROWS, "context": 98_304 + 264,
         "device": torch.device("cuda", 3), "barrier": None, "compiles": False,
@@ -296,11 +297,11 @@ def test_what_is_compiled_and_reserved_when_the_step_is_built(monkeypatch: pytes
     [
         ([1, 128, 256], 1, []),
         ([1, 64], 4, []),
-        ([8, 264, 320], 1, ["CUDA graphs of 264, 320 requests of 1 token are SGLang's forward's, the step takes 256 rows."]),
-        ([64, 65], 4, ["CUDA graphs of 65 requests of 4 tokens are SGLang's forward's, the step takes 256 rows."]),
+        ([8, 264, 320], 1, ["264, 320 requests of 1 token"]),
+        ([64, 65], 4, ["65 requests of 4 tokens"]),
         (None, 1, []),
     ],
-)  # fmt: skip
+)
 def test_graphs_that_the_step_leaves_are_named(
     hopper: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
     sizes: list[int] | None, tokens: int, said: list[str],
@@ -310,7 +311,9 @@ def test_graphs_that_the_step_leaves_are_named(
         patch.setattr(plugin, "emulated", lambda: False)
         check_graphs(graphs, tokens)
         check_graphs(None, tokens)
-    assert [record.message.removeprefix("sglang_sm120: ") for record in caplog.records] == said
+    assert [record.message for record in caplog.records] == [
+        f"sglang_sm120: CUDA graphs of {what} are SGLang's forward's, the step takes 256 rows." for what in said
+    ]
     if said:
         with pytest.raises(ValueError, match=f"^CUDA graphs of .*: give --cuda-graph-max-bs-decode {256 // tokens}.$"):
             check_graphs(graphs, tokens)
@@ -321,10 +324,32 @@ def test_the_first_pass_of_a_kind_is_logged(caplog: pytest.LogCaptureFixture) ->
     with caplog.at_level(logging.INFO, logger="sglang_sm120.passes"):
         for rows in (3, 2):
             passes.take("decode", rows)
-            passes.leave("it has no rows")
+            passes.leave("decode", "it has no rows")
     assert [record.message for record in caplog.records] == [
         "sglang_sm120: the step takes its first decode pass (3 rows).",
         "sglang_sm120: SGLang's forward serves a pass, because it has no rows.",
+    ]
+
+
+def test_passes_in_the_servers_metrics(tmp_path: Path) -> None:
+    """In a process of its own, as a scheduler of a server with --enable-metrics."""
+    line = (
+        "import torch; from sglang_sm120 import passes; "
+        "from sglang.srt.model_executor.runner_utils import capture_mode; "
+        "one, other = passes.Passes(True), passes.Passes(False); "
+        "[p.take('decode', 1) for p in (one, one, other)]; one.leave('extend', 'it is long'); "
+        "capture_mode.is_capture_mode = True; one.take('decode', 1); "
+        "torch.cuda.is_available = torch.cuda.is_current_stream_capturing = lambda: True; one.take('decode', 1); "
+        "from prometheus_client import CollectorRegistry, generate_latest, multiprocess; "
+        "registry = CollectorRegistry(); multiprocess.MultiProcessCollector(registry); "
+        "print(generate_latest(registry).decode())"
+    )
+    env = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    said = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True, env=env).stdout
+    assert sorted(text for text in said.splitlines() if text.startswith("sglang_sm120")) == [
+        'sglang_sm120:graphs_total{by="step",mode="decode"} 1.0',
+        'sglang_sm120:passes_total{by="sglang",mode="extend",why="it is long"} 1.0',
+        'sglang_sm120:passes_total{by="step",mode="decode",why=""} 2.0',
     ]
 
 
@@ -426,7 +451,8 @@ def test_another_model_type_is_refused_on_a_cpu(model: SimpleNamespace, architec
     assert model.forward is _not_called
 
 
-def test_embeddings_are_refused_on_a_cpu(model: SimpleNamespace) -> None:
+def test_embeddings_are_refused_on_a_cpu(model: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime_context, "get_parallel", lambda: SimpleNamespace(tp_rank=0))
     install_on_cpu(model, hf_config())
     assert model.forward is not _not_called
     ids = torch.zeros(1, dtype=torch.int64)

@@ -1,0 +1,231 @@
+"""SGLang's own forward and the step, on one card in one run: `python bench/side_by_side.py --out DIR`.
+
+All 43 layers at full width with the experts cut to what fits one card, random weights (`random_weights`), served by
+`sglang.launch_server`. The sides take turns, `--runs` times; medians and spreads go into DIR/side_by_side.json and a
+table. On a Hopper card the step runs under SM120 lowering (`sm120`) and compiled natively (`native`); `sglang` has the
+card's own kernels and Marlin's experts there.
+
+Decode: milliseconds from token to token while all requests decode. At 1,024 tokens of context each request has its own
+prompt; at more they share all but the last tokens of one, so that their cached pages are the same. EAGLE: milliseconds
+of a cycle (3 draft steps, 4 tokens to verify). Prefill: tokens of one prompt by the seconds to its first token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("evals", "reference")]
+
+import httpx
+import torch
+
+import sm120_lowering
+from decode_step import TOKENS, write_model
+from local_server import LocalServer, ServerError
+
+HERE = Path(__file__).parent
+OWN = 1024
+"""Context up to which every request has a prompt of its own."""
+TAIL = 64
+STREAM, INTERVALS = 8, 8
+"""Tokens of one streamed chunk, and chunks of an answer after its first token."""
+EAGLE = (
+    "--speculative-algorithm", "EAGLE", "--speculative-num-steps", "3", "--speculative-eagle-topk", "1",
+    "--speculative-num-draft-tokens", "4",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to serve: its flags, its variables and folders for PYTHONPATH, and whether the step is to decode."""
+
+    flags: tuple[str, ...] = ()
+    env: dict[str, str] = field(default_factory=dict)
+    path: tuple[Path, ...] = ()
+    is_step: bool = True
+
+
+def sides() -> dict[str, Side]:
+    """By name, for the card that is there."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        return {"sglang": Side(env={"SGLANG_SM120": "0"}, is_step=False), "step": Side()}
+    own = {"SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0"}
+    forced = (sm120_lowering.SERVER_FLAGS, sm120_lowering.SERVER_ENVIRONMENT)
+    return {
+        "sglang": Side(("--moe-runner-backend", "marlin"), own, is_step=False),
+        "sm120": Side(*forced, (HERE / "lowered_children",)),
+        "native": Side(*forced),
+    }
+
+
+def ask(url: str, prompts: list[list[int]], tokens: int) -> list[list[tuple[float, int, int]]]:
+    """(seconds since the request, tokens so far, verifications so far) of each streamed chunk of each answer."""
+    sampling = {"max_new_tokens": tokens, "ignore_eos": True, "temperature": 1.0, "stream_interval": STREAM}
+    chunks: list[list[tuple[float, int, int]]] = [[] for _ in prompts]
+    began = time.perf_counter()
+    body = {"input_ids": prompts, "sampling_params": sampling, "stream": True}
+    with httpx.stream("POST", f"{url}/generate", json=body, timeout=600) as answer:
+        for line in answer.iter_lines():
+            if not line.startswith("data:") or line == "data: [DONE]":
+                continue
+            chunk = json.loads(line[5:])
+            if "error" in chunk:
+                raise RuntimeError(f"/generate answers: {chunk['error']}")
+            meta = chunk["meta_info"]
+            seen = (time.perf_counter() - began, meta["completion_tokens"], meta.get("spec_verify_ct", 0))
+            chunks[chunk.get("index", 0)].append(seen)
+    short = [part[-1][1] if part else 0 for part in chunks]
+    if min(short) < tokens:
+        raise RuntimeError(f"an answer ended after {min(short)} of {tokens} tokens")
+    return chunks
+
+
+def pace(chunks: list[list[tuple[float, int, int]]], count: int) -> float:
+    """Median milliseconds for one more of `count` (1: token, 2: verification) from when all requests decode."""
+    together = max(part[0][0] for part in chunks)
+    each = [
+        (b[0] - a[0]) * 1000 / (b[count] - a[count])
+        for part in chunks
+        for a, b in zip(part, part[1:], strict=False)
+        if a[0] >= together and b[count] > a[count]
+    ]
+    return statistics.median(each)
+
+
+def drawn(count: int, rng: random.Random) -> list[int]:
+    return [rng.randrange(300, TOKENS) for _ in range(count)]
+
+
+def measure(url: str, args: argparse.Namespace, eagle: bool, deadline: float) -> Iterator[tuple[str, float]]:
+    """(what, figure) of one server; what would begin after `deadline` is left out."""
+    rng = random.Random(0)
+    if not eagle:
+        ask(url, [drawn(OWN, rng)], 8)
+        for length in args.prefill:
+            if time.monotonic() < deadline:
+                yield f"prefill {length}", length / ask(url, [drawn(length, rng)], 1)[0][0][0]
+    for context in (min(args.context),) if eagle else args.context:
+        alike = drawn(context - TAIL, rng) if context > OWN else []
+        if alike and time.monotonic() < deadline:
+            ask(url, [alike], 1)
+        for batch in args.eagle if eagle else args.batch:
+            if time.monotonic() > deadline:
+                return
+            chunks = ask(url, [alike + drawn(context - len(alike), rng) for _ in range(batch)], 1 + STREAM * INTERVALS)
+            yield f"{'eagle' if eagle else 'decode'} {batch} {context}", pace(chunks, 2 if eagle else 1)
+
+
+def serve(name: str, side: Side, model: Path, args: argparse.Namespace, eagle: bool, run: int) -> dict[str, float]:
+    """What one server of one side gave, its time to ready in seconds included."""
+    sizes = args.eagle if eagle else args.batch
+    flags = [
+        "--load-format", "dummy", "--mem-fraction-static", str(args.mem_fraction), "--grammar-backend", "none",
+        "--max-running-requests", str(max(sizes)), "--cuda-graph-bs-decode", *map(str, sorted(sizes)),
+        "--context-length", str(max(*args.context, *args.prefill) + 1024), "--chunked-prefill-size", "8192",
+        *side.flags, *(EAGLE if eagle else ()),
+    ]  # fmt: skip
+    path = os.pathsep.join(map(str, (*side.path, HERE / "random_weights", os.environ.get("PYTHONPATH", ""))))
+    log = args.out / f"{name}{'-eagle' if eagle else ''}-{run}.log"
+    began = time.monotonic()
+    server = LocalServer(model, *flags, log=log, env={**side.env, "PYTHONPATH": path}, ready_seconds=args.ready)
+    found: dict[str, float] = {}
+    with server:
+        found["eagle ready" if eagle else "ready"] = time.monotonic() - began
+        for what, figure in measure(server.url, args, eagle, args.deadline):
+            found[what] = figure
+            print(f"{name} run {run}: {what}: {figure:.2f}", flush=True)
+        mode = "target_verify" if eagle else "decode"
+        if side.is_step != (f"the step takes its first {mode} pass" in log.read_text(errors="replace")):
+            raise ServerError(f"The other forward served {mode} passes: {log} says why.")
+    return found
+
+
+def table(figures: dict[str, dict[str, list[float]]]) -> str:
+    """Medians with half the spread, and each side by the first; one row a figure."""
+    names = list(figures)
+    rows = list(dict.fromkeys(what for found in figures.values() for what in found))
+    lines = [f"{'':22s}" + "".join(f"{name:>24s}" for name in names)]
+    for what in rows:
+        cells, base = [], figures[names[0]].get(what)
+        for name in names:
+            values = figures[name].get(what)
+            if not values:
+                cells.append(f"{'-':>24s}")
+                continue
+            median, spread = statistics.median(values), (max(values) - min(values)) / 2
+            ratio = f" {median / statistics.median(base):5.2f}x" if base and name != names[0] else ""
+            cells.append(f"{f'{median:.2f} ±{spread:.2f}{ratio}':>24s}")
+        lines.append(f"{what:22s}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results and the servers' logs")
+    parser.add_argument("--side", nargs="+", help="default: all that this card has")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--context", type=int, nargs="+", default=[1024, 16_384, 65_536])
+    parser.add_argument("--eagle", type=int, nargs="*", default=[1, 4, 16], help="batches; none leaves EAGLE out")
+    parser.add_argument("--prefill", type=int, nargs="*", default=[1024, 8192, 32_768], help="tokens of the prompt")
+    parser.add_argument("--experts", type=int, default=128, help="of 256; 64 fit an 80 GB card")
+    parser.add_argument("--mem-fraction", type=float, default=0.85)
+    parser.add_argument("--ready", type=float, default=1200, help="seconds that a server may take to be ready")
+    parser.add_argument("--seconds", type=float, default=7200, help="no cell begins later than this")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("side_by_side: this machine has no CUDA device, needed one: run it on a GPU machine.", file=sys.stderr)
+        return 1
+    known = sides()
+    if unknown := set(args.side or ()) - set(known):
+        print(f"side_by_side: no side {sorted(unknown)} on this card, needed some of {list(known)}.", file=sys.stderr)
+        return 2
+    # As Ctrl-C does: the server is stopped, and what was measured stays.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    args.out.mkdir(parents=True, exist_ok=True)
+    asked = {name: value for name, value in vars(args).items() if name != "out"}
+    args.deadline = time.monotonic() + args.seconds
+    figures: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in args.side or known}
+    about: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "experts": args.experts,
+        "date": time.strftime("%Y-%m-%d"), "asked": asked, "problems": [],
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(Path(folder), args.experts)
+        for run in range(args.runs):
+            for name in figures:
+                for eagle in (False, True) if args.eagle else (False,):
+                    if time.monotonic() > args.deadline:
+                        continue
+                    try:
+                        found = serve(name, known[name], Path(folder), args, eagle, run)
+                    except (ServerError, RuntimeError, httpx.HTTPError) as error:
+                        about["problems"].append(f"{name}, run {run}{', EAGLE' * eagle}: {error}"[-2000:])
+                        continue
+                    for what, figure in found.items():
+                        figures[name][what].append(round(figure, 3))
+                    # A run that is cut off leaves what it has.
+                    (args.out / "side_by_side.json").write_text(json.dumps(about | {"figures": figures}, indent=1))
+    print("\n".join(["", table(figures), *(f"problem: {one[-700:]}" for one in about["problems"])]))
+    print(f"{about['gpu']}, torch {about['torch']}, {args.experts} experts, {args.runs} runs; ready in s, prefill in "
+          "tokens/s, the rest in ms")  # fmt: skip
+    return 1 if about["problems"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""The configuration that ships: SGLang's forward prefills, the step decodes and verifies what that left in the pools.
+
+Beside it SGLang's own forward does both. Each answers greedily; the oracle is given the same tokens and says how far
+each log-probability of a decoded token is off. On a Hopper card a second copy of the experts is kept for the step.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from test_server import LOWERED, MTP, VOCABULARY, assert_nothing_compiled_late, generate
+from test_server import checkpoint as checkpoint
+from test_server import logs as logs
+
+from local_server import LocalServer
+from sglang_sm120_reference.oracle import Oracle, Result
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+NEW_TOKENS, TOP = 16, 8
+PREFIX = 2048
+LENGTHS = (3, 120, 250, 1016, PREFIX + 122)
+"""Decoding passes the end of a block of 4 in each, of 128 in all but the first; the last begins beyond 2,048 + 120."""
+FLAGS = (
+    "--mem-fraction-static", "0.4", "--max-total-tokens", "65536", "--grammar-backend", "none",
+    "--chunked-prefill-size", "1024", "--cuda-graph-bs-decode", "1", "2", "4", "8", "--disable-prefill-cuda-graph",
+)  # fmt: skip
+OF_HOPPER = ("--moe-runner-backend", "marlin", "--fp8-gemm-backend", "triton")
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1", "FLASHINFER_DISABLE_VERSION_CHECK": "1", "SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0",
+    "SGLANG_OPT_FP8_WO_A_GEMM": "0",
+}  # fmt: skip
+SECOND_COPY = Path(__file__).parent / "second_copy"
+
+
+@dataclass
+class Answer:
+    """Tokens after a prompt, and for each the log-probabilities of the likeliest tokens."""
+
+    prompt: list[int]
+    tokens: list[int]
+    top: list[dict[int, float]]
+
+    def errors(self, oracle: Result) -> torch.Tensor:
+        """[NEW_TOKENS - 1]: the largest of each decoded token's. The first comes from the prefill."""
+        first = len(self.prompt) - 1
+        found = [
+            max(abs(score - float(oracle.logprobs[first + at, token])) for token, score in top.items())
+            for at, top in enumerate(self.top)
+        ]
+        return torch.tensor(found[1:])
+
+
+@pytest.fixture(scope="module")
+def oracle(checkpoint: Path) -> Oracle:
+    return Oracle(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def prompts(request: pytest.FixtureRequest) -> list[list[int]]:
+    rng = random.Random(zlib.crc32(request.node.nodeid.encode()))
+    found = [[rng.randrange(300, VOCABULARY) for _ in range(length)] for length in LENGTHS]
+    # The last again with another end: a prefix hit.
+    return [*found, found[-1][:PREFIX] + [rng.randrange(300, VOCABULARY) for _ in range(60)]]
+
+
+def answers(server: LocalServer, prompts: list[list[int]]) -> list[Answer]:
+    """All but the last prompt together, then the last."""
+    sampling = {"max_new_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
+    found = []
+    for batch in (prompts[:-1], prompts[-1:]):
+        options = {"return_logprob": True, "top_logprobs_num": [TOP] * len(batch)}
+        replies = generate(server, {"input_ids": batch, "sampling_params": sampling, **options})
+        for prompt, reply in zip(batch, replies, strict=True):
+            top = [{token: score for score, token, _ in row} for row in reply["meta_info"]["output_top_logprobs"]]
+            found.append(Answer(prompt, reply["output_ids"], top))
+    assert replies[0]["meta_info"]["cached_tokens"] >= PREFIX - 256, "no prefix hit"
+    return found
+
+
+def judged(found: list[Answer], oracle: Oracle) -> tuple[torch.Tensor, torch.Tensor]:
+    """Errors of all decoded tokens, and the oracle's smallest margin of an expert at each."""
+    errors, gaps = [], []
+    for answer in found:
+        result = oracle.forward(answer.prompt + answer.tokens[:-1])
+        errors.append(answer.errors(result))
+        # What the indexer leaves open counts as no margin.
+        gap = torch.where(result.index_stake < 0.1, result.router_gap, 0.0)
+        gaps.append(gap[len(answer.prompt) :])
+    return torch.cat(errors), torch.cat(gaps)
+
+
+@pytest.fixture(scope="module")
+def own(checkpoint: Path, logs: Path, prompts: list[list[int]], oracle: Oracle) -> tuple[torch.Tensor, torch.Tensor]:
+    """SGLang's own forward in all passes."""
+    flags, env = (*FLAGS, *(OF_HOPPER if HOPPER else ())), {**ENVIRONMENT, "SGLANG_SM120": "0"}
+    with LocalServer(checkpoint, *flags, log=logs / "own.log", env=env, ready_seconds=900) as server:
+        return judged(answers(server, prompts), oracle)
+
+
+@pytest.fixture(params=["plain", "eagle"])
+def shipped(request: pytest.FixtureRequest, checkpoint: Path, logs: Path) -> Iterator[LocalServer]:
+    flags = (*FLAGS, *(OF_HOPPER if HOPPER else ()), *(MTP if request.param == "eagle" else ()))
+    env = {**ENVIRONMENT, "SGLANG_SM120_FORCE": "1"}
+    if HOPPER:
+        env["PYTHONPATH"] = os.pathsep.join(map(str, (LOWERED, SECOND_COPY, os.environ.get("PYTHONPATH", ""))))
+    log = logs / f"shipped-{request.param}.log"
+    with LocalServer(checkpoint, *flags, log=log, env=env, ready_seconds=900) as server:
+        yield server
+        text = log.read_text(errors="replace")
+        mode = "target_verify" if request.param == "eagle" else "decode"
+        assert f"the step takes its first {mode} pass" in text and "the step takes its first extend" not in text
+        assert_nothing_compiled_late(server)
+
+
+def test_no_further_from_the_oracle_than_sglang(
+    shipped: LocalServer, own: tuple[torch.Tensor, torch.Tensor], prompts: list[list[int]], oracle: Oracle
+) -> None:
+    theirs, their_gaps = own
+    ours, our_gaps = judged(answers(shipped, prompts), oracle)
+    largest = theirs.max().item()
+    means = []
+    for name, errors, gaps in (("SGLang", theirs, their_gaps), ("the step", ours, our_gaps)):
+        # An expert whose margin is below SGLang's own error may be another one on either side.
+        kept = errors[gaps > min(largest, 0.1)]
+        means.append(kept.mean().item())
+        print(f"{name}: {len(errors)} decoded tokens, {len(kept)} judged: mean error {kept.mean():.4f}, "
+              f"largest {kept.max():.4f}; of all {errors.max():.4f}")  # fmt: skip
+        assert len(kept) >= 10
+    assert means[1] <= means[0]
+    assert ours[our_gaps > min(largest, 0.1)].max() <= theirs[their_gaps > min(largest, 0.1)].max()
