@@ -15,8 +15,9 @@ from series import LOCK, Refused, Series, Site, placed_series, released, run_pat
 
 # In the order in which they are applied.
 GROUPS = ("core", "fixes", "cpu", "speed")
-MAX_PATCHES = 26
-MAX_ADDED_LINES = 350
+# 26 and 350 would do for the step alone; the rest are repairs of the group fixes, which leave as SGLang takes them.
+MAX_PATCHES = 30
+MAX_ADDED_LINES = 420
 HOOKS = "sglang_sm120.hooks"
 FIELDS = ("Description", "Origin", "Forwarded", "Applies-To", "Drop-When")
 MAX_CHANGED_LINES = 40
