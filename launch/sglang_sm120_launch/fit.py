@@ -47,6 +47,7 @@ class Room:
         draft_tokens: tokens a request verifies per step with MTP, 0 without.
         device: `cuda` or `cpu`.
         sm12x: SGLang's own passes run its SM120 kernels.
+        patched: SGLang's own passes take the step's `wo_a`, so that its bf16 one goes when the step is built.
     """
 
     whose: str
@@ -57,17 +58,30 @@ class Room:
     draft_tokens: int
     device: str = "cuda"
     sm12x: bool = False
+    patched: bool = True
 
     def loaded(self, model: Model) -> dict[str, int]:
         """Bytes of one rank that are taken before SGLang sizes the cache, by what takes them."""
         taken = memory.weights(model, self.tp, self.device)
         if self.step != "none":
             taken |= memory.step_weights(model, self.tp, self.device)
+            if self.patched:
+                del taken[memory.WO_A]
         if self.draft_tokens:
             taken["draft model"] = sum(memory.weights(model, self.tp, self.device, mtp=True).values())
         if self.step != "none" and self.device == "cuda":
             taken["kernel scratch (the step)"] = memory.SCRATCH
         return taken
+
+
+    def other_budget(self, model: Model) -> str | None:
+        """What `wo_a` takes with the series and without it; None where the step serves nothing, or a CPU."""
+        if self.step == "none" or self.device == "cpu":
+            return None
+        size = f"{memory.weights(model, self.tp, self.device)[memory.WO_A] / GIB:.2f} GiB"
+        if self.patched:
+            return f"wo_a is there in FP8 alone; beside SGLang as released it takes {size} in bf16 too."
+        return f"SGLang is as released, so that wo_a takes {size} in bf16 too, which `make apply` saves."
 
 
 @dataclass(frozen=True)
@@ -89,7 +103,7 @@ class Fit:
     """What was found. `lines` is the budget of one rank, as (what, bytes), ending with what is left unused.
 
     token_bytes is SGLang's `bytes_per_full_token`, available its `available_bytes`, trimmed the graph sizes that had
-    no room.
+    no room, other_budget what another `Room.patched` would take.
     """
 
     chunk: int
@@ -103,6 +117,7 @@ class Fit:
     token_bytes: float
     available: int
     lines: tuple[tuple[str, int], ...]
+    other_budget: str | None = None
 
     @property
     def window_needed(self) -> int:
@@ -144,7 +159,7 @@ def fit(model: Model, room: Room, given: Given, chunk: int) -> Fit:
         if isinstance(found, Fit):
             if (unused := found.lines[-1][1]) < 0:
                 raise LaunchError(attempt.over(found, -unused))
-            return found
+            return replace(found, other_budget=room.other_budget(model))
         nearest = min(nearest, found)
     raise LaunchError(
         f"Nothing fits on {room.whose} at TP {room.tp} beside {_gib(taken)} GiB of weights and scratch: {nearest.why}."

@@ -21,6 +21,8 @@ PAGES_PER_REQUEST = 2
 WINDOW_RATIO = 0.1
 """Window-pool tokens per token of context, SGLang's default for DeepSeek-V4."""
 
+WO_A = "wo_a bf16 (SGLang's)"
+"""What a patched SGLang gives up for the step's."""
 CONTEXT = 1250 * MIB
 """What NVML counts as memory and a process never gets: the driver's share and the CUDA context (H200, measured)."""
 NCCL = 512 * MIB
@@ -78,8 +80,7 @@ def weights(model: Model, tp: int, device: str, mtp: bool = False) -> dict[str, 
     config = model.config
     # complex64 for each position and pair of rotated channels, with and without YaRN; the draft worker shares them.
     tables = 0 if mtp else 2 * config["max_position_embeddings"] * config["qk_rope_head_dim"] // 2 * 8
-    bf16 = "wo_a bf16 (SGLang's prefill)" if device == "cuda" else "wo_a bf16 (as SGLang loads it)"
-    return {"experts": experts, bf16: output, "other weights": other, "rotation tables": tables}
+    return {"experts": experts, WO_A: output, "other weights": other, "rotation tables": tables}
 
 
 def step_weights(model: Model, tp: int, device: str) -> dict[str, int]:

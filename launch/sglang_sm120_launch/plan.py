@@ -121,7 +121,9 @@ def _on_cuda(machine: Machine, model: Model, request: Request) -> _Decided:
     if gpu.unified:
         lines.append(("operating system (unified memory)", -HOST_SHARE))
     step: Step = "none" if absent else prefill
-    room = Room(gpu.name, tuple(lines), sum(size for _, size in lines), tp, step, draft, sm12x=sm12x)
+    room = Room(
+        gpu.name, tuple(lines), sum(size for _, size in lines), tp, step, draft, sm12x=sm12x, patched=request.patched
+    )  # fmt: skip
     preferred = 4096 if sm12x else 8192
     found = fit(model, room, values.given(request, model), preferred)
     settings = [

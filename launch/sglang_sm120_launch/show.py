@@ -27,6 +27,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             for entry in map(hidden, plan.settings)
         ],
         "budget_bytes": [{"what": what, "bytes": size} for what, size in fit.lines],
+        "other_budget": fit.other_budget,
         "pools": vars(fit.pools),
         "bytes_per_full_token": round(fit.token_bytes, 3),
         "window_tokens": {"needed": fit.window_needed, "available": fit.pools.swa},
@@ -73,6 +74,7 @@ def _budget(plan: Plan) -> list[str]:
     width = max(len(what) for what, _ in fit.lines)
     lines = ["Memory of one rank:"]
     lines += [f"  {what:<{width}}  {size / GIB:8.2f} GiB" for what, size in fit.lines]
+    lines += [f"  {fit.other_budget}"] if fit.other_budget else []
     pools = fit.pools
     lines.append(
         f"  The pools hold {pools.full} tokens of context at {fit.token_bytes:.0f} bytes; the window pool {pools.swa} "

@@ -43,7 +43,7 @@ class Request:
         mtp: speculative decoding with the checkpoint's MTP layer.
         gpus: indices of the cards to use; None for the best set.
         apart: prefill and decode on hosts of their own.
-        patched: whether the series is in the SGLang that will serve: the step is then on by itself.
+        patched: whether the series is in the SGLang that will serve: the step is then on by itself, with one `wo_a`.
         evidence: how the config was tried (see README.md).
     """
 

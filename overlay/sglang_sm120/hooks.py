@@ -30,13 +30,22 @@ _DEFINED_IN = {
     "verify_chain_greedy": "cpu_speculation",
 }
 
-__all__ = ["require_overlay", "sample_chain_target_only", "settle_default", "wanted_by_default", *_DEFINED_IN]
+__all__ = [
+    "fp8_wo_a", "require_overlay", "sample_chain_target_only", "settle_default", "wanted_by_default", *_DEFINED_IN,
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     if name not in _DEFINED_IN:
         raise AttributeError(f"{__name__} offers no {name} to patches.")
     return getattr(import_module(f".{_DEFINED_IN[name]}", __package__), name)
+
+
+def fp8_wo_a(o: Any, wo_a: Any) -> Any:
+    """`prepare.fp8_wo_a`, imported when it is called: SGLang imports the patched module for every model."""
+    from . import prepare
+
+    return prepare.fp8_wo_a(o, wo_a)
 
 
 def require_overlay(version: str) -> None:

@@ -104,6 +104,7 @@ def build(model: torch.nn.Module, hf_config: Any, context: spec.BuildContext) ->
     from sglang.srt.mem_cache.allocation_sizing import get_req_to_token_extra_context_len
     from sglang.srt.runtime_context import get_exec, get_model, get_parallel, get_schedule
 
+    from .prepare import patched
     from .step.target import Target
     from .warmup import warm_up
 
@@ -114,11 +115,13 @@ def build(model: torch.nn.Module, hf_config: Any, context: spec.BuildContext) ->
     built = Built(Target(model), context.widths, why_left, counts=parallel.tp_rank == 0)
     longest = get_model().context_length or hf_config.max_position_embeddings
     chunk = get_schedule().chunked_prefill_size or 0
+    prefill = chunk if chunk > 0 else longest
     warm_up(
         hf_config.to_dict(),
         tp=parallel.tp_size,
         ep=parallel.moe_ep_size,
-        prefill_rows=(chunk if chunk > 0 else longest) if takes_prefill() else MAX_ROWS,
+        prefill_rows=prefill if takes_prefill() else MAX_ROWS,
+        shared_rows=prefill if patched() and not takes_prefill() else 0,
         graph_rows=MAX_ROWS,
         # The page tables in SGLang's graphs are as wide as the longest request with its drafts.
         context=longest + get_req_to_token_extra_context_len(),

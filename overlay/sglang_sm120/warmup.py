@@ -27,6 +27,8 @@ SERVED = (
     "mhc_pre", "mxfp4_moe", "router_topk", "sparse_mla",
 )  # fmt: skip
 """The ops with Triton kernels that the step calls."""
+SHARED = "fp8_grouped_linear"
+"""The op that a patched SGLang's own forward calls too, in its prefill and in the graphs of that."""
 CONTEXTS = {"sparse_mla": 2, "indexer_topk": 1}
 """Ops that depend on the context, with the distance of the powers of two of it that launch different kernels."""
 
@@ -62,6 +64,7 @@ def warm_up(
     device: torch.device,
     barrier: Callable[[], None] = lambda: None,
     compiles: bool = True,
+    shared_rows: int = 0,
 ) -> None:
     """Compile in parallel into Triton's cache on disk, load every kernel from there, reserve scratch.
 
@@ -72,15 +75,16 @@ def warm_up(
         device: the CUDA device of this rank.
         barrier: waits for the other ranks.
         compiles: whether this rank is the one that compiles for its host.
+        shared_rows: tokens of the largest pass in which SGLang's own forward calls `SHARED`.
     """
     sizes = (tp, ep, prefill_rows, graph_rows, context)
-    key = (*sizes, device)
+    key = (*sizes, shared_rows, device)
     if key in _warm:
         return
     began = time.monotonic()
     table = registry.table(registry.device_kind(device))
     names = [row.op for row in table if row.chosen and row.provider == "triton" and row.op in SERVED]
-    found = variants(config, *sizes, names, kernels.multiprocessors(device), tuned.of_device(device))
+    found = variants(config, *sizes, names, kernels.multiprocessors(device), tuned.of_device(device), shared_rows)
     for op, size in found.scratch.items():
         kernels.reserve(op, size, device, kernels.STREAMS + streams.ALTERNATES.get(op, 0))
     mark = _Mark(found.launches)
@@ -104,7 +108,7 @@ def warm_up(
     )  # fmt: skip
 
 
-_warm: set[tuple[int, int, int, int, int, torch.device]] = set()
+_warm: set[tuple[int, int, int, int, int, int, torch.device]] = set()
 _Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 
@@ -127,12 +131,14 @@ def variants(
     names: list[str],
     sms: int,
     table: tuned.Table = tuned.EMPTY,
+    shared_rows: int = 0,
 ) -> Variants:
     """Rehearse the ops `names` at all their `steps`, for the active Triton target with `sms` multiprocessors."""
     found = Variants()
     for name in names:
         mine = _divided(config, ep) if name == "mxfp4_moe" else config
-        for step in steps(name, prefill_rows, graph_rows, context):
+        captured = max(graph_rows, shared_rows) if name == SHARED else graph_rows
+        for step in steps(name, prefill_rows, captured, context):
             job = Job(mine, name, tp, (step,), sms, table=table)
 
             def collect(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], _: str, job: Job = job) -> None:
@@ -142,7 +148,7 @@ def variants(
                     found.jobs.append(replace(job, only=key))
 
             for op, size in rehearse_job(job, collect).items():
-                if step[0] <= graph_rows:
+                if step[0] <= captured:
                     found.scratch[op] = max(size, found.scratch.get(op, 0))
     return found
 

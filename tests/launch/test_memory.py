@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_sm120_launch import memory
+from sglang_sm120_launch.fit import Room
 from sglang_sm120_launch.model import Model
 
 RATIOS = st.lists(st.sampled_from((0, 4, 128)), min_size=1, max_size=60)
@@ -235,12 +237,17 @@ def test_the_step_has_no_experts_of_its_own(flash: Model):
     assert new + kept.s13.nbytes <= room // 256 == sum(tensor.nbytes for tensor in turned)
 
 
-def test_wo_a_is_there_twice(flash: Model):
+def test_wo_a_is_there_twice_where_sglang_is_as_released(flash: Model):
     """43 layers x 8,192 x 4,096: bf16 for SGLang's prefill and FP8 with fp32 scales for the step, 2.16 GB at TP 2."""
     values = 43 * 8192 * 4096
     for tp in (1, 2):
-        assert memory.weights(flash, tp, "cuda")["wo_a bf16 (SGLang's prefill)"] == values * 2 // tp
-        assert memory.step_weights(flash, tp, "cuda")["wo_a FP8 (the step)"] == (values + values // 128**2 * 4) // tp
+        bf16, fp8 = values * 2 // tp, (values + values // 128**2 * 4) // tp
+        assert memory.weights(flash, tp, "cuda")[memory.WO_A] == bf16
+        room = Room("a card", (), 0, tp, "decode", 0, patched=False)
+        both, one = room.loaded(flash), replace(room, patched=True).loaded(flash)
+        assert both[memory.WO_A] == bf16 and both["wo_a FP8 (the step)"] == one["wo_a FP8 (the step)"] == fp8
+        assert memory.WO_A not in one and sum(both.values()) - sum(one.values()) == bf16
+        assert replace(room, step="none", patched=True).loaded(flash)[memory.WO_A] == bf16
 
 
 def test_the_mtp_layer_is_counted_apart(flash: Model):

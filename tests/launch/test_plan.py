@@ -12,12 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_sm120.limits import MAX_ROWS
+from sglang_sm120_launch import memory
 from sglang_sm120_launch.errors import LaunchError
-from sglang_sm120_launch.fit import graph_sizes
+from sglang_sm120_launch.fit import GIB, graph_sizes
 from sglang_sm120_launch.flags import Flags
 from sglang_sm120_launch.machine import LINKS, Gpu, Machine
 from sglang_sm120_launch.model import FLASH, Model
 from sglang_sm120_launch.plan import Plan, make_plan
+from sglang_sm120_launch.show import as_text
 from sglang_sm120_launch.values import Request
 
 MODEL = Model.load(FLASH)
@@ -89,11 +91,11 @@ FACTS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "no peer access, small /dev/shm": ({"p2p": False, "shm_mib": 64}, COMMS | {"NCCL_SHM_DISABLE"}),
     "NVLink": ({"link": "nvlink"}, COMMS - {"NCCL_P2P_DISABLE", "disable-custom-all-reduce"}),
     "some memory in use": (
-        {"gpus": (PRO, replace(PRO, used_mib=3000))},
+        {"gpus": (PRO, replace(PRO, used_mib=4000))},
         {"context-length", "mem-fraction-static"},
     ),
     "more memory in use": (
-        {"gpus": (PRO, replace(PRO, used_mib=9000))},
+        {"gpus": (PRO, replace(PRO, used_mib=10000))},
         MEMORY - {"swa-full-tokens-ratio", "chunked-prefill-size"},
     ),
     "a third, smaller card": (
@@ -211,8 +213,8 @@ def test_the_users_values_win():
 @pytest.mark.parametrize(
     ("flags", "numbers"),
     {
-        "context": ({"context-length": 1000000, "mem-fraction-static": 0.87}, ("836352", "1000256")),
-        "requests": ({"max-running-requests": 500}, ("137728", "256256")),
+        "context": ({"context-length": 1000000, "mem-fraction-static": 0.86}, ("897792", "1000256")),
+        "requests": ({"max-running-requests": 500}, ("172544", "256256")),
         "ranks": ({"tp-size": 3}, ("TP 3", "up to 2")),
         "fraction": ({"mem-fraction-static": 0.7}, ("GiB",)),
     }.values(),
@@ -235,12 +237,19 @@ def test_the_step_is_the_plugins():
 
 
 def test_the_step_in_an_unpatched_sglang():
-    """One flag more, nothing else; on a card that is none of SM12x SGLang serves alone."""
+    """One flag more, and a bf16 `wo_a` less room; on a card that is none of SM12x SGLang serves alone."""
     patched, released = (make_plan(TWO, MODEL, Request(patched=patched)) for patched in (True, False))
     assert released.value("enable-nvidia-megakernel") is True
-    assert [entry for entry in released.settings if entry.name != "enable-nvidia-megakernel"] == list(patched.settings)
+    names = [entry.name for entry in released.settings if entry.name != "enable-nvidia-megakernel"]
+    assert names == [entry.name for entry in patched.settings]
+    taken = dict(released.fit.lines)[memory.WO_A]
+    assert memory.WO_A not in dict(patched.fit.lines) and patched.fit.pools.full > released.fit.pools.full
+    size = f"takes {-taken / GIB:.2f} GiB in bf16 too"
+    assert size in str(patched.fit.other_budget) and size in str(released.fit.other_budget)
+    assert size in as_text(patched) and "`make apply` saves" in as_text(released)
     hopper = make_plan(machine("2x-h200"), MODEL, Request(patched=False))
     assert hopper.value("enable-nvidia-megakernel") is None and "none of SM12x" in hopper.notes[0]
+    assert hopper.fit.other_budget is None
 
 
 def test_what_prefill_takes():

@@ -438,6 +438,6 @@ def stub_sglang(patch: pytest.MonkeyPatch) -> Ranks:
     capture.get_is_capture_mode = lambda: ranks.capturing  # type: ignore[attr-defined]
     context.get_parallel = lambda: SimpleNamespace(attn_tp_group=ranks)  # type: ignore[attr-defined]
     utils.post_experts_all_reduce = ranks.all_reduce  # type: ignore[attr-defined]
-    for stub in (context, utils, capture):
+    for stub in (context, utils, capture, ModuleType("sglang.srt.models.deepseek_v4")):
         patch.setitem(sys.modules, stub.__name__, stub)
     return ranks

@@ -24,6 +24,7 @@ from sglang.srt.mem_cache import allocation_sizing
 from sglang.srt.mem_cache.deepseek_v4_memory_pool import DeepSeekV4TokenToKVPool
 from sglang.srt.model_executor.cuda_graph_config import default_cuda_graph_config
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.models import deepseek_v4
 from sglang.srt.server_args import ServerArgs
 from standin import New, Server, Weights, stub_sglang
 
@@ -284,12 +285,14 @@ def test_what_is_compiled_and_reserved_when_the_step_is_built(monkeypatch: pytes
     assert plugin.build("model", config, context) == ("model", (1, 2), why_left, True)
     assert given == {
         "config": {}, "tp": 4, "ep": 2, "prefill_rows": MAX_ROWS, "graph_rows": MAX_ROWS, "context": 98_304 + 264,
+        "shared_rows": 2048,  # the series is applied here
         "device": torch.device("cuda", 3), "barrier": None, "compiles": False,
     }  # fmt: skip
     bags["get_model"].context_length = None
     monkeypatch.setattr(plugin, "takes_prefill", lambda: True)
     plugin.build("model", config, context)
     assert (given["context"], given["prefill_rows"]) == ((1 << 20) + 264, 2048)
+    assert given["shared_rows"] == 0
 
 
 @pytest.mark.parametrize(
@@ -423,6 +426,27 @@ def test_experts_of_another_backend_are_refused(model: SimpleNamespace, backend:
     experts._dsv4_mxfp4_backend = "flashinfer_cutlass_sm120"
     again = prepare(one)[0].experts.weights
     assert [tensor.data_ptr() for tensor in again] == [tensor.data_ptr() for tensor in kept]
+
+
+@pytest.mark.parametrize("is_patched", [True, False])
+def test_sglangs_prefill_takes_the_steps_wo_a(
+    model: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, seed: int, is_patched: bool
+) -> None:
+    """Where the series is applied there is one, in FP8, and SGLang's function multiplies by that."""
+    if not is_patched:
+        monkeypatch.delattr(deepseek_v4, "fp8_wo_a")
+    attention = model.model.layers[1].self_attn
+    attention.use_fused_wo_a = True
+    before = attention.wo_a.weight.clone()
+    (layer,) = prepare(SimpleNamespace(model=SimpleNamespace(layers=[model.model.layers[1]])))
+    held, ours = attention.wo_a.weight, layer.attention.wo_a
+    assert (held.data_ptr() == ours.weight.data_ptr()) == is_patched and attention.use_fused_wo_a != is_patched
+    wo_a = held.view(attention.n_local_groups, -1, held.shape[1])
+    o = torch.randn(5, len(wo_a), held.shape[1], generator=torch.Generator().manual_seed(seed)).bfloat16()
+    found = deepseek_v4._apply_wo_a_bf16_matmul(o, wo_a, is_decode=False, is_prefill=True)
+    expected = torch.einsum("tgk,gnk->tgn", o.float(), before.float().view(wo_a.shape))
+    # One rounding to bf16, of the sum or of a product's terms.
+    assert (found.float() - expected).abs().max() <= 2**-7 * expected.abs().max()
 
 
 def test_an_attribute_that_a_layer_lacks_is_named(model: SimpleNamespace) -> None:
