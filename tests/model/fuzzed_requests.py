@@ -111,7 +111,8 @@ PLAIN: dict[Any, list[Any]] = {
 OPTIONS = ["temperature", "top_p", "top_k", "seed", "stop", "repeat_penalty", "num_ctx", "presence_penalty", "nope"]
 # What is refused without being a field: the body as a whole, and what this server or its model cannot do.
 SUBJECTS = frozenset([
-    "JSON", "Field required", "Input should be a dictionary", "Extra inputs", "The prompt", "Input length", "token count", "Token ID", "grammar",
+    "JSON", "Field required", "Input should be a dictionary", "Extra inputs", "The prompt",
+    "Input length", "token count", "Token ID", "grammar",
     "chat template", "embedding model", "LoRA", "session id", "the session", "logit processor", "hidden states",
 ])  # fmt: skip
 TEXTS = ["", "a", "-1", "2.5", "nan", "1e999", str(2**63), "é漢", "\x00", "%", "a" * 4000]
