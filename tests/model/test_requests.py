@@ -190,6 +190,53 @@ def test_a_list_that_does_not_match_the_prompts_is_refused(
     assert len(admit(manager, input_ids=[[5], [6]], **{field: values[:2]})) == 2
 
 
+PER_PROMPT = ("lora_path", "lora_id", "bootstrap_host", "bootstrap_port", "bootstrap_pair_key", "decode_tp_size")
+
+
+@pytest.mark.parametrize("field", PER_PROMPT)
+def test_a_list_for_one_prompt_is_refused(manager: Any, field: str) -> None:
+    """In the scheduler a list of `lora_id` met the text of a cache key, which ended it."""
+    with pytest.raises(ValueError, match=f"{field} needs an entry for each prompt"):
+        admit(manager, **{field: [None]})
+    (request,) = admit(manager, **{field: None})
+    assert getattr(request, field, None) is None
+
+
+@pytest.mark.parametrize(
+    ("field", "hostile"),
+    [(field, values) for field in (*PER_PROMPT[:4], "video_data", "audio_data") for values in ([], ["1"] * 3)]
+    + [("modalities", ["image"]), ("lora_id", "a"), ("positional_embed_overrides", 5),
+       ("positional_embed_overrides", [None]), ("token_indices_to_pool", [[1]]),
+       ("multi_item_delimiter_indices", "ab")],
+    ids=str,
+)  # fmt: skip
+def test_every_entry_per_prompt_fits_the_batch(manager: Any, field: str, hostile: Any) -> None:
+    with pytest.raises(ValueError, match=f"{field} needs an entry for each prompt"):
+        admit(manager, input_ids=[[5], [6]], **{field: hostile})
+    assert len(admit(manager, input_ids=[[5], [6]], **{field: [None, None]})) == 2
+
+
+@pytest.mark.parametrize("prompts", [{"text": []}, {"input_embeds": []}, {"input_embeds": [[]]}], ids=str)
+def test_a_batch_without_a_prompt_is_refused(manager: Any, prompts: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="text and input_embeds cannot be empty|input_embeds cannot have an empty"):
+        admit(manager, input_ids=None, **prompts)
+
+
+def test_two_prompts_in_one_are_refused(manager: Any) -> None:
+    """With one in a list the other was cut into pieces."""
+    with pytest.raises(ValueError, match="Either text, input_ids or input_embeds"):
+        admit(manager, text=["a", "b"], input_ids=[5, 6])
+
+
+def test_an_embedding_is_refused_before_its_fields_are_read(manager: Any) -> None:
+    from sglang.srt.managers.io_struct import EmbeddingReqInput
+
+    hostile = EmbeddingReqInput(text=["a", "b"], rid="not a list", lora_id="a")
+    with patch.multiple(manager, create=True, is_generation=True, auto_create_handle_loop=lambda: None):
+        with pytest.raises(ValueError, match="does not appear to be an embedding model"):
+            asyncio.run(anext(manager.generate_request(hostile)))
+
+
 def test_random_numbers_are_admitted_or_refused_by_name(manager: Any, seed: int) -> None:
     """Whatever is admitted fits the tensors and messages that SGLang makes of it."""
     import torch
@@ -237,13 +284,22 @@ def test_random_numbers_are_admitted_or_refused_by_name(manager: Any, seed: int)
 def test_the_contract_of_generate_refuses_wrong_types(parameters: dict[str, Any], found: str) -> None:
     from sglang.srt.entrypoints.api_contract import generate_contract_error
 
-    error = generate_contract_error({"input_ids": [5], "sampling_params": parameters})
+    error = generate_contract_error({"input_ids": [5], "stream": False, "sampling_params": {"n": 1} | parameters})
     assert error is not None and found in error
+    assert error.startswith(f"sampling_params.{next(iter(parameters))}: ")
     assert generate_contract_error({"input_ids": [5], "sampling_params": {"max_new_tokens": 2}}) is None
 
 
 @pytest.mark.parametrize(
-    ("field", "hostile"), [("stop", 5), ("max_tokens", 2.5), ("n", "x"), ("stop_token_ids", ["a"]), ("messages", 5)]
+    ("field", "hostile"),
+    [
+        ("stop", 5),
+        ("max_tokens", 2.5),
+        ("n", "x"),
+        ("stop_token_ids", ["a"]),
+        ("messages", 5),
+        ("response_format", "a"),
+    ],
 )
 def test_the_chat_model_refuses_wrong_types(field: str, hostile: Any) -> None:
     from pydantic import ValidationError
@@ -357,5 +413,15 @@ def test_a_grammar_that_ends_nowhere_never_leaves_an_empty_mask(grammars: Any) -
     grammar.accept_token(ord("a"))
     grammar.fill_vocab_mask(mask, 1)
     assert mask[1].any()
-    with pytest.raises(ValueError, match="Tokens not accepted"):
+    with pytest.raises(ValueError, match="^The grammar allows no further token.$"):
         grammar.accept_token(ord("b"))
+
+
+def test_a_token_against_the_grammar_stays_a_fault_of_the_server(grammars: Any) -> None:
+    with pytest.raises(ValueError, match="Tokens not accepted"):
+        grammars.dispatch_ebnf('root ::= "a"').accept_token(ord("b"))
+
+
+def test_why_a_grammar_is_refused_is_one_line(grammars: Any) -> None:
+    refused = grammars.dispatch_regex("(a")
+    assert "parenthesis is not closed" in refused.error_message and "\n" not in refused.error_message
