@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -39,9 +40,7 @@ def prepare(model: Any) -> list[weights.Layer]:
 
 def patched() -> bool:
     """Whether this SGLang's own forward multiplies by an FP8 `wo_a` through `fp8_wo_a`."""
-    from sglang.srt.models import deepseek_v4
-
-    return hasattr(deepseek_v4, "fp8_wo_a")
+    return hasattr(import_module("sglang.srt.models.deepseek_v4"), "fp8_wo_a")
 
 
 def fp8_wo_a(o: torch.Tensor, wo_a: torch.Tensor) -> torch.Tensor:
