@@ -174,13 +174,16 @@ def test_the_last_log_probability_in_range_is_admitted(manager: Any, edge: dict[
 
 
 @pytest.mark.parametrize(
-    "field", ["sampling_params", "return_logprob", "logprob_start_len", "top_logprobs_num", "token_ids_logprob", "rid"]
-)
+    "field",
+    ["sampling_params", "return_logprob", "logprob_start_len", "top_logprobs_num", "token_ids_logprob", "rid",
+     "return_hidden_states"],
+)  # fmt: skip
 @pytest.mark.parametrize(("prompts", "entries"), [([5, 6], 0), ([5, 6], 1), ([[5], [6]], 1), ([[5], [6]], 3)], ids=str)
 def test_a_list_that_does_not_match_the_prompts_is_refused(
     manager: Any, prompts: Any, entries: int, field: str
 ) -> None:
-    values = {"sampling_params": [{}] * 3, "token_ids_logprob": [[5]] * 3, "rid": ["a", "b", "c"]}.get(field, [1] * 3)
+    given = {"sampling_params": [{}] * 3, "token_ids_logprob": [[5]] * 3, "rid": ["a", "b", "c"]}
+    values = (given | {"return_hidden_states": [False] * 3}).get(field, [1] * 3)
     if field == "token_ids_logprob" and not entries:
         # An empty list of ids has always meant none.
         assert admit(manager, input_ids=prompts, token_ids_logprob=[])[0].token_ids_logprob is None
