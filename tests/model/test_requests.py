@@ -236,7 +236,7 @@ def test_an_embedding_is_refused_before_its_fields_are_read(manager: Any) -> Non
 
     hostile = EmbeddingReqInput(text=["a", "b"], rid="not a list", lora_id="a")
     with patch.multiple(manager, create=True, is_generation=True, auto_create_handle_loop=lambda: None):
-        with pytest.raises(ValueError, match="does not appear to be an embedding model"):
+        with pytest.raises(ValueError, match="runs no embedding model"):
             asyncio.run(anext(manager.generate_request(hostile)))
 
 
