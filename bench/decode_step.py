@@ -1,9 +1,8 @@
 """Time of a decode step of the whole model, served: `python bench/decode_step.py --out DIR`.
 
 All layers at full width with the experts cut to what fits one card (128 of 256 touch the same bytes per token at batch
-1), written as a `config.json` and served by `sglang.launch_server --load-format dummy` with CUDA graphs and the step.
-With SGLang's dummy values every token chooses the same experts, so batches above 1 read fewer than real ones and look
-too fast: their times are lower bounds. (SGLang refuses to replace the weights of a server with the step.)
+1), written as a `config.json` and served by `sglang.launch_server --load-format dummy` with CUDA graphs, the step and
+random weights (`random_weights`).
 Unverified with SGLang 0.5.23: no GPU has run it since the step was made.
 
 Per batch and context it sends that many prompts of random tokens, and takes the median time between streamed tokens
@@ -16,8 +15,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
-import statistics
 import sys
 import tempfile
 import time
@@ -38,13 +37,13 @@ from local_server import LocalServer, ServerError
 from sglang_sm120 import registry
 from sglang_sm120.checkpoint.config import ReferenceConfig, model_config
 from sglang_sm120_reference import tokenizer
+from streamed import INTERVAL, ask, drawn, pace
 
 TARGET_MS = 5.0
-STREAM_INTERVAL, INTERVALS = 16, 12
+ANSWER = 1 + 24 * INTERVAL
+"""Tokens of each answer."""
 PROFILED_STEPS = 6
 STEP_SERVES = "the step takes its first decode pass"
-TOKENS = 10_000
-"""Prompts are drawn from the first so many tokens."""
 
 
 def write_model(folder: Path, experts: int) -> ReferenceConfig:
@@ -56,37 +55,9 @@ def write_model(folder: Path, experts: int) -> ReferenceConfig:
     return ReferenceConfig.from_json(source)
 
 
-def generate(url: str, batch: int, context: int, rng: random.Random) -> list[list[float]]:
-    """Arrival times of each request's streamed chunks: its first token, then one a STREAM_INTERVAL of tokens."""
-    tokens = 1 + STREAM_INTERVAL * INTERVALS
-    # Sampling keeps the requests' tokens, and with them their experts, different.
-    sampling = {"max_new_tokens": tokens, "ignore_eos": True, "temperature": 1.0, "stream_interval": STREAM_INTERVAL}
-    prompts = [[rng.randrange(300, TOKENS) for _ in range(context)] for _ in range(batch)]
-    body = {"input_ids": prompts, "sampling_params": sampling, "stream": True}
-    arrivals: list[list[float]] = [[] for _ in range(batch)]
-    done = [0] * batch
-    with httpx.stream("POST", f"{url}/generate", json=body, timeout=300) as answer:
-        for line in answer.iter_lines():
-            if not line.startswith("data:") or line == "data: [DONE]":
-                continue
-            chunk = json.loads(line[5:])
-            if "error" in chunk:
-                raise RuntimeError(f"/generate answers: {chunk['error']}")
-            index = chunk.get("index", 0)
-            produced = chunk["meta_info"]["completion_tokens"]
-            if produced > done[index] and produced % STREAM_INTERVAL == 1:
-                arrivals[index].append(time.perf_counter())
-            done[index] = produced
-    if min(done) < tokens:
-        raise RuntimeError(f"a request ended after {min(done)} of {tokens} tokens")
-    return arrivals
-
-
-def step_ms(arrivals: list[list[float]]) -> float:
-    """Median milliseconds per decode step from the moment every request decodes."""
-    together = max(times[0] for times in arrivals)
-    gaps = [b - a for times in arrivals for a, b in zip(times, times[1:], strict=False) if a >= together]
-    return statistics.median(gaps) * 1000 / STREAM_INTERVAL
+def step_ms(url: str, batch: int, context: int, rng: random.Random) -> float:
+    """Median milliseconds per decode step while `batch` requests of `context` random tokens decode."""
+    return pace(ask(url, [drawn(context, rng) for _ in range(batch)], ANSWER))
 
 
 def profile(url: str, folder: Path, batch: int, context: int, rng: random.Random) -> dict[str, list[traces.Kernel]]:
@@ -95,7 +66,7 @@ def profile(url: str, folder: Path, batch: int, context: int, rng: random.Random
     order = {"output_dir": str(folder), "num_steps": PROFILED_STEPS, "profile_by_stage": True}
     order |= {"activities": ["CPU", "GPU"], "with_stack": False, "record_shapes": False}
     httpx.post(f"{url}/start_profile", json=order, timeout=60).raise_for_status()
-    generate(url, batch, context, rng)
+    step_ms(url, batch, context, rng)
     deadline = time.monotonic() + 60
     while len(files := sorted(folder.glob("*.trace.json.gz"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.5)
@@ -146,9 +117,9 @@ def main() -> int:
             *(sm120_lowering.SERVER_FLAGS if torch.cuda.get_device_capability()[0] == 9 else ()),
             *(f"--{flag}" for flag in args.flag),
         ]  # fmt: skip
-        server = LocalServer(
-            Path(folder), *flags, log=args.out / "server.log", env=sm120_lowering.SERVER_ENVIRONMENT, ready_seconds=400
-        )
+        path = os.pathsep.join((str(Path(__file__).parent / "random_weights"), os.environ.get("PYTHONPATH", "")))
+        env = {**sm120_lowering.SERVER_ENVIRONMENT, "PYTHONPATH": path}
+        server = LocalServer(Path(folder), *flags, log=args.out / "server.log", env=env, ready_seconds=400)
         try:
             with server:
                 ready = time.monotonic() - began
@@ -179,9 +150,9 @@ def measure(url: str, args: argparse.Namespace, config: ReferenceConfig, began: 
         if time.monotonic() - began > args.seconds:
             result["problems"].append(f"batch {batch} at {context} tokens was not measured: out of time")
             return
-        about = {"batch": batch, "context": context, "weights": "dummy"}
+        about = {"batch": batch, "context": context, "weights": "random"}
         try:
-            ms = step_ms(generate(url, batch, context, rng))
+            ms = step_ms(url, batch, context, rng)
             result["steps"].append({**about, "ms": round(ms, 3), "tokens_per_s": round(batch * 1000 / ms, 1)})
             print(json.dumps(result["steps"][-1]), flush=True)
             if context == shortest:

@@ -34,15 +34,16 @@ import httpx
 import torch
 
 import sm120_lowering
-from decode_step import TOKENS, write_model
+from decode_step import write_model
 from local_server import LocalServer, ServerError
+from streamed import INTERVAL, ask, drawn, pace
 
 HERE = Path(__file__).parent
 OWN = 1024
 """Context up to which every request has a prompt of its own."""
 TAIL = 64
-STREAM, INTERVALS = 8, 8
-"""Tokens of one streamed chunk, and chunks of an answer after its first token."""
+ANSWER = 1 + 8 * INTERVAL
+"""Tokens of each answer."""
 EAGLE = (
     "--speculative-algorithm", "EAGLE", "--speculative-num-steps", "3", "--speculative-eagle-topk", "1",
     "--speculative-num-draft-tokens", "4",
@@ -72,44 +73,6 @@ def sides() -> dict[str, Side]:
     }
 
 
-def ask(url: str, prompts: list[list[int]], tokens: int) -> list[list[tuple[float, int, int]]]:
-    """(seconds since the request, tokens so far, verifications so far) of each streamed chunk of each answer."""
-    sampling = {"max_new_tokens": tokens, "ignore_eos": True, "temperature": 1.0, "stream_interval": STREAM}
-    chunks: list[list[tuple[float, int, int]]] = [[] for _ in prompts]
-    began = time.perf_counter()
-    body = {"input_ids": prompts, "sampling_params": sampling, "stream": True}
-    with httpx.stream("POST", f"{url}/generate", json=body, timeout=600) as answer:
-        for line in answer.iter_lines():
-            if not line.startswith("data:") or line == "data: [DONE]":
-                continue
-            chunk = json.loads(line[5:])
-            if "error" in chunk:
-                raise RuntimeError(f"/generate answers: {chunk['error']}")
-            meta = chunk["meta_info"]
-            seen = (time.perf_counter() - began, meta["completion_tokens"], meta.get("spec_verify_ct", 0))
-            chunks[chunk.get("index", 0)].append(seen)
-    short = [part[-1][1] if part else 0 for part in chunks]
-    if min(short) < tokens:
-        raise RuntimeError(f"an answer ended after {min(short)} of {tokens} tokens")
-    return chunks
-
-
-def pace(chunks: list[list[tuple[float, int, int]]], count: int) -> float:
-    """Median milliseconds for one more of `count` (1: token, 2: verification) from when all requests decode."""
-    together = max(part[0][0] for part in chunks)
-    each = [
-        (b[0] - a[0]) * 1000 / (b[count] - a[count])
-        for part in chunks
-        for a, b in zip(part, part[1:], strict=False)
-        if a[0] >= together and b[count] > a[count]
-    ]
-    return statistics.median(each)
-
-
-def drawn(count: int, rng: random.Random) -> list[int]:
-    return [rng.randrange(300, TOKENS) for _ in range(count)]
-
-
 def measure(url: str, args: argparse.Namespace, eagle: bool, deadline: float) -> Iterator[tuple[str, float]]:
     """(what, figure) of one server; what would begin after `deadline` is left out."""
     rng = random.Random(0)
@@ -117,7 +80,7 @@ def measure(url: str, args: argparse.Namespace, eagle: bool, deadline: float) ->
         ask(url, [drawn(OWN, rng)], 8)
         for length in args.prefill:
             if time.monotonic() < deadline:
-                yield f"prefill {length}", length / ask(url, [drawn(length, rng)], 1)[0][0][0]
+                yield f"prefill {length}", length / ask(url, [drawn(length, rng)], 1)[0][0].seconds
     for context in (min(args.context),) if eagle else args.context:
         alike = drawn(context - TAIL, rng) if context > OWN else []
         if alike and time.monotonic() < deadline:
@@ -125,8 +88,9 @@ def measure(url: str, args: argparse.Namespace, eagle: bool, deadline: float) ->
         for batch in args.eagle if eagle else args.batch:
             if time.monotonic() > deadline:
                 return
-            chunks = ask(url, [alike + drawn(context - len(alike), rng) for _ in range(batch)], 1 + STREAM * INTERVALS)
-            yield f"{'eagle' if eagle else 'decode'} {batch} {context}", pace(chunks, 2 if eagle else 1)
+            chunks = ask(url, [alike + drawn(context - len(alike), rng) for _ in range(batch)], ANSWER)
+            what, of = ("eagle", "verifications") if eagle else ("decode", "tokens")
+            yield f"{what} {batch} {context}", pace(chunks, of)
 
 
 def serve(name: str, side: Side, model: Path, args: argparse.Namespace, eagle: bool, run: int) -> dict[str, float]:

@@ -53,7 +53,6 @@ class LocalServer:
         checkpoint: model directory.
         args: further SGLang flags, as on the command line.
         launcher: what Python runs, `-m sglang.launch_server` unless given.
-        python: the interpreter, this process's own unless given.
         env: variables to set for the server beside this process's own.
         log: file that receives the server's stdout and stderr.
         ready_seconds: how long start-up may take before it counts as failed.
@@ -68,7 +67,6 @@ class LocalServer:
         *args: str,
         log: Path,
         launcher: Sequence[str] = ("-m", "sglang.launch_server"),
-        python: str = sys.executable,
         env: Mapping[str, str] | None = None,
         ready_seconds: float = 240,
     ) -> None:
@@ -76,7 +74,7 @@ class LocalServer:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = Path(log)
         self._command = [
-            python, *launcher,
+            sys.executable, *launcher,
             "--model-path", str(checkpoint), "--host", "127.0.0.1", "--port", str(self.port), *args,
         ]  # fmt: skip
         self._env = os.environ | dict(env or {})

@@ -32,6 +32,7 @@ FEATURES: Mapping[str, Mapping[str, Value | None]] = {
 a number above the one here, or with anything else than the word here. A GPU that is partitioned is seen by no flag."""
 SERVED: Mapping[str, tuple[Value, ...]] = {
     "cuda-graph-backend-decode": ("full", "disabled"),
+    "cuda-graph-backend-prefill": ("full", "breakable", "disabled"),
     "enable-amd-monokernel": (False,),
     "enable-deepseek-v4-fp4-indexer": (False,),
     "enforce-shared-experts-fusion": (False,),

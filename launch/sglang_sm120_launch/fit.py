@@ -73,7 +73,6 @@ class Room:
             taken["kernel scratch (the step)"] = memory.SCRATCH
         return taken
 
-
     def other_budget(self, model: Model) -> str | None:
         """What `wo_a` takes with the series and without it; None where the step serves nothing, or a CPU."""
         if self.step == "none" or self.device == "cpu":

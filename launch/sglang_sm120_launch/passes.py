@@ -47,7 +47,7 @@ def between(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str
 def lines(counted: Mapping[str, Any] | None) -> list[str]:
     """For reading: passes by the step and by SGLang's forward, with its reasons."""
     if counted is None:
-        return ["passes: not counted (the server has no --enable-metrics, or no step)"]
+        return ["passes: not counted (/metrics shows none: the server wants --enable-metrics and the step)"]
     step, own = counted.get("graphs step", 0), counted.get("graphs sglang", 0)
     holders = {(True, False): "the step", (False, True): "SGLang's forward"}
     said = []

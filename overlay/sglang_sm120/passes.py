@@ -49,11 +49,11 @@ class Passes:
         passes, graphs = _counters()
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             graphs.labels(by=by, mode=mode).inc()
-        elif not _rehearsed():
+        elif not _precedes_a_capture():
             passes.labels(by=by, mode=mode, why=why).inc()
 
 
-def _rehearsed() -> bool:
+def _precedes_a_capture() -> bool:
     """Whether the pass only comes before the capture of a graph."""
     from sglang.srt.model_executor.runner_utils.capture_mode import get_is_capture_mode
 

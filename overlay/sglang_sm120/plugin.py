@@ -121,7 +121,7 @@ def build(model: torch.nn.Module, hf_config: Any, context: spec.BuildContext) ->
         tp=parallel.tp_size,
         ep=parallel.moe_ep_size,
         prefill_rows=prefill if takes_prefill() else MAX_ROWS,
-        shared_rows=prefill if patched() and not takes_prefill() else 0,
+        lent_rows=prefill if patched() and not takes_prefill() else 0,
         graph_rows=MAX_ROWS,
         # The page tables in SGLang's graphs are as wide as the longest request with its drafts.
         context=longest + get_req_to_token_extra_context_len(),

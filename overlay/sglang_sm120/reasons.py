@@ -62,8 +62,12 @@ def config_reasons(cfg: Any, hf_config: Any) -> list[str]:
         require_kept(cfg.speculative_num_draft_tokens)
     except ValueError as error:
         reasons.append(str(error))
-    if takes_prefill() and cfg.cuda_graph_config.prefill.backend != "disabled":
+    prefill = cfg.cuda_graph_config.prefill.backend
+    if takes_prefill() and prefill != "disabled":
         reasons.append("prefill runs in CUDA graphs of SGLang's own layers: give --disable-prefill-cuda-graph")
+    elif prefill == "tc_piecewise":
+        # `prepare.fp8_wo_a` finds a weight's scales by its address.
+        reasons.append("prefill is traced by torch.compile, which has no addresses: leave --cuda-graph-backend-prefill")
     return reasons
 
 

@@ -27,7 +27,7 @@ SERVED = (
     "mhc_pre", "mxfp4_moe", "router_topk", "sparse_mla",
 )  # fmt: skip
 """The ops with Triton kernels that the step calls."""
-SHARED = "fp8_grouped_linear"
+LENT = "fp8_grouped_linear"
 """The op that a patched SGLang's own forward calls too, in its prefill and in the graphs of that."""
 CONTEXTS = {"sparse_mla": 2, "indexer_topk": 1}
 """Ops that depend on the context, with the distance of the powers of two of it that launch different kernels."""
@@ -64,7 +64,7 @@ def warm_up(
     device: torch.device,
     barrier: Callable[[], None] = lambda: None,
     compiles: bool = True,
-    shared_rows: int = 0,
+    lent_rows: int = 0,
 ) -> None:
     """Compile in parallel into Triton's cache on disk, load every kernel from there, reserve scratch.
 
@@ -75,16 +75,16 @@ def warm_up(
         device: the CUDA device of this rank.
         barrier: waits for the other ranks.
         compiles: whether this rank is the one that compiles for its host.
-        shared_rows: tokens of the largest pass in which SGLang's own forward calls `SHARED`.
+        lent_rows: tokens of the largest pass in which SGLang's own forward calls `LENT`.
     """
     sizes = (tp, ep, prefill_rows, graph_rows, context)
-    key = (*sizes, shared_rows, device)
+    key = (*sizes, lent_rows, device)
     if key in _warm:
         return
     began = time.monotonic()
     table = registry.table(registry.device_kind(device))
     names = [row.op for row in table if row.chosen and row.provider == "triton" and row.op in SERVED]
-    found = variants(config, *sizes, names, kernels.multiprocessors(device), tuned.of_device(device), shared_rows)
+    found = variants(config, *sizes, names, kernels.multiprocessors(device), tuned.of_device(device), lent_rows)
     for op, size in found.scratch.items():
         kernels.reserve(op, size, device, kernels.STREAMS + streams.ALTERNATES.get(op, 0))
     mark = _Mark(found.launches)
@@ -131,13 +131,13 @@ def variants(
     names: list[str],
     sms: int,
     table: tuned.Table = tuned.EMPTY,
-    shared_rows: int = 0,
+    lent_rows: int = 0,
 ) -> Variants:
     """Rehearse the ops `names` at all their `steps`, for the active Triton target with `sms` multiprocessors."""
     found = Variants()
     for name in names:
         mine = _divided(config, ep) if name == "mxfp4_moe" else config
-        captured = max(graph_rows, shared_rows) if name == SHARED else graph_rows
+        captured = max(graph_rows, lent_rows) if name == LENT else graph_rows
         for step in steps(name, prefill_rows, captured, context):
             job = Job(mine, name, tp, (step,), sms, table=table)
 

@@ -15,7 +15,6 @@ import torch
 from fake_server import Fake
 from test_server import (
     GRAPHS,
-    MTP,
     TPS,
     assert_nothing_compiled_late,
     assert_step_served,
@@ -29,6 +28,7 @@ from client import Client
 from local_server import LocalServer
 from report import Row, table
 from sglang_sm120_reference.packed import unpack
+from side_by_side import EAGLE
 
 EVALS = Path(__file__).parents[2] / "evals"
 PACKED = EVALS / "small-deepseek-v4.xz"
@@ -43,7 +43,7 @@ FLAGS = (
 )  # fmt: skip
 SERVERS = {
     "plain": (),
-    "mtp": MTP,
+    "mtp": EAGLE,
     "no-prefix-cache-in-chunks": ("--disable-radix-cache", "--chunked-prefill-size", "1024"),
 }
 

@@ -6,9 +6,13 @@ two GPUs run tensor-parallel too. On a Hopper card the servers' Triton kernels a
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import random
+import shutil
+import subprocess
+import sys
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +28,7 @@ import sm120_lowering
 import traces
 from local_server import LocalServer
 from sglang_sm120_reference.write import main as write_checkpoint
+from side_by_side import EAGLE
 
 LENGTHS = (1, 2, 5, 63, 127, 128, 129, 300, 700, 2047, 2048, 2600, 4000, 6000, 11_000, 20_000)
 NEW_TOKENS = 24
@@ -42,10 +47,6 @@ FLAGS = (
 )  # fmt: skip
 GRAPHS = ("--cuda-graph-bs-decode", "1", "2", "4", "8", "16", "32")
 NO_GRAPHS = ("--disable-decode-cuda-graph", "--disable-prefill-cuda-graph")
-MTP = (
-    "--speculative-algorithm", "EAGLE", "--speculative-num-steps", "3", "--speculative-eagle-topk", "1",
-    "--speculative-num-draft-tokens", "4",
-)  # fmt: skip
 TPS = (1, 2)
 LOWERED = Path(__file__).parents[2] / "bench/lowered_children"
 """On PYTHONPATH: a server's processes lower their Triton kernels as for SM120."""
@@ -72,6 +73,38 @@ def environment() -> dict[str, str]:
 
 def flags_of_card() -> tuple[str, ...]:
     return sm120_lowering.SERVER_FLAGS if torch.cuda.get_device_capability()[0] == 9 else ()
+
+
+def untouched(place: Path) -> Path:
+    """A folder for PYTHONPATH: SGLang as released, and this package as its wheel has it, without the series."""
+    spec = importlib.util.find_spec("sglang")
+    assert spec is not None and spec.origin is not None
+    site = Path(spec.origin).parents[1]
+    released = [site / "sglang", *site.glob("sglang-*.dist-info")]
+    package = [site / "sglang_sm120", *site.glob("sglang_sm120-*.dist-info")]
+    for folder in (*released, *package):
+        shutil.copytree(folder, place / folder.name)
+    # It takes the package away with the patches.
+    tool = Path(__file__).parents[2] / "patches/patchset.py"
+    subprocess.run([sys.executable, tool, "unapply", "--site", place], check=True)
+    for folder in package:
+        shutil.copytree(folder, place / folder.name)
+    shutil.rmtree(place / "sglang_sm120/series")
+    return place
+
+
+@pytest.mark.needs_no_gpu
+def test_the_untouched_sglang_is_untouched(tmp_path: Path) -> None:
+    """Its start-up check passes, and SGLang itself finds the plugin and nothing that turns it on."""
+    place = untouched(tmp_path)
+    line = (
+        "import sglang, sglang_sm120; from sglang_sm120 import startup; startup.check(); "
+        "from sglang.srt.kernel_plugins.nvidia import binding; "
+        "print(sglang.__file__, sglang_sm120.__file__, binding.plugin_reasons(), hasattr(binding, 'settle_default'))"
+    )
+    env = os.environ | {"PYTHONPATH": str(place)}
+    said = subprocess.run([sys.executable, "-c", line], env=env, capture_output=True, text=True, check=True).stdout
+    assert said.split()[-4:] == [f"{place}/sglang/__init__.py", f"{place}/sglang_sm120/__init__.py", "[]", "False"]
 
 
 @pytest.fixture(scope="session")
@@ -258,17 +291,14 @@ def test_nothing_was_compiled_while_serving(server: LocalServer) -> None:
 
 
 def test_an_untouched_sglang_with_the_flag(
-    checkpoint: Path, logs: Path, tp: int, prompts: list[list[int]], expected: list[Greedy]
+    checkpoint: Path, logs: Path, tmp_path: Path, tp: int, prompts: list[list[int]], expected: list[Greedy]
 ) -> None:
     """SGLang as released, this package as a wheel beside it, and `--enable-nvidia-megakernel`."""
-    python = os.environ.get("UNTOUCHED_PYTHON")
-    if not python:
-        pytest.skip("UNTOUCHED_PYTHON names no interpreter with SGLang as released and this package's wheel")
+    env = environment()
+    env["PYTHONPATH"] = os.pathsep.join((str(untouched(tmp_path)), env.get("PYTHONPATH", "")))
     flags = (*FLAGS, *flags_of_card(), *GRAPHS, "--tp", str(tp), "--enable-nvidia-megakernel")
     log = logs / f"untouched-tp{tp}.log"
-    with LocalServer(
-        checkpoint, *flags, log=log, env=environment(), ready_seconds=400, python=python
-    ) as server:
+    with LocalServer(checkpoint, *flags, log=log, env=env, ready_seconds=400) as server:
         assert_agree(greedy(server, prompts), expected)
         assert_step_served(server, "decode")
         assert_nothing_compiled_late(server)
@@ -277,7 +307,7 @@ def test_an_untouched_sglang_with_the_flag(
 def test_mtp_answers_as_without(
     checkpoint: Path, logs: Path, tp: int, prompts: list[list[int]], expected: list[Greedy], seed: int
 ) -> None:
-    flags = (*FLAGS, *flags_of_card(), *GRAPHS, *MTP, "--tp", str(tp))
+    flags = (*FLAGS, *flags_of_card(), *GRAPHS, *EAGLE, "--tp", str(tp))
     with LocalServer(checkpoint, *flags, log=logs / f"mtp-tp{tp}.log", env=environment(), ready_seconds=400) as server:
         assert_agree(greedy(server, prompts), expected)
         sampled(server, 50, seed)

@@ -112,6 +112,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
         {"flags": {"cuda-graph-backend-prefill": "full"}, "env": {"SGLANG_SM120_PREFILL": "overlay"}},
         "--cuda-graph-backend-prefill full",
     ),
+    "traced prefill": ({"flags": {"cuda-graph-backend-prefill": "tc_piecewise"}}, "-prefill tc_piecewise"),
     "moved experts": ({"flags": {"init-expert-location": "x.pt"}}, "--init-expert-location x.pt"),
     "copies of experts": ({"flags": {"ep-num-redundant-experts": 2}}, "--ep-num-redundant-experts 2"),
     "recorded experts": ({"flags": {"expert-distribution-recorder-mode": "stat"}}, "-recorder-mode stat"),

@@ -22,7 +22,7 @@ from sglang.srt.kernel_plugins.nvidia.binding import megakernel_disable_reasons
 from sglang.srt.layers.attention.deepseek_v4_backend import DSV4AttnMetadata
 from sglang.srt.mem_cache import allocation_sizing
 from sglang.srt.mem_cache.deepseek_v4_memory_pool import DeepSeekV4TokenToKVPool
-from sglang.srt.model_executor.cuda_graph_config import default_cuda_graph_config
+from sglang.srt.model_executor.cuda_graph_config import default_cuda_graph_config, with_phase
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.models import deepseek_v4
 from sglang.srt.server_args import ServerArgs
@@ -80,8 +80,8 @@ def test_another_device_is_refused(registered: None, isa: str | None) -> None:
 
 def refusals(model_type: str = "deepseek_v4", **settings: Any) -> list[str]:
     """What SGLang says of a server with these arguments on an SM120, where it takes this backend for MXFP4 experts."""
-    settings = {"moe_runner_backend": "flashinfer_mxfp4", **settings}
-    args = ServerArgs(model_path="model", cuda_graph_config=default_cuda_graph_config(), **settings)
+    settings = {"moe_runner_backend": "flashinfer_mxfp4", "cuda_graph_config": default_cuda_graph_config(), **settings}
+    args = ServerArgs(model_path="model", **settings)
     _, reasons = megakernel_disable_reasons(cfg=args, hf_config=hf_config(model_type=model_type), isa="sm_120")
     return reasons
 
@@ -107,6 +107,9 @@ def test_servers_that_sglang_refuses(registered: None, monkeypatch: pytest.Monke
     )
     assert fp4.startswith("the indexer's keys are FP4 (--enable-deepseek-v4-fp4-indexer)")
     assert drafts.startswith("speculative_num_draft_tokens is 11")
+    traced = with_phase(default_cuda_graph_config(), "prefill", backend="tc_piecewise")
+    (prefill,) = refusals(cuda_graph_config=traced)
+    assert prefill.startswith("prefill is traced by torch.compile")
     monkeypatch.setenv("SGLANG_OPT_USE_ONLINE_COMPRESS", "1")
     assert refusals() == ["SGLANG_OPT_USE_ONLINE_COMPRESS True is not False"]
 
@@ -285,14 +288,14 @@ def test_what_is_compiled_and_reserved_when_the_step_is_built(monkeypatch: pytes
     assert plugin.build("model", config, context) == ("model", (1, 2), why_left, True)
     assert given == {
         "config": {}, "tp": 4, "ep": 2, "prefill_rows": MAX_ROWS, "graph_rows": MAX_ROWS, "context": 98_304 + 264,
-        "shared_rows": 2048,  # the series is applied here
+        "lent_rows": 2048,  # the series is applied here
         "device": torch.device("cuda", 3), "barrier": None, "compiles": False,
     }  # fmt: skip
     bags["get_model"].context_length = None
     monkeypatch.setattr(plugin, "takes_prefill", lambda: True)
     plugin.build("model", config, context)
     assert (given["context"], given["prefill_rows"]) == ((1 << 20) + 264, 2048)
-    assert given["shared_rows"] == 0
+    assert given["lent_rows"] == 0
 
 
 @pytest.mark.parametrize(

@@ -167,19 +167,19 @@ def test_the_warm_up_covers_the_ops_that_the_step_calls() -> None:
 def test_the_op_that_sglangs_prefill_shares_is_ready_for_its_rows() -> None:
     """Compiled, and with scratch for graphs, up to a chunk; the other ops up to the step's rows."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), compilation.use_target, (120,)) as pool:
-        step, shared, missing, scratch = pool.submit(_shared_rows, model_config(), 4, 2048).result()
+        step, shared, missing, scratch = pool.submit(_lent_rows, model_config(), 4, 2048).result()
     assert step < shared
     assert not missing
     # At 300 rows K is split where eight groups are shared by four ranks.
     assert scratch
 
 
-def _shared_rows(config: dict[str, Any], tp: int, rows: int) -> tuple[int, int, set[str], bool]:
+def _lent_rows(config: dict[str, Any], tp: int, rows: int) -> tuple[int, int, set[str], bool]:
     """Variants without and with SGLang's prefill; what calls in between would miss; whether 300 rows find scratch."""
-    given = (config, tp, 1, 256, 256, 4096, [warmup.SHARED], kernels.SM120_SMS)
-    step, shared = warmup.variants(*given), warmup.variants(*given, shared_rows=rows)
+    given = (config, tp, 1, 256, 256, 4096, [warmup.LENT], kernels.SM120_SMS)
+    step, shared = warmup.variants(*given), warmup.variants(*given, lent_rows=rows)
     found: set[str] = set()
-    job = compilation.Job(config, warmup.SHARED, tp, tuple((r, 4096) for r in (257, 300, 700, 1500, 2047)))
+    job = compilation.Job(config, warmup.LENT, tp, tuple((r, 4096) for r in (257, 300, 700, 1500, 2047)))
     needed = compilation.rehearse_job(
         job, lambda kernel, args, options, _: found.add(compilation.variant_key(kernel, args, options))
     )

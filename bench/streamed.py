@@ -1,0 +1,66 @@
+"""Streamed answers of a server, and the pace at which tokens or verifications arrive while all its requests decode."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import time
+from typing import NamedTuple
+
+import httpx
+
+INTERVAL = 8
+"""Tokens of one streamed chunk after the first."""
+TOKENS = 10_000
+"""Prompts are drawn from the first so many tokens."""
+
+
+class Chunk(NamedTuple):
+    """Seconds since the request, and how many tokens and verifications the answer has by then."""
+
+    seconds: float
+    tokens: int
+    verifications: int
+
+
+def drawn(count: int, rng: random.Random) -> list[int]:
+    """A prompt of random tokens, none of them special."""
+    return [rng.randrange(300, TOKENS) for _ in range(count)]
+
+
+def ask(url: str, prompts: list[list[int]], tokens: int) -> list[list[Chunk]]:
+    """The chunks of each prompt's answer of so many tokens, sampled, so that requests and their experts stay different.
+
+    Raises:
+        RuntimeError: the server answers with an error, or ends an answer early.
+    """
+    sampling = {"max_new_tokens": tokens, "ignore_eos": True, "temperature": 1.0, "stream_interval": INTERVAL}
+    chunks: list[list[Chunk]] = [[] for _ in prompts]
+    body = {"input_ids": prompts, "sampling_params": sampling, "stream": True}
+    began = time.perf_counter()
+    with httpx.stream("POST", f"{url}/generate", json=body, timeout=600) as answer:
+        for line in answer.iter_lines():
+            if not line.startswith("data:") or line == "data: [DONE]":
+                continue
+            chunk = json.loads(line[5:])
+            if "error" in chunk:
+                raise RuntimeError(f"/generate answers: {chunk['error']}")
+            meta = chunk["meta_info"]
+            seen = Chunk(time.perf_counter() - began, meta["completion_tokens"], meta.get("spec_verify_ct", 0))
+            chunks[chunk.get("index", 0)].append(seen)
+    shortest = min(answer[-1].tokens if answer else 0 for answer in chunks)
+    if shortest < tokens:
+        raise RuntimeError(f"an answer ended after {shortest} of {tokens} tokens")
+    return chunks
+
+
+def pace(chunks: list[list[Chunk]], of: str = "tokens") -> float:
+    """Median milliseconds for one more of `tokens` or `verifications`, from the moment all requests decode."""
+    together = max(answer[0].seconds for answer in chunks)
+    return statistics.median(
+        (b.seconds - a.seconds) * 1000 / (getattr(b, of) - getattr(a, of))
+        for answer in chunks
+        for a, b in zip(answer, answer[1:], strict=False)
+        if a.seconds >= together and getattr(b, of) > getattr(a, of)
+    )

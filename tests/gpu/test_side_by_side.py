@@ -1,0 +1,120 @@
+"""What the benchmarks of whole servers compute from streamed answers, and the weights that they serve."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+import side_by_side
+import streamed
+from sglang_sm120.formats import fp8_block
+from streamed import Chunk
+
+pytestmark = pytest.mark.needs_no_gpu
+sys.path.append(str(Path(side_by_side.__file__).parent / "random_weights"))
+import random_weights  # noqa: E402  on PYTHONPATH of servers alone
+
+
+def answers(monkeypatch: pytest.MonkeyPatch, *chunks: dict[str, Any]) -> None:
+    lines = [f"data: {json.dumps(chunk)}" for chunk in chunks]
+
+    @contextlib.contextmanager
+    def stream(*_: Any, **__: Any) -> Iterator[SimpleNamespace]:
+        yield SimpleNamespace(iter_lines=lambda: ["", *lines, "data: [DONE]"])
+
+    monkeypatch.setattr(httpx, "stream", stream)
+
+
+def chunk(index: int, tokens: int, **more: Any) -> dict[str, Any]:
+    return {"index": index, "meta_info": {"completion_tokens": tokens, **more}}
+
+
+def test_chunks_of_each_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers(monkeypatch, chunk(1, 1), chunk(0, 1), chunk(0, 9, spec_verify_ct=3), chunk(1, 9))
+    first, second = streamed.ask("http://x", [[5], [6]], 9)
+    assert [(c.tokens, c.verifications) for c in first] == [(1, 0), (9, 3)]
+    assert [c.tokens for c in second] == [1, 9] and first[0].seconds >= second[0].seconds
+
+
+@pytest.mark.parametrize(
+    ("chunks", "said"),
+    [
+        ([chunk(0, 1), {"error": {"message": "no"}}], "/generate answers"),
+        ([chunk(0, 9), chunk(1, 8)], "ended after 8 of 9"),
+        ([chunk(0, 9)], "ended after 0 of 9"),
+    ],
+)
+def test_an_answer_that_is_not_whole_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, chunks: list[dict[str, Any]], said: str
+) -> None:
+    answers(monkeypatch, *chunks)
+    with pytest.raises(RuntimeError, match=said):
+        streamed.ask("http://x", [[5], [6]], 9)
+
+
+def test_the_pace_is_of_the_time_in_which_all_decode() -> None:
+    """The first answer's 100 ms a token lie before the second one's first token."""
+    first = [Chunk(0.0, 1, 0), Chunk(0.8, 9, 4), Chunk(1.6, 17, 8), Chunk(2.4, 25, 12), Chunk(2.48, 33, 16)]
+    second = [Chunk(2.4, 1, 0), Chunk(2.48, 9, 4)]
+    assert streamed.pace([first, second]) == pytest.approx(10)
+    assert streamed.pace([first, second], "verifications") == pytest.approx(20)
+    assert streamed.pace([first]) == pytest.approx(100)
+
+
+def test_the_table_has_medians_spreads_and_ratios() -> None:
+    text = side_by_side.table({"sglang": {"decode 1 1024": [10.0, 12.0, 11.0]}, "sm120": {"decode 1 1024": [5.5, 5.5]}})
+    (row,) = (line for line in text.splitlines() if line.startswith("decode"))
+    assert row.split()[3:] == ["11.00", "±1.00", "5.50", "±0.00", "0.50x"]
+    lacking = side_by_side.table({"sglang": {}, "sm120": {"ready": [60.0]}})
+    assert lacking.splitlines()[1].split() == ["ready", "-", "60.00", "±0.00"]
+
+
+class Model(torch.nn.Module):
+    """Tensors named and typed as some of SGLang's DeepSeek-V4, 512 channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        tensors = {
+            "a.wo_a.weight": torch.zeros(256, 512, dtype=torch.bfloat16),
+            "a.wq.weight": torch.zeros(256, 512, dtype=torch.float8_e4m3fn),
+            "a.wq.weight_scale_inv": torch.zeros(2, 4),
+            "m.experts.w13_weight": torch.zeros(2, 64, 256, dtype=torch.int8),
+            "m.experts.w13_weight_scale_inv": torch.zeros(2, 64, 16).to(torch.float8_e8m0fnu),
+            "m.gate.weight": torch.zeros(8, 512, dtype=torch.bfloat16),
+            "m.topk.tid2eid": torch.full((4, 6), 3, dtype=torch.int32),
+            "a.q_norm.weight": torch.zeros(512),
+            "a.k_scale": torch.tensor(-1.0),
+        }
+        for name, tensor in tensors.items():
+            self.register_buffer(name.replace(".", "__"), tensor)
+
+    def state_dict(self, *_: Any, **__: Any) -> dict[str, torch.Tensor]:
+        return {name.replace("__", "."): tensor for name, tensor in super().state_dict().items()}
+
+
+def test_random_weights_are_a_models() -> None:
+    model = Model()
+    random_weights.fill(model)
+    found = model.state_dict()
+    fp8_block.requantise(found["a.wo_a.weight"])  # made of FP8 blocks, or it raises
+    assert (found["a.wq.weight_scale_inv"] == 2.0**-12).all()
+    assert (found["m.experts.w13_weight_scale_inv"].float() == 2.0**-8).all()
+    assert found["m.experts.w13_weight"].view(torch.uint8).unique().numel() == 256
+    assert (found["m.topk.tid2eid"] == 3).all() and found["a.k_scale"] == -1 and (found["a.q_norm.weight"] == 1).all()
+    # Unit rows stay near one: 1/64 for each of 4,096 channels.
+    dequantised = found["a.wq.weight"].float() * 2.0**-12
+    for weight in (dequantised, found["a.wo_a.weight"].float(), found["m.gate.weight"].float()):
+        assert weight.std() == pytest.approx(1 / 64, rel=0.05) and weight[0].ne(weight[1]).any()
+    again = Model()
+    random_weights.fill(again)
+    same = zip(found.values(), again.state_dict().values(), strict=True)
+    assert all(torch.equal(a.float(), b.float()) for a, b in same)
