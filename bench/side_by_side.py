@@ -7,7 +7,11 @@ card's own kernels and Marlin's experts there.
 
 Decode: milliseconds from token to token while all requests decode. At 1,024 tokens of context each request has its own
 prompt; at more they share all but the last tokens of one, so that their cached pages are the same. EAGLE: milliseconds
-of a cycle (3 draft steps, 4 tokens to verify). Prefill: tokens of one prompt by the seconds to its first token.
+of a cycle (3 draft steps, 4 tokens to verify). Prefill: tokens of one prompt by the seconds to its first token, after
+another prompt of that length.
+
+With `--ahead` the next server's processes start while the last one's are measured, and wait before they touch the GPU:
+a machine with cores to spare is done in half the time. Time to ready is then that of the first server only.
 """
 
 from __future__ import annotations
@@ -23,9 +27,10 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("evals", "reference")]
@@ -80,7 +85,9 @@ def measure(url: str, args: argparse.Namespace, eagle: bool, deadline: float) ->
         ask(url, [drawn(OWN, rng)], 8)
         for length in args.prefill:
             if time.monotonic() < deadline:
-                yield f"prefill {length}", length / ask(url, [drawn(length, rng)], 1)[0][0].seconds
+                # The first one may compile kernels of its length.
+                _, second = (ask(url, [drawn(length, rng)], 1)[0][0].seconds for _ in range(2))
+                yield f"prefill {length}", length / second
     for context in (min(args.context),) if eagle else args.context:
         alike = drawn(context - TAIL, rng) if context > OWN else []
         if alike and time.monotonic() < deadline:
@@ -93,29 +100,75 @@ def measure(url: str, args: argparse.Namespace, eagle: bool, deadline: float) ->
             yield f"{what} {batch} {context}", pace(chunks, of)
 
 
-def serve(name: str, side: Side, model: Path, args: argparse.Namespace, eagle: bool, run: int) -> dict[str, float]:
-    """What one server of one side gave, its time to ready in seconds included."""
-    sizes = args.eagle if eagle else args.batch
-    flags = [
-        "--load-format", "dummy", "--mem-fraction-static", str(args.mem_fraction), "--grammar-backend", "none",
-        "--max-running-requests", str(max(sizes)), "--cuda-graph-bs-decode", *map(str, sorted(sizes)),
-        "--context-length", str(max(*args.context, *args.prefill) + 1024), "--chunked-prefill-size", "8192",
-        *side.flags, *(EAGLE if eagle else ()),
-    ]  # fmt: skip
-    path = os.pathsep.join(map(str, (*side.path, HERE / "random_weights", os.environ.get("PYTHONPATH", ""))))
-    log = args.out / f"{name}{'-eagle' if eagle else ''}-{run}.log"
-    began = time.monotonic()
-    server = LocalServer(model, *flags, log=log, env={**side.env, "PYTHONPATH": path}, ready_seconds=args.ready)
-    found: dict[str, float] = {}
-    with server:
-        found["eagle ready" if eagle else "ready"] = time.monotonic() - began
-        for what, figure in measure(server.url, args, eagle, args.deadline):
-            found[what] = figure
-            print(f"{name} run {run}: {what}: {figure:.2f}", flush=True)
-        mode = "target_verify" if eagle else "decode"
-        if side.is_step != (f"the step takes its first {mode} pass" in log.read_text(errors="replace")):
-            raise ServerError(f"The other forward served {mode} passes: {log} says why.")
-    return found
+class Turn(NamedTuple):
+    """One server's turn: which side, in which run, and whether it speculates."""
+
+    side: str
+    run: int
+    eagle: bool
+
+    def __str__(self) -> str:
+        return f"{self.side}{'-eagle' if self.eagle else ''}-{self.run}"
+
+
+class Turns:
+    """Servers one after another: `prepare` starts one's processes, `serve` lets them load the model and measures."""
+
+    def __init__(self, model: Path, args: argparse.Namespace) -> None:
+        self._model, self._args = model, args
+        # A server ends with the thread that started it.
+        self._pool = ThreadPoolExecutor(2)
+        self._prepared: dict[Turn, tuple[LocalServer, Future[LocalServer]]] = {}
+
+    def _gate(self, turn: Turn) -> Path:
+        return self._model / f"{turn}-may-load"
+
+    def prepare(self, turn: Turn) -> None:
+        """Start the server; its scheduler waits before it touches the GPU."""
+        args, side = self._args, sides()[turn.side]
+        sizes = args.eagle if turn.eagle else args.batch
+        flags = [
+            "--load-format", "dummy", "--mem-fraction-static", str(args.mem_fraction), "--grammar-backend", "none",
+            "--max-running-requests", str(max(sizes)), "--cuda-graph-bs-decode", *map(str, sorted(sizes)),
+            "--context-length", str(max([*args.context, *args.prefill]) + 1024), "--chunked-prefill-size", "8192",
+            *side.flags, *(EAGLE if turn.eagle else ()),
+        ]  # fmt: skip
+        path = os.pathsep.join(map(str, (*side.path, HERE / "random_weights", os.environ.get("PYTHONPATH", ""))))
+        env = {**side.env, "PYTHONPATH": path, "RANDOM_WEIGHTS_GATE": str(self._gate(turn))}
+        server = LocalServer(self._model, *flags, log=args.out / f"{turn}.log", env=env, ready_seconds=args.ready)
+        self._prepared[turn] = server, self._pool.submit(server.__enter__)
+
+    def serve(self, turn: Turn, then: Turn | None) -> dict[str, float]:
+        """What the server gave; `then` is prepared when it is ready."""
+        found: dict[str, float] = {}
+        began = time.monotonic()
+        is_ahead = turn in self._prepared
+        if not is_ahead:
+            self.prepare(turn)
+        server, started = self._prepared.pop(turn)
+        self._gate(turn).touch()
+        try:
+            started.result()
+            if not is_ahead:
+                found["eagle ready" if turn.eagle else "ready"] = time.monotonic() - began
+            if then:
+                self.prepare(then)
+            for what, figure in measure(server.url, self._args, turn.eagle, self._args.deadline):
+                found[what] = figure
+                print(f"{turn.side} run {turn.run}: {what}: {figure:.2f}", flush=True)
+            mode = "target_verify" if turn.eagle else "decode"
+            served = f"the step takes its first {mode} pass" in server.log.read_text(errors="replace")
+            if served != sides()[turn.side].is_step:
+                raise ServerError(f"The other forward served {mode} passes: {server.log} says why.")
+        finally:
+            server.stop()
+        return found
+
+    def close(self) -> None:
+        """Stop what still runs."""
+        for server, _ in self._prepared.values():
+            server.stop()
+        self._pool.shutdown()
 
 
 def table(figures: dict[str, dict[str, list[float]]]) -> str:
@@ -142,6 +195,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the results and the servers' logs")
     parser.add_argument("--side", nargs="+", help="default: all that this card has")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--ahead", action="store_true", help="start each server while the one before is measured")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--context", type=int, nargs="+", default=[1024, 16_384, 65_536])
     parser.add_argument("--eagle", type=int, nargs="*", default=[1, 4, 16], help="batches; none leaves EAGLE out")
@@ -169,22 +223,30 @@ def main() -> int:
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "experts": args.experts,
         "date": time.strftime("%Y-%m-%d"), "asked": asked, "problems": [],
     }  # fmt: skip
+    order = [
+        Turn(name, run, eagle)
+        for run in range(args.runs)
+        for name in figures
+        for eagle in ((False, True) if args.eagle else (False,))
+    ]
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), args.experts)
-        for run in range(args.runs):
-            for name in figures:
-                for eagle in (False, True) if args.eagle else (False,):
-                    if time.monotonic() > args.deadline:
-                        continue
-                    try:
-                        found = serve(name, known[name], Path(folder), args, eagle, run)
-                    except (ServerError, RuntimeError, httpx.HTTPError) as error:
-                        about["problems"].append(f"{name}, run {run}{', EAGLE' * eagle}: {error}"[-2000:])
-                        continue
-                    for what, figure in found.items():
-                        figures[name][what].append(round(figure, 3))
-                    # A run that is cut off leaves what it has.
-                    (args.out / "side_by_side.json").write_text(json.dumps(about | {"figures": figures}, indent=1))
+        turns = Turns(Path(folder), args)
+        try:
+            for turn, then in zip(order, [*order[1:], None], strict=True):
+                if time.monotonic() > args.deadline:
+                    break
+                try:
+                    found = turns.serve(turn, then if args.ahead else None)
+                except (ServerError, RuntimeError, httpx.HTTPError) as error:
+                    about["problems"].append(f"{turn}: {error}"[-2000:])
+                    continue
+                for what, figure in found.items():
+                    figures[turn.side][what].append(round(figure, 3))
+                # A run that is cut off leaves what it has.
+                (args.out / "side_by_side.json").write_text(json.dumps(about | {"figures": figures}, indent=1))
+        finally:
+            turns.close()
     print("\n".join(["", table(figures), *(f"problem: {one[-700:]}" for one in about["problems"])]))
     print(f"{about['gpu']}, torch {about['torch']}, {args.experts} experts, {args.runs} runs; ready in s, prefill in "
           "tokens/s, the rest in ms")  # fmt: skip

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +19,9 @@ import torch
 
 import side_by_side
 import streamed
+from local_server import ServerError
 from sglang_sm120.formats import fp8_block
+from side_by_side import Side, Turn
 from streamed import Chunk
 
 pytestmark = pytest.mark.needs_no_gpu
@@ -76,6 +81,86 @@ def test_the_table_has_medians_spreads_and_ratios() -> None:
     assert row.split()[3:] == ["11.00", "±1.00", "5.50", "±0.00", "0.50x"]
     lacking = side_by_side.table({"sglang": {}, "sm120": {"ready": [60.0]}})
     assert lacking.splitlines()[1].split() == ["ready", "-", "60.00", "±0.00"]
+
+
+class Recorded:
+    """In a LocalServer's place: what is asked of it goes into `events`, and it is ready when its gate is open."""
+
+    events: list[str]
+
+    def __init__(self, *_: Any, log: Path, env: dict[str, str], **__: Any) -> None:
+        self.log, self.url, self._gate = log, log.stem, Path(env["RANDOM_WEIGHTS_GATE"])
+        self._stopped = threading.Event()
+        log.write_text("the step takes its first decode pass" if log.stem.startswith("step") else "")
+
+    def __enter__(self) -> Recorded:
+        self.events.append(f"{self.url} starts")
+        while not self._gate.exists():
+            if self._stopped.wait(0.01):
+                raise ServerError("stopped")
+        return self
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self.events.append(f"{self.url} stops")
+
+
+@pytest.fixture
+def turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> side_by_side.Turns:
+    def measure(url: str, *_: Any) -> Iterator[tuple[str, float]]:
+        Recorded.events.append(f"{url} is measured")
+        if url.endswith("9"):
+            raise RuntimeError("no answer")
+        yield "decode 1 1024", 5.0
+
+    Recorded.events = []
+    monkeypatch.setattr(side_by_side, "LocalServer", Recorded)
+    monkeypatch.setattr(side_by_side, "measure", measure)
+    monkeypatch.setattr(side_by_side, "sides", lambda: {"sglang": Side(is_step=False), "step": Side()})
+    args = SimpleNamespace(
+        out=tmp_path, batch=[1], eagle=[1], context=[1024], prefill=[], mem_fraction=0.8, ready=9, deadline=0
+    )
+    return side_by_side.Turns(tmp_path, args)  # type: ignore[arg-type]
+
+
+def test_a_server_that_is_prepared_loads_in_its_own_turn(turns: side_by_side.Turns) -> None:
+    first, second = Turn("sglang", 0, False), Turn("step", 0, False)
+    assert set(turns.serve(first, second)) == {"ready", "decode 1 1024"}
+    while "step-0 starts" not in Recorded.events:
+        time.sleep(0.01)
+    assert not turns._gate(second).exists()
+    # Of this one the start says nothing.
+    assert set(turns.serve(second, None)) == {"decode 1 1024"}
+    turns.close()
+    stops = [Recorded.events.index(f"{name} stops") for name in ("sglang-0", "step-0")]
+    assert stops[0] < Recorded.events.index("step-0 is measured") < stops[1]
+
+
+def test_a_server_that_fails_is_stopped_and_so_is_the_prepared_one(turns: side_by_side.Turns) -> None:
+    with pytest.raises(RuntimeError, match="no answer"):
+        turns.serve(Turn("step", 9, False), Turn("sglang", 9, False))
+    turns.close()
+    assert {"step-9 stops", "sglang-9 stops"} <= set(Recorded.events)
+
+
+@pytest.mark.parametrize(("side", "is_step"), [("sglang", True), ("step", False)])
+def test_the_other_forwards_figures_are_refused(
+    turns: side_by_side.Turns, side: str, is_step: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(side_by_side, "sides", lambda: {side: Side(is_step=is_step)})
+    with pytest.raises(ServerError, match="The other forward served decode passes"):
+        turns.serve(Turn(side, 0, False), None)
+    turns.close()
+
+
+def test_a_child_waits_for_its_gate(tmp_path: Path) -> None:
+    gate = tmp_path / "open"
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(random_weights.wait_for, gate)
+        with pytest.raises(TimeoutError):
+            waiting.result(0.2)
+        gate.touch()
+        waiting.result(5)
 
 
 class Model(torch.nn.Module):
