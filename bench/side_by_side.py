@@ -41,7 +41,7 @@ import torch
 import sm120_lowering
 from decode_step import write_model
 from local_server import LocalServer, ServerError
-from streamed import INTERVAL, ask, drawn, pace
+from streamed import INTERVAL, ask, cycle, drawn, pace
 
 HERE = Path(__file__).parent
 OWN = 1024
@@ -96,8 +96,7 @@ def measure(url: str, args: argparse.Namespace, eagle: bool, deadline: float) ->
             if time.monotonic() > deadline:
                 return
             chunks = ask(url, [alike + drawn(context - len(alike), rng) for _ in range(batch)], ANSWER)
-            what, of = ("eagle", "verifications") if eagle else ("decode", "tokens")
-            yield f"{what} {batch} {context}", pace(chunks, of)
+            yield (f"eagle {batch} {context}", cycle(chunks)) if eagle else (f"decode {batch} {context}", pace(chunks))
 
 
 class Turn(NamedTuple):

@@ -1,4 +1,4 @@
-"""Streamed answers of a server, and the pace at which tokens or verifications arrive while all its requests decode."""
+"""Streamed answers of a server, and the pace at which tokens arrive while all its requests decode."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOKENS = 10_000
 
 
 class Chunk(NamedTuple):
-    """Seconds since the request, and how many tokens and verifications the answer has by then."""
+    """Seconds since the request, and how many tokens the answer has by then; verifications: of the last one, of all."""
 
     seconds: float
     tokens: int
@@ -55,12 +55,26 @@ def ask(url: str, prompts: list[list[int]], tokens: int) -> list[list[Chunk]]:
     return chunks
 
 
-def pace(chunks: list[list[Chunk]], of: str = "tokens") -> float:
-    """Median milliseconds for one more of `tokens` or `verifications`, from the moment all requests decode."""
+def pace(chunks: list[list[Chunk]]) -> float:
+    """Median milliseconds for one more token, from the moment all requests decode."""
     together = max(answer[0].seconds for answer in chunks)
     return statistics.median(
-        (b.seconds - a.seconds) * 1000 / (getattr(b, of) - getattr(a, of))
+        (b.seconds - a.seconds) * 1000 / (b.tokens - a.tokens)
         for answer in chunks
         for a, b in zip(answer, answer[1:], strict=False)
-        if a.seconds >= together and getattr(b, of) > getattr(a, of)
+        if a.seconds >= together and b.tokens > a.tokens
     )
+
+
+def cycle(chunks: list[list[Chunk]]) -> float:
+    """Median milliseconds of a verification and what belongs to it, from the moment all requests decode.
+
+    SGLang tells how many an answer took at its end only: they are spread over its tokens.
+    """
+    together = max(answer[0].seconds for answer in chunks)
+    found = []
+    for answer in chunks:
+        first, last = next(chunk for chunk in answer if chunk.seconds >= together), answer[-1]
+        share = (last.tokens - first.tokens) / (last.tokens - answer[0].tokens)
+        found.append((last.seconds - first.seconds) * 1000 / (last.verifications * share))
+    return statistics.median(found)

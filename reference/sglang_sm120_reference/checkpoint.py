@@ -16,10 +16,10 @@ from .defects import Defect
 
 
 class Checkpoint:
-    """A checkpoint directory. Weights are read on first use and kept, 4 or 8 bytes per value."""
+    """A checkpoint directory. Weights are read on first use and kept on `device`, 4 or 8 bytes per value."""
 
-    def __init__(self, directory: str | Path, real: torch.dtype, defect: Defect | None) -> None:
-        self.directory = Path(directory)
+    def __init__(self, directory: str | Path, real: torch.dtype, defect: Defect | None, device: str = "cpu") -> None:
+        self.directory, self._device = Path(directory), device
         self.config = ReferenceConfig.load(directory)
         index = json.loads((self.directory / "model.safetensors.index.json").read_text())
         self._files: dict[str, str] = index["weight_map"]
@@ -33,7 +33,7 @@ class Checkpoint:
         """The tensor as stored. Raises KeyError when the checkpoint does not hold it."""
         if name not in self._files:
             raise KeyError(f"{self.directory} holds no tensor {name}: write or download the checkpoint again")
-        with safe_open(self.directory / self._files[name], "pt") as file:
+        with safe_open(self.directory / self._files[name], "pt", device=self._device) as file:
             return file.get_tensor(name)
 
     def weight(self, name: str) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -82,7 +82,7 @@ class Oracle:
     clamp_shared: clamp the shared expert like the routed ones, as SGLang does; the published reference does
     not. hide_c4: attention sees no c4 entries, so that c128 entries alone tell what lies behind the window.
     defect: make this one mistake. real: dtype of the arithmetic between roundings. rounding: replaces the
-    rounding to bf16; keeps the dtype.
+    rounding to bf16; keeps the dtype. device: where it computes; results are on the CPU.
     """
 
     def __init__(
@@ -94,8 +94,10 @@ class Oracle:
         defect: Defect | None = None,
         real: torch.dtype = torch.float32,
         rounding: Rounding = to_bf16,
+        device: str = "cpu",
     ) -> None:
-        self._weights = Checkpoint(directory, real, defect)
+        self._weights = Checkpoint(directory, real, defect, device)
+        self._device = torch.device(device)
         self.config: ReferenceConfig = self._weights.config
         self._clamp_shared, self._hide_c4 = clamp_shared, hide_c4
         self._defect, self._real, self._round = defect, real, rounding
@@ -106,7 +108,33 @@ class Oracle:
 
         Raises ValueError when the prompt is empty or holds an id out of range.
         """
-        tokens = self._ids(token_ids)
+        with self._device:
+            result = self._forward(self._ids(token_ids).to(self._device), capture)
+        parts = {name: part.cpu() for name, part in vars(result).items() if isinstance(part, Tensor)}
+        return replace(result, **parts, captured={layer: x.cpu() for layer, x in result.captured.items()})
+
+    @torch.inference_mode()
+    def mtp_logits(self, hidden: Tensor, next_tokens: list[int] | Tensor) -> Tensor:
+        """Logits [T, V] of the MTP layer: `hidden` of a Result and the token that follows each position.
+
+        Raises ValueError when the checkpoint has no MTP layer, or the tokens are not T ids in range.
+        """
+        if "mtp.0.e_proj.weight" not in self._weights:
+            raise ValueError("the checkpoint has no MTP layer: write one with num_nextn_predict_layers 1")
+        tokens = self._ids(next_tokens)
+        if len(tokens) != len(hidden):
+            raise ValueError(f"{len(tokens)} next_tokens came with {len(hidden)} positions: pass one for each")
+        with self._device:
+            return self._mtp(hidden.to(self._device), tokens.to(self._device)).cpu()
+
+    def greedy(self, prompt: list[int], n: int) -> list[int]:
+        """The n most probable next tokens, one after the other; a full forward pass each."""
+        tokens = list(prompt)
+        for _ in range(n):
+            tokens.append(int(self.forward(tokens).logprobs[-1].argmax()))
+        return tokens[len(prompt) :]
+
+    def _forward(self, tokens: Tensor, capture: Collection[int]) -> Result:
         streams = self._w("embed.weight")[tokens].unsqueeze(1).repeat(1, self.config.hc_mult, 1)
         router_gap = torch.full((len(tokens),), math.inf)
         index = IndexMargin(router_gap.clone(), torch.zeros(len(tokens)))
@@ -122,17 +150,7 @@ class Oracle:
         logits = self._head("", streams)
         return Result(logits.float().log_softmax(-1), streams, router_gap, index.gap, index.stake, captured)
 
-    @torch.inference_mode()
-    def mtp_logits(self, hidden: Tensor, next_tokens: list[int] | Tensor) -> Tensor:
-        """Logits [T, V] of the MTP layer: `hidden` of a Result and the token that follows each position.
-
-        Raises ValueError when the checkpoint has no MTP layer, or the tokens are not T ids in range.
-        """
-        if "mtp.0.e_proj.weight" not in self._weights:
-            raise ValueError("the checkpoint has no MTP layer: write one with num_nextn_predict_layers 1")
-        tokens = self._ids(next_tokens)
-        if len(tokens) != len(hidden):
-            raise ValueError(f"{len(tokens)} next_tokens came with {len(hidden)} positions: pass one for each")
+    def _mtp(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         eps = self.config.rms_norm_eps
         e = self._round(rms_norm(self._w("embed.weight")[tokens], self._w("mtp.0.enorm.weight"), eps))
         h = self._round(rms_norm(hidden, self._w("mtp.0.hnorm.weight"), eps))
@@ -140,13 +158,6 @@ class Oracle:
         streams = self._round(projected + self._linear(h, "mtp.0.h_proj"))
         streams, _, _ = self._layer("mtp.0.", 0, streams, tokens)
         return self._head("mtp.0.", streams)
-
-    def greedy(self, prompt: list[int], n: int) -> list[int]:
-        """The n most probable next tokens, one after the other; a full forward pass each."""
-        tokens = list(prompt)
-        for _ in range(n):
-            tokens.append(int(self.forward(tokens).logprobs[-1].argmax()))
-        return tokens[len(prompt) :]
 
     def _ids(self, token_ids: list[int] | Tensor) -> Tensor:
         tokens = torch.as_tensor(token_ids, dtype=torch.int64)

@@ -20,7 +20,7 @@ from test_server import checkpoint as checkpoint
 from test_server import logs as logs
 
 from local_server import LocalServer
-from sglang_sm120_reference.oracle import INDEX_STAKE, Oracle, Result
+from sglang_sm120_reference.oracle import INDEX_STAKE, LOGPROB_TOLERANCE, Oracle, Result
 from side_by_side import EAGLE
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
@@ -60,7 +60,7 @@ class Answer:
 
 @pytest.fixture(scope="module")
 def oracle(checkpoint: Path) -> Oracle:
-    return Oracle(checkpoint)
+    return Oracle(checkpoint, device="cuda")
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,8 @@ def own(checkpoint: Path, logs: Path, prompts: list[list[int]], oracle: Oracle) 
     """SGLang's own forward in all passes."""
     flags, env = (*FLAGS, *(OF_HOPPER if HOPPER else ())), {**ENVIRONMENT, "SGLANG_SM120": "0"}
     with LocalServer(checkpoint, *flags, log=logs / "own.log", env=env, ready_seconds=900) as server:
-        return judged(answers(server, prompts), oracle)
+        found = answers(server, prompts)
+    return judged(found, oracle)
 
 
 @pytest.fixture(params=["plain", "eagle"])
@@ -118,6 +119,15 @@ def shipped(request: pytest.FixtureRequest, checkpoint: Path, logs: Path) -> Ite
         mode = "target_verify" if request.param == "eagle" else "decode"
         assert f"the step takes its first {mode} pass" in text and "the step takes its first extend" not in text
         assert_nothing_compiled_late(server)
+
+
+def test_the_oracle_computes_on_the_gpu_as_on_the_cpu(
+    checkpoint: Path, prompts: list[list[int]], oracle: Oracle
+) -> None:
+    ours, theirs = oracle.forward(prompts[1]), Oracle(checkpoint).forward(prompts[1])
+    decided = ours.decided() & theirs.decided()
+    assert decided.sum() > 20
+    assert (ours.logprobs - theirs.logprobs)[decided].abs().max() < LOGPROB_TOLERANCE
 
 
 def test_no_further_from_the_oracle_than_sglang(

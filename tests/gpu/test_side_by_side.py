@@ -68,11 +68,18 @@ def test_an_answer_that_is_not_whole_is_an_error(
 
 def test_the_pace_is_of_the_time_in_which_all_decode() -> None:
     """The first answer's 100 ms a token lie before the second one's first token."""
-    first = [Chunk(0.0, 1, 0), Chunk(0.8, 9, 4), Chunk(1.6, 17, 8), Chunk(2.4, 25, 12), Chunk(2.48, 33, 16)]
-    second = [Chunk(2.4, 1, 0), Chunk(2.48, 9, 4)]
+    first = [Chunk(0.0, 1, 0), Chunk(0.8, 9, 0), Chunk(1.6, 17, 0), Chunk(2.4, 25, 0), Chunk(2.48, 33, 0)]
+    second = [Chunk(2.4, 1, 0), Chunk(2.48, 9, 0)]
     assert streamed.pace([first, second]) == pytest.approx(10)
-    assert streamed.pace([first, second], "verifications") == pytest.approx(20)
     assert streamed.pace([first]) == pytest.approx(100)
+
+
+def test_a_cycle_is_of_the_time_in_which_all_decode() -> None:
+    """32 tokens took 16 verifications: the last eight, 4 of them, 20 ms each; all of them together 155."""
+    first = [Chunk(0.0, 1, 0), Chunk(0.8, 9, 0), Chunk(2.4, 25, 0), Chunk(2.48, 33, 16)]
+    second = [Chunk(2.4, 1, 0), Chunk(2.48, 9, 4)]
+    assert streamed.cycle([first, second]) == pytest.approx(20)
+    assert streamed.cycle([first]) == pytest.approx(155)
 
 
 def test_the_table_has_medians_spreads_and_ratios() -> None:
