@@ -108,6 +108,7 @@ def test_an_unusable_prompt_is_refused(server: LocalServer, prompt: dict[str, An
         ("/separate_reasoning", {"reasoning_parser": "x"}, "Unsupported reasoning_parser"),
         ("/v1/messages/count_tokens", {"output_config": "x"}, "output_config: "),
         ("/v1/messages/count_tokens", {"tools": [{"type": 5}]}, "tools.0.custom.name: Field required"),
+        ("/generate", {"session_params": {"id": [[]]}}, "session_params.id cannot be [[]]"),
         ("/v1/responses", {"tool_choice": {}}, "validation error for ChatCompletionRequest model Input should be"),
     ],
 )
@@ -121,10 +122,12 @@ def test_a_hostile_request_is_refused_and_the_next_is_answered(
 
 
 def test_a_body_that_is_no_object_is_refused(server: LocalServer) -> None:
-    for path in ("/generate", "/v1/chat/completions", "/v1/messages", "/v1/responses"):
-        refused = httpx.post(server.url + path, json=["a"], timeout=120)
-        assert refused.status_code == 400, refused.text
-        assert "The body must be a JSON object." in refused.text
+    for path in ("/generate", "/v1/chat/completions", "/v1/messages", "/v1/responses", "/invocations"):
+        for body in ('["a"]', "null"):
+            headers = {"Content-Type": "application/json"}
+            refused = httpx.post(server.url + path, content=body, headers=headers, timeout=120)
+            assert refused.status_code == 400, refused.text
+            assert "The body must be a JSON object." in refused.text
 
 
 def test_a_lone_surrogate_is_refused(server: LocalServer) -> None:

@@ -150,7 +150,11 @@ def test_the_length_of_a_stop_regex_fits_the_message_to_the_scheduler(manager: A
         ("top_logprobs_num", -1, f"[0, {VOCAB}]"), ("logprob_start_len", -5, f"[-1, {CONTEXT}]"),
         ("logprob_start_len", -2, f"[-1, {CONTEXT}]"), ("logprob_start_len", 2**63, f"[-1, {CONTEXT}]"),
         ("token_ids_logprob", [99999], f"[0, {VOCAB})"), ("token_ids_logprob", [-1], f"[0, {VOCAB})"),
-        ("positional_embed_overrides", 5, "PositionalEmbeds"), ("session_params", {"x": 1}, "id, rid"),
+        ("positional_embed_overrides", 5, "PositionalEmbeds"), ("session_params", {"x": 1}, ".x cannot be 1"),
+        ("session_params", {"id": [[]]}, ".id cannot be [[]]"), ("session_params", {"x": None}, ".x cannot be None"),
+        ("session_params", {"id": "s", "offset": True}, ".offset cannot be True"),
+        ("session_params", {"id": "s", "offset": -1}, f"[0, {CONTEXT}]"),
+        ("session_params", {"id": "s", "offset": 2**70}, f"[0, {CONTEXT}]"),
     ],
     ids=str,
 )  # fmt: skip
@@ -171,6 +175,12 @@ def test_a_field_that_reaches_a_tensor_or_a_slice_is_refused_by_name(
 def test_the_last_log_probability_in_range_is_admitted(manager: Any, edge: dict[str, int]) -> None:
     (request,) = admit(manager, return_logprob=True, **edge)
     assert {name: getattr(request, name) for name in edge} == edge
+
+
+def test_the_parameters_of_a_session_are_admitted(manager: Any) -> None:
+    given = {"id": "s", "rid": None, "offset": 3, "replace": True, "drop_previous_output": False}
+    (request,) = admit(manager, session_params=given)
+    assert {name: getattr(request.session_params, name) for name in given} == given
 
 
 @pytest.mark.parametrize(
