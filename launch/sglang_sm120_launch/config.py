@@ -1,11 +1,11 @@
 """A file of `configs/`: for which cards it is, what it needs, how it was tried, and what it fixes.
 
-    for:       {model: ID, gpu: name, cards: 2, nodes: 1}     the plan refuses other cards
-    needs:     {compute_capability: "12.0", memory_mib: 96000, driver: 580}     the least that will do
-    evidence:  unverified | compiled | emulated | measured (machine)
-    env:       variables with fixed values
-    server:    SGLang's flags with fixed values
-    auto:      SGLang's flags whose values the plan decides; a flag in neither keeps SGLang's default
+for:       {model: ID, gpu: name, cards: 2, nodes: 1}     the plan refuses other cards
+needs:     {compute_capability: "12.0", memory_mib: 96000, driver: 580}     the least that will do
+evidence:  unverified | compiled | emulated | measured (machine)
+env:       variables with fixed values
+server:    SGLang's flags with fixed values
+auto:      SGLang's flags whose values the plan decides; a flag in neither keeps SGLang's default
 """
 
 from __future__ import annotations

@@ -7,9 +7,12 @@ import contextlib
 import difflib
 import importlib.util
 import io
+import json
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
 from typing import Any, NoReturn
 
 from .errors import LaunchError
@@ -17,6 +20,8 @@ from .settings import Value
 
 PREFERRED = ("tp-size",)
 """Which of a flag's names a plan uses where that is not the first."""
+TABLE = Path(__file__).with_name("sglang-flags.json")
+"""The flags of one release of SGLang, whose import takes some ten seconds; `tests/launch/flag_table.py` writes it."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -26,28 +31,81 @@ class _Parser(argparse.ArgumentParser):
         raise LaunchError(f"SGLang does not take these flags: {message.rstrip('.')}.")
 
 
+class _AskSglang(Exception):
+    """Only SGLang's own parser can read this flag."""
+
+
+class _Unread(argparse.Action):
+    """A flag whose action only SGLang has."""
+
+    def __call__(self, *_: Any, **__: Any) -> NoReturn:
+        raise _AskSglang
+
+
+def _unread(word: str) -> Any:
+    raise _AskSglang
+
+
+def _readable_int(word: str) -> int:
+    """As SGLang reads a plain number; it knows 64k and the like too."""
+    return int(word) if word.isdecimal() else _unread(word)
+
+
+TYPES = {"str": str, "int": int, "float": float, "human_readable_int": _readable_int}
+ACTIONS: dict[str, Any] = {
+    "_StoreAction": "store", "_StoreTrueAction": "store_true", "BooleanOptionalAction": argparse.BooleanOptionalAction,
+}  # fmt: skip
+
+
+def from_table(flags: Iterable[Mapping[str, Any]]) -> argparse.ArgumentParser:
+    """The parser that the table describes; a flag of a kind that is not known here raises when it is read."""
+    parser = _Parser(prog="sglang.launch_server", add_help=False)
+    for flag in flags:
+        action = ACTIONS.get(flag["action"], _Unread)
+        options = {"action": action, "required": flag["required"]}
+        if action in ("store", _Unread):
+            options |= {"nargs": flag["nargs"], "choices": flag["choices"]}
+            options["type"] = flag["type"] and TYPES.get(flag["type"], _unread)
+        # Of a switch that can be turned off argparse makes the second half of the names itself.
+        names = [name for name in flag["names"] if action != argparse.BooleanOptionalAction or "--no-" not in name]
+        parser.add_argument(*names, **options)
+    return parser
+
+
+def imported() -> argparse.ArgumentParser:
+    """SGLang's own parser."""
+    # Seconds without a word would look like a hang; stdout is the plan's, JSON perhaps.
+    print("sglang-sm120: importing SGLang for its flags, some ten seconds", file=sys.stderr, flush=True)
+    parser = _Parser(prog="sglang.launch_server", add_help=False)
+    # SGLang's import prints warnings about its own dependencies, which would stand before a plan.
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
+        from sglang.srt.server_args import ServerArgs
+
+        ServerArgs.add_cli_args(parser)
+    return parser
+
+
 class Flags:
     """The flags of one SGLang; `known` is None where SGLang is not installed and nothing can be checked."""
 
     def __init__(self, known: argparse.ArgumentParser | None) -> None:
+        self._know(known)
+
+    def _know(self, known: argparse.ArgumentParser | None) -> None:
         self.known = known
         actions = known._actions if known is not None else []
         self._actions = {word: action for action in actions for word in action.option_strings if word.startswith("--")}
 
     @classmethod
     def installed(cls) -> Flags:
-        """The flags of the SGLang beside this launcher; importing it takes some ten seconds."""
+        """The flags of the SGLang beside this launcher: the table's if it is of that release."""
         if importlib.util.find_spec("sglang") is None:
             return cls(None)
-        # Seconds without a word would look like a hang; stdout is the plan's, JSON perhaps.
-        print("sglang-sm120: importing SGLang for its flags, some ten seconds", file=sys.stderr, flush=True)
-        parser = _Parser(prog="sglang.launch_server", add_help=False)
-        # SGLang's import prints warnings about its own dependencies, which would stand before a plan.
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
-            from sglang.srt.server_args import ServerArgs
-
-            ServerArgs.add_cli_args(parser)
-        return cls(parser)
+        table = json.loads(TABLE.read_text(encoding="utf-8"))
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            if metadata.version("sglang") == table["sglang"]:
+                return cls(from_table(table["flags"]))
+        return cls(imported())
 
     def name(self, written: str, where: str) -> str:
         """The flag's canonical name without dashes; a prefix stands for a flag where it fits only one, as for SGLang.
@@ -101,8 +159,13 @@ class Flags:
         Raises:
             LaunchError: with SGLang's own words about what is wrong.
         """
-        if self.known is not None:
+        if self.known is None:
+            return
+        try:
             self.known.parse_args(list(arguments))
+        except _AskSglang:
+            self._know(imported())
+            self.check(arguments)
 
     def _value(self, name: str, words: list[str]) -> Value:
         action = self._actions.get("--" + name)
@@ -120,6 +183,9 @@ class Flags:
                 converted = [kind(word) for word in words]
             except (ValueError, TypeError, argparse.ArgumentTypeError):
                 raise LaunchError(f"--{name} has the value {' '.join(words)!r}, which SGLang cannot read.") from None
+            except _AskSglang:
+                self._know(imported())
+                return self._value(name, words)
         return tuple(converted) if len(converted) > 1 or (action and action.nargs in ("+", "*")) else converted[0]
 
 

@@ -36,7 +36,7 @@ def flash() -> Model:
 
 @pytest.fixture(scope="session")
 def flags() -> Flags:
-    """The flags of the installed SGLang, whose import takes some ten seconds."""
+    """The flags of the installed SGLang, from the launcher's table."""
     found = Flags.installed()
     assert found.known is not None, "sglang is not installed: make setup"
     return found

@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 from unittest.mock import Mock
 
+import flag_table
 import pytest
 from golden_plans import HERE, machine
 from telling import refused
 
-from sglang_sm120_launch import cli, request, show
-from sglang_sm120_launch.flags import Flags
+from sglang_sm120_launch import cli, flags, request, show
+from sglang_sm120_launch.errors import LaunchError
+from sglang_sm120_launch.flags import TABLE, Flags, from_table, imported
 from sglang_sm120_launch.machine import Machine
 from sglang_sm120_launch.model import FLASH, Model
 from sglang_sm120_launch.plan import Plan, make_plan
@@ -23,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_flags")
 CONFIGS = sorted((HERE.parents[1] / "configs").glob("*.yaml"))
 TWO = str(HERE / "machines" / "2x-rtx-pro-6000.json")
 INSTALLED = Flags.installed
+ANNOUNCED = "sglang-sm120: importing SGLang for its flags, some ten seconds\n"
 
 
 def test_a_model_that_is_not_there_is_told_at_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -31,14 +34,64 @@ def test_a_model_that_is_not_there_is_told_at_once(monkeypatch: pytest.MonkeyPat
     assert "/nowhere/model" in refused(["plan", "--model", "/nowhere/model"], capsys)
 
 
-def test_the_import_is_announced(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+def test_of_another_release_sglang_is_asked_and_that_is_announced(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
     """A word on stderr before SGLang is imported; stdout is the plan's."""
     # None in sys.modules makes an import fail where it would begin.
     monkeypatch.setitem(sys.modules, "sglang.srt.server_args", None)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.5.24")
     with pytest.raises(ModuleNotFoundError):
         INSTALLED()
     captured = capfd.readouterr()
-    assert captured.out == "" and captured.err == "sglang-sm120: importing SGLang for its flags, some ten seconds\n"
+    assert captured.out == "" and captured.err == ANNOUNCED
+
+
+@pytest.fixture(scope="module")
+def sglangs() -> argparse.ArgumentParser:
+    return imported()
+
+
+def test_the_table_is_the_installed_releases(sglangs: argparse.ArgumentParser):
+    assert json.loads(TABLE.read_text()) == json.loads(flag_table.text(flag_table.table(sglangs))), (
+        "the table of flags is old: python tests/launch/flag_table.py"
+    )
+
+
+WORDS = (
+    ["--context-length", "65536"], ["--context-length", "64k"], ["--tp", "2"], ["--mem-fraction-static", "0.9"],
+    ["--cuda-graph-bs-decode", "1", "2"], ["--disable-radix-cache"], ["--attention-backend", "dsv4"],
+    ["--preferred-sampling-params", '{"top_k": 5}'], ["--disable-cuda-graph"], ["--lora-paths", "a=b"],
+    ["--attention-backend", "none such"], ["--tp", "two"], ["--context-length", "-1"], ["--max-total-tokens", "1e3"],
+    ["--cuda-graph-backend-decode", "full"], ["--monokernel-backend"],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("words", WORDS, ids=" ".join)
+def test_the_table_reads_flags_as_sglang_does(
+    words: list[str], sglangs: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch
+):
+    """Where its own kinds of values do not suffice it asks SGLang."""
+    monkeypatch.setattr(flags, "imported", lambda: sglangs)
+
+    def read(known: argparse.ArgumentParser) -> object:
+        found = Flags(known)
+        try:
+            values = found.from_words(words)
+            found.check(["--model-path", "m", *words])
+        except LaunchError as refusal:
+            return str(refusal)
+        return values
+
+    assert read(from_table(json.loads(TABLE.read_text())["flags"])) == read(sglangs)
+
+
+def test_a_plan_asks_nothing_of_sglang(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Of the published model, which need not be on disk, it is there in seconds."""
+    monkeypatch.setattr(Flags, "installed", INSTALLED)
+    monkeypatch.setattr(flags, "imported", Mock(side_effect=AssertionError("SGLang is imported for nothing")))
+    words = ["--context-length", "65536", "--tp", "2", "--speculative-num-draft-tokens", "3"]
+    assert cli.main(["plan", "--model", FLASH, "--machine", TWO, "--mtp", "--", *words]) == 0
 
 
 @pytest.mark.parametrize("command", ("plan", "serve", "bench", "kernels"))

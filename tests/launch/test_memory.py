@@ -75,9 +75,14 @@ def configurator(config: dict[str, Any]) -> Any:
     )  # fmt: skip
     return DSV4PoolConfigurator(
         SimpleNamespace(
-            model_config=model, kv_cache_dtype_str="fp8_e4m3", spec_algorithm=SpeculativeAlgorithm.NONE, pp_size=1,
-            layer_info=SimpleNamespace(start_layer=0, end_layer=layers), sliding_window_size=128,
-            page_size=memory.PAGE, attn_dp_size=1,
+            model_config=model,
+            kv_cache_dtype_str="fp8_e4m3",
+            spec_algorithm=SpeculativeAlgorithm.NONE,
+            pp_size=1,
+            layer_info=SimpleNamespace(start_layer=0, end_layer=layers),
+            sliding_window_size=128,
+            page_size=memory.PAGE,
+            attn_dp_size=1,
         )  # fmt: skip
     )
 
