@@ -16,7 +16,7 @@ LOCK := $(SERIES)/requirements.lock
 # Any Python from 3.9 runs it; the site it works on may belong to another.
 PATCHSET := python3 patches/patchset.py
 
-.PHONY: help setup apply unapply status verify lint test test-sm120 test-gpu test-launch bench tune accuracy accuracy-cpu mutations demo small-model wheel image lock clean
+.PHONY: help setup apply unapply status verify lint test test-sm120 test-gpu test-launch bench tune accuracy accuracy-cpu soak mutations demo small-model wheel image lock clean
 
 help:
 	@cat <<-'END'
@@ -33,6 +33,7 @@ help:
 	make tune         faster kernel configurations for this machine's GPU, into overlay/sglang_sm120/tuned
 	make accuracy URL=http://…   scores of a running server against their floors; QUICK=1 (docs/accuracy.md)
 	make accuracy-cpu   the trained small model, served on this machine's CPU: scores against their floors
+	make soak     the trained small model under load on this machine, CPU or GPU: minutes of everything at once (docs/soak.md)
 	make mutations    which test catches which deliberate defect, into docs/mutations.md
 	make apply    patch the SGLang of .venv, of PYTHON=exe, or of SITE=dir; so do unapply, status, verify
 	make lint     the rules of the series, ruff and mypy
@@ -139,6 +140,10 @@ accuracy-cpu: setup
 	@$(VENV) patches/patchset.py apply
 	exec $(VENV) evals/accuracy_cpu.py evals/small-deepseek-v4.xz \
 	    evals/questions-cpu.jsonl $${ARGS:-}
+
+soak: setup
+	@$(VENV) patches/patchset.py apply
+	exec $(VENV) evals/soak.py evals/small-deepseek-v4.xz $${ARGS:-}
 
 mutations: setup
 	exec $(VENV) tests/mutations/run.py

@@ -6,7 +6,8 @@ import json
 import random
 import statistics
 import time
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import httpx
 
@@ -29,6 +30,21 @@ def drawn(count: int, rng: random.Random) -> list[int]:
     return [rng.randrange(300, TOKENS) for _ in range(count)]
 
 
+def events(answer: httpx.Response) -> Iterator[dict[str, Any]]:
+    """The chunks of a streamed /generate answer, as they come.
+
+    Raises:
+        RuntimeError: one of them is an error.
+    """
+    for line in answer.iter_lines():
+        if not line.startswith("data:") or line == "data: [DONE]":
+            continue
+        chunk = json.loads(line[5:])
+        if "error" in chunk:
+            raise RuntimeError(f"/generate answers: {chunk['error']}")
+        yield chunk
+
+
 def ask(url: str, prompts: list[list[int]], tokens: int) -> list[list[Chunk]]:
     """The chunks of each prompt's answer of so many tokens, sampled, so that requests and their experts stay different.
 
@@ -40,12 +56,7 @@ def ask(url: str, prompts: list[list[int]], tokens: int) -> list[list[Chunk]]:
     body = {"input_ids": prompts, "sampling_params": sampling, "stream": True}
     began = time.perf_counter()
     with httpx.stream("POST", f"{url}/generate", json=body, timeout=600) as answer:
-        for line in answer.iter_lines():
-            if not line.startswith("data:") or line == "data: [DONE]":
-                continue
-            chunk = json.loads(line[5:])
-            if "error" in chunk:
-                raise RuntimeError(f"/generate answers: {chunk['error']}")
+        for chunk in events(answer):
             meta = chunk["meta_info"]
             seen = Chunk(time.perf_counter() - began, meta["completion_tokens"], meta.get("spec_verify_ct", 0))
             chunks[chunk.get("index", 0)].append(seen)

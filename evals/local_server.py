@@ -114,6 +114,18 @@ class LocalServer:
         """Whether the launched process still runs."""
         return self._process is not None and self._process.poll() is None
 
+    def wait(self, seconds: float) -> int:
+        """Wait until the launched process ends by itself; its exit status.
+
+        Raises:
+            ServerError: it still runs after `seconds`.
+        """
+        assert self._process is not None, "LocalServer.wait is called inside `with`"
+        try:
+            return self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise ServerError(f"The server still runs after {seconds:.0f} s, and was to end by itself.") from None
+
     def stop(self, grace_seconds: float = 2) -> None:
         """Terminate the process group, by force after `grace_seconds`; returns when all of it is gone.
 

@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
 parser = Parser(add_help=False)
 parser.add_argument("--port", type=int)
 parser.add_argument("--skip-tokenizer-init", action="store_true")
-for name in ("--host", "--ssl-certfile", "--ssl-keyfile"):
+for name in ("--model-path", "--host", "--ssl-certfile", "--ssl-keyfile"):
     parser.add_argument(name)
 Flags.installed = classmethod(lambda cls: cls(parser))  # type: ignore[method-assign, assignment]
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
