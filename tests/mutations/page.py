@@ -74,9 +74,9 @@ computes with the changed file. {answers}
     oracle = f"""
 ## What the oracle answers with a defect
 
-{len(switches)} of these mistakes the oracle can make by a switch (`Defect`), which breaks nothing that ships. With the switch on
-its tests have to notice, and the score says what the mistake would cost. None counts as a place above, and each defect
-has to have one there outside the oracle.
+{len(switches)} of these mistakes the oracle can make by a switch (`Defect`), which breaks nothing that ships. With it
+the oracle's tests have to notice, and the score says what the mistake would cost. None counts as a place above, and
+each defect has to have one there outside the oracle.
 
 | defect | switch | change | caught by | failed tests | score |
 |---|---|---|---|---|---|

@@ -2,8 +2,8 @@
 
     python tests/mutations/run.py [--only TEXT] [--jobs 2] [--minutes N] [--checkpoint PATH --questions FILE]
 
-Exits 1 when a mutation is noticed by nothing or was not run, and when a defect is made in the oracle alone. What is known
-is kept in `build/mutations.json` until the source or the tests change, so that an interrupted run goes on; `--minutes`
+Exits 1 when a mutation is noticed by nothing or was not run, or a defect is made in the oracle alone. What is known is
+kept in `build/mutations.json` until the source or the tests change, so that an interrupted run goes on; `--minutes`
 ends one early, with a page that names what was not run.
 """
 
@@ -271,7 +271,7 @@ def main() -> int:
         PAGE.write_text(page(rows, left), encoding="utf-8")
     missed = [row.mutation.name for row in rows if not row.caught]
     alone = only_in_the_oracle(mutations())
-    print(f"{len(rows)} mutations, {len(missed)} caught by nothing, {len(left)} not run, {len(alone)} only in the oracle")
+    print(f"{len(rows)} mutations: {len(missed)} caught by nothing, {len(left)} not run, {len(alone)} in the oracle")
     print("".join(f"    {name}\n" for name in [*missed, *(mutation.name for mutation in left), *alone]), end="")
     return 1 if missed or left or alone else 0
 
