@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from mutations.score import ASKED, Score
 from mutations.sites import mutations
 from tokenizers import Tokenizer
 
+from sglang_sm120 import ops
 from sglang_sm120.checkpoint.config import ReferenceConfig
 from sglang_sm120_reference.defects import Defect
 from sglang_sm120_reference.oracle import Oracle
@@ -40,6 +42,21 @@ def test_a_mutation_applies_and_compiles(sources: Path, mutation: Mutation) -> N
 
 def test_names_differ() -> None:
     assert len({mutation.name for mutation in mutations()}) == len(mutations())
+
+
+@pytest.mark.parametrize(
+    "tests", sorted({mutation.tests for mutation in mutations()}), ids=lambda tests: tests.arguments[-1]
+)
+def test_every_word_of_an_area_selects_tests(tests: Tests) -> None:
+    """Of one that fits nothing any more, beside others that do, pytest says nothing."""
+    place, *selected = tests.arguments
+    path = ROOT / place
+    names = [*ops.__all__] if path.is_dir() else []
+    for file in path.rglob("test_*.py") if path.is_dir() else [path]:
+        names += [file.name, *re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)]
+    assert len(names) > 2
+    for word in selected[1].split(" or ") if selected else []:
+        assert any(word in name for name in names), word
 
 
 def test_no_defect_is_made_in_the_oracle_alone() -> None:
