@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from mutations.mutation import ATTENTION, COMPILED, EXPERTS, INDEXER, LINEARS, MIXING, PTX, SCALES, SCRATCH, Mutation
+from mutations.mutation import (
+    ATTENTION,
+    COMPILED,
+    EXPERTS,
+    INDEXER,
+    LINEARS,
+    MIXING,
+    PTX,
+    ROUTER,
+    SCALES,
+    SCRATCH,
+    STREAMS,
+    Mutation,
+)
 
 KERNELS = (
     Mutation(
@@ -85,7 +98,7 @@ KERNELS = (
     ),
     Mutation(
         "PTX of another arithmetic", "experts, a bit too many", "ops/mxfp4_moe/grouped.py",
-        (("and.b32 a, a, 0x81C081C0", "and.b32 a, a, 0x81E081E0"),), PTX,
+        (("and.b32 a, a, 0x81C081C0", "and.b32 a, a, 0x83C083C0"),), PTX,
     ),
     Mutation(
         "PTX of another arithmetic", "two bf16 of fp32, halves exchanged", "ops/_mhc_triton.py",
@@ -190,7 +203,7 @@ KERNELS = (
     ),
     Mutation(
         "the six routing weights are not divided by their sum", "router, Triton", "ops/router_topk/triton.py",
-        (("if RENORMALIZE:", "if False:"),), EXPERTS,
+        (("if RENORMALIZE:", "if False:"),), ROUTER,
     ),
     Mutation(
         "stale scratch", "merge reads parts that nobody wrote, Triton", "ops/sparse_mla/triton.py",
@@ -211,5 +224,9 @@ KERNELS = (
     Mutation(
         "scratch shared by two streams", "keyed without the stream", "kernels.py",
         (("torch.cuda.current_stream(device).cuda_stream)", "0)"),), SCRATCH,
+    ),
+    Mutation(
+        "scratch of too few streams", "of what runs beside the step", "streams.py",
+        (('"fp8_linear": 2}', '"fp8_linear": 1}'),), STREAMS,
     ),
 )  # fmt: skip

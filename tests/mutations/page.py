@@ -64,7 +64,8 @@ Written by `make mutations`, which makes each change in a copy of the source and
 Kernels run in Triton's interpreter.
 
 *unit*: `tests/ops` (a run stops after {ATTENTION.most} failures), `tests/model/test_oracle.py` (after {ORACLE.most}),
-`tests/model/test_step.py` (after {STEP.most}), or where named so of `tests/model` and `tests/sm120`.
+`tests/model/test_step.py` (after {STEP.most}); of streams `tests/model/test_streams.py`, of scratch
+`tests/sm120/test_warmup.py`, of compiled code, which is read and not run, `tests/sm120/test_compile_gate.py`.
 *accuracy*: the oracle with the defect on the trained small model, {ASKED} recall questions; only where the oracle
 computes with the changed file. {answers}
 

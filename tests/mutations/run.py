@@ -27,7 +27,7 @@ from typing import NamedTuple
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in ("tests", "overlay", "reference", "evals")]
 
-from mutations.mutation import ORACLE, PACKAGES, ROOT, STEP, Mutation, Tests, mutate
+from mutations.mutation import COMPILED, ORACLE, PACKAGES, ROOT, SCRATCH, STEP, STREAMS, Mutation, Tests, mutate
 from mutations.page import Row, only_in_the_oracle, page
 from mutations.score import Score
 from mutations.sites import mutations
@@ -177,7 +177,7 @@ class Runner:
     ) -> None:
         self._sources, self._folder, self._known, self._model = sources, folder, known, model
         self._end = time.monotonic() + 60 * minutes
-        tests = (ROOT / "tests" / name for name in ("conftest.py", "ops", "model", "sm120"))
+        tests = (ROOT / "tests" / name for name in ("conftest.py", "ops", "model", "sm120", "gpu"))
         self._tests = _digest(ROOT / "patches/0.5.23/requirements.lock", ROOT / "evals/local_server.py", *tests)
 
     def units(self, sources: Path, tests: Tests) -> Outcome:
@@ -228,7 +228,7 @@ class Runner:
 
     def sound(self) -> None:
         """Raises Unusable if a test fails without a mutation, Unfinished when time is over."""
-        for tests in (ORACLE, STEP, Tests(("tests/ops",))):
+        for tests in (ORACLE, STEP, STREAMS, COMPILED, SCRATCH, Tests(("tests/ops",))):
             outcome = self.units(self._sources, tests)
             if outcome.failed:
                 raise Unusable(

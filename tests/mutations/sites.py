@@ -22,6 +22,7 @@ from mutations.mutation import (
     PAGES,
     ROOT,
     ROTATION,
+    ROUTER,
     SCALES,
     STEP,
     STREAMS,
@@ -152,7 +153,7 @@ _REFERENCES = (
     ),
     Mutation(
         "the six routing weights are not divided by their sum", "router, torch reference",
-        "ops/router_topk/__init__.py", (("if renormalize:", "if False:"),), EXPERTS,
+        "ops/router_topk/__init__.py", (("if renormalize:", "if False:"),), ROUTER,
     ),
     Mutation(
         "the six routing weights are not divided by their sum", "hash layers, torch reference",
