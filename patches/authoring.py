@@ -7,6 +7,7 @@ import difflib
 import io
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Dict, List, Set, Tuple
 
@@ -35,7 +36,7 @@ def refresh(site: Site, root: Path) -> None:
     """Re-diff every patch, in order, against the released files of `site`, and rewrite the lock.
 
     Headers are kept. A site to which a placed series is applied serves too: that series is taken back on copies.
-    Raises Refused when the released bytes cannot be had or a patch does not apply at fuzz 0.
+    Raises Refused when the released bytes cannot be had, a patch does not apply at fuzz 0, or a change would be lost.
     """
     series = Series.load(root / "patches", require_lock=False)
     site.require_version(series)
@@ -48,6 +49,8 @@ def refresh(site: Site, root: Path) -> None:
         body = "".join(diff(file, old[file], new[file]) for file in sorted(files))
         if not body:
             raise Refused(f"{series.name(patch)} changes nothing: drop it from the series")
+        for text in (patch.read_text(encoding="utf-8"), body):
+            _require_whole(series.name(patch), text, old, new)
         rewritten[patch] = (header(patch.read_text(encoding="utf-8")) + body).encode("utf-8")
         contents.update(new)
     for patch, data in rewritten.items():
@@ -60,6 +63,27 @@ def refresh(site: Site, root: Path) -> None:
     }
     (series.folder / LOCK).write_text(json.dumps(lock, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     print(f"refreshed {len(rewritten)} patches to {len(before)} files")
+
+
+def _require_whole(name: str, text: str, old: Dict[str, bytes], new: Dict[str, bytes]) -> None:
+    """Raise Refused unless the lines that a patch's text adds and removes are those that turn `old` into `new`.
+
+    What GNU patch takes for a remark, a hunk with a wrong head or lines beyond its count, it passes over in silence.
+    """
+    body = re.sub(r"^--- .*\n\+\+\+ .*\n", "", text[_body_start(text) :], flags=re.MULTILINE)
+    signs = {"+": 1, "-": -1}
+    surplus: Counter[str] = Counter()
+    for line in body.split("\n"):
+        surplus[line[1:]] += signs.get(line[:1], 0)
+    for contents, sign in ((old, -1), (new, 1)):
+        for data in filter(None, contents.values()):
+            for line in data.decode("utf-8").removesuffix("\n").split("\n"):
+                surplus[line] -= sign
+    lost = [line for line, times in surplus.items() if times]
+    if lost:
+        raise Refused(
+            f"{name} has the line {lost[0].strip()!r} in a hunk that is not applied as it stands: correct its head"
+        )
 
 
 def lint(root: Path) -> None:

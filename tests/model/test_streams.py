@@ -17,9 +17,11 @@ from serving import PromptOf
 from standin import New, Server, Weights, stub_sglang
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sglang_sm120 import ops, streams
 from sglang_sm120.checkpoint.config import ReferenceConfig
 from sglang_sm120.step.target import Target
 from sglang_sm120.streams import Beside
+from sglang_sm120.warmup import SERVED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -107,6 +109,23 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 @pytest.fixture
+def streams_of(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> dict[str, set[int]]:
+    """On which streams each op with a Triton kernel has been called."""
+    found: dict[str, set[int]] = {name: set() for name in SERVED}
+
+    def noted(name: str, op: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            found[name].add(watch.current.index)
+            return op(*arguments, **options)
+
+        return call
+
+    for name in SERVED:
+        monkeypatch.setattr(ops, name, noted(name, getattr(ops, name)))
+    return found
+
+
+@pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     watch = Watch()
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: watch.current)
@@ -115,7 +134,12 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
 
 
 def test_a_captured_pass_has_no_race(
-    watch: Watch, monkeypatch: pytest.MonkeyPatch, checkpoint: Path, prompt_of: PromptOf, seed: int
+    watch: Watch,
+    streams_of: dict[str, set[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    checkpoint: Path,
+    prompt_of: PromptOf,
+    seed: int,
 ) -> None:
     ranks, model, tokens = stub_sglang(monkeypatch), Weights(checkpoint).target(), prompt_of(270, seed)
     ratios = ReferenceConfig.load(checkpoint).compress_ratios
@@ -127,6 +151,8 @@ def test_a_captured_pass_has_no_race(
         twin = server.copy()
         expected = [twin.decode(one).logits for one in passes]
         ranks.capturing, model.model.alt_streams = True, watch.alternates
+        for used in streams_of.values():
+            used.clear()
         with watch:
             found = [server.decode(one).logits for one in passes]
     assert not watch.races, watch.races[:5]
@@ -134,6 +160,9 @@ def test_a_captured_pass_has_no_race(
     # A capture ends when its first stream does.
     assert all(watch.main.known.get(one.index, 0) == one.known[one.index] for one in watch.alternates)
     print(f"operations of each stream: {watch.operations}")
+    # Each has scratch of its own, which is taken before a graph is captured.
+    beside = {name: len(used) - 1 for name, used in streams_of.items() if len(used) > 1}
+    assert beside == streams.ALTERNATES
     assert all(watch.operations[:5]) and watch.operations[0] > sum(watch.operations[1:]) / 4
 
 

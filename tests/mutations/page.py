@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from mutations.mutation import ATTENTION, ORACLE, STEP, Mutation
 from mutations.score import ASKED, Score
-from mutations.sites import ATTENTION, ORACLE, STEP, Mutation
 
 from synthetic import floor_of
 
@@ -40,31 +40,50 @@ class Row(NamedTuple):
         return "unit" if self.failed else "accuracy" if self.by_accuracy else ""
 
 
+def only_in_the_oracle(mutations: Sequence[Mutation]) -> list[str]:
+    """Defects that are made in nothing that ships, whose tests therefore have not been seen to notice them."""
+    shipped = {mutation.defect for mutation in mutations if not mutation.file.startswith("reference/")}
+    return [mutation.defect for mutation in mutations if mutation.defect not in shipped]
+
+
 def page(rows: Sequence[Row], left: Sequence[Mutation] = ()) -> str:
     """Markdown. left: mutations that were not run."""
+    places = [row for row in rows if not row.mutation.is_switch]
+    switches = [row for row in rows if row.mutation.is_switch]
     missed = sum(not row.caught for row in rows)
     good = next((row.good for row in rows if row.good is not None), None)
     if good is None:
         answers = "The trained checkpoint or its questions were not there, so the accuracy suite was not run."
     else:
         answers = f"Without a defect the oracle answers {good} recall questions of the trained model right."
-    defects = len({row.mutation.defect for row in rows})
+    defects = len({row.mutation.defect for row in places})
     head = f"""# Which test catches which mistake
 
 Written by `make mutations`, which makes each change in a copy of the source and runs the tests of its area:
-{defects} defects in {len(rows)} places, {missed} caught by nothing (it fails if there is one). Kernels run in Triton's
-interpreter.
+{defects} defects in {len(places)} places, {missed} caught by nothing (it fails if there is one).
+Kernels run in Triton's interpreter.
 
-*unit*: `tests/ops` (a run stops after {ATTENTION.most} failures), `tests/model/test_oracle.py` (after {ORACLE.most}) or
-`tests/model/test_step.py` (after {STEP.most}).
+*unit*: `tests/ops` (a run stops after {ATTENTION.most} failures), `tests/model/test_oracle.py` (after {ORACLE.most}),
+`tests/model/test_step.py` (after {STEP.most}); of streams `tests/model/test_streams.py`, of scratch
+`tests/sm120/test_warmup.py`, of compiled code, which is read and not run, `tests/sm120/test_compile_gate.py`.
 *accuracy*: the oracle with the defect on the trained small model, {ASKED} recall questions; only where the oracle
 computes with the changed file. {answers}
 
 | defect | where | change | caught by | failed tests | score |
 |---|---|---|---|---|---|
 """
+    oracle = f"""
+## What the oracle answers with a defect
+
+{len(switches)} of these mistakes the oracle can make by a switch (`Defect`), which breaks nothing that ships. With it
+the oracle's tests have to notice, and the score says what the mistake would cost. None counts as a place above, and
+each defect has to have one there outside the oracle.
+
+| defect | switch | change | caught by | failed tests | score |
+|---|---|---|---|---|---|
+"""
     unknown = f"\nNot run ({len(left)}):\n\n" + "".join(f"* {mutation.name}\n" for mutation in left) if left else ""
-    return head + "".join(map(_line, rows)) + unknown
+    return head + "".join(map(_line, places)) + oracle + "".join(map(_line, switches)) + unknown
 
 
 def _line(row: Row) -> str:

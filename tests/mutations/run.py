@@ -2,9 +2,9 @@
 
     python tests/mutations/run.py [--only TEXT] [--jobs 2] [--minutes N] [--checkpoint PATH --questions FILE]
 
-Exits 1 when a mutation is noticed by nothing or was not run. What is known is kept in `build/mutations.json` until the
-source or the tests change, so that an interrupted run goes on; `--minutes` ends one early, with a page that names what
-was not run.
+Exits 1 when a mutation is noticed by nothing or was not run, or a defect is made in the oracle alone. What is known is
+kept in `build/mutations.json` until the source or the tests change, so that an interrupted run goes on; `--minutes`
+ends one early, with a page that names what was not run.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from typing import NamedTuple
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in ("tests", "overlay", "reference", "evals")]
 
-from mutations.page import Row, page
+from mutations.mutation import COMPILED, ORACLE, PACKAGES, ROOT, SCRATCH, STEP, STREAMS, Mutation, Tests, mutate
+from mutations.page import Row, only_in_the_oracle, page
 from mutations.score import Score
-from mutations.sites import ORACLE, PACKAGES, ROOT, STEP, Mutation, Tests, mutate, mutations
+from mutations.sites import mutations
 
 from sglang_sm120_reference.packed import unpack
 
@@ -176,7 +177,7 @@ class Runner:
     ) -> None:
         self._sources, self._folder, self._known, self._model = sources, folder, known, model
         self._end = time.monotonic() + 60 * minutes
-        tests = (ROOT / "tests" / name for name in ("conftest.py", "ops", "model"))
+        tests = (ROOT / "tests" / name for name in ("conftest.py", "ops", "model", "sm120", "gpu"))
         self._tests = _digest(ROOT / "patches/0.5.23/requirements.lock", ROOT / "evals/local_server.py", *tests)
 
     def units(self, sources: Path, tests: Tests) -> Outcome:
@@ -227,7 +228,7 @@ class Runner:
 
     def sound(self) -> None:
         """Raises Unusable if a test fails without a mutation, Unfinished when time is over."""
-        for tests in (ORACLE, STEP, Tests(("tests/ops",))):
+        for tests in (ORACLE, STEP, STREAMS, COMPILED, SCRATCH, Tests(("tests/ops",))):
             outcome = self.units(self._sources, tests)
             if outcome.failed:
                 raise Unusable(
@@ -236,7 +237,7 @@ class Runner:
 
 
 def main() -> int:
-    """The table; 1 if a mutation is caught by nothing, 2 if the tests can say nothing."""
+    """The table; 1 if a mutation is caught by nothing or made in the oracle alone, 2 if the tests can say nothing."""
     parser = argparse.ArgumentParser(description="Which test catches which deliberate defect.")
     parser.add_argument("--only", default="", help="mutations whose name holds this text; writes no page")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, of one thread each")
@@ -269,9 +270,10 @@ def main() -> int:
     if not options.only:
         PAGE.write_text(page(rows, left), encoding="utf-8")
     missed = [row.mutation.name for row in rows if not row.caught]
-    print(f"{len(rows)} mutations, {len(missed)} caught by nothing, {len(left)} not run")
-    print("".join(f"    {name}\n" for name in [*missed, *(mutation.name for mutation in left)]), end="")
-    return 1 if missed or left else 0
+    alone = only_in_the_oracle(mutations())
+    print(f"{len(rows)} mutations: {len(missed)} caught by nothing, {len(left)} not run, {len(alone)} in the oracle")
+    print("".join(f"    {name}\n" for name in [*missed, *(mutation.name for mutation in left), *alone]), end="")
+    return 1 if missed or left or alone else 0
 
 
 def _directory(checkpoint: Path, folder: Path) -> Path:

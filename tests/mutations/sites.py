@@ -7,239 +7,30 @@ against (torch references, byte formats, the oracle), where examples by hand and
 from __future__ import annotations
 
 import re
-from pathlib import Path
-from typing import NamedTuple
+
+from mutations.kernel_sites import KERNELS
+from mutations.mutation import (
+    ATTENTION,
+    COMPRESSOR,
+    EXPERTS,
+    HASHED,
+    INDEXER,
+    LINEARS,
+    MIXING,
+    ORACLE,
+    PACKAGES,
+    PAGES,
+    ROOT,
+    ROTATION,
+    ROUTER,
+    SCALES,
+    STEP,
+    STREAMS,
+    Mutation,
+    Stale,
+)
 
 from sglang_sm120_reference.defects import Defect
-
-ROOT = Path(__file__).parents[2]
-PACKAGES = {"overlay": "sglang_sm120", "reference": "sglang_sm120_reference"}
-"""What is mutated: folder of the checkout -> the package in it."""
-
-
-class Tests(NamedTuple):
-    """The tests of an area, as pytest's arguments. most: failures after which it stops."""
-
-    arguments: tuple[str, ...]
-    most: int = 5
-
-
-class Mutation(NamedTuple):
-    """One change.
-
-    edits: (text that `file` holds exactly once, what stands there instead); file: in `sglang_sm120`, or `reference/`
-    and the name in `sglang_sm120_reference`.
-    """
-
-    defect: str
-    site: str
-    file: str
-    edits: tuple[tuple[str, str], ...]
-    tests: Tests
-
-    @property
-    def name(self) -> str:
-        return f"{self.defect}: {self.site}"
-
-    @property
-    def path(self) -> str:
-        """The file in the checkout."""
-        folder, _, rest = self.file.partition("/")
-        if folder == "reference":
-            return f"reference/{PACKAGES['reference']}/{rest}"
-        return f"overlay/{PACKAGES['overlay']}/{self.file}"
-
-    @property
-    def scored(self) -> bool:
-        """Whether the oracle computes with this file, so that the trained model's answers may show the defect."""
-        return self.file.startswith(("reference/", "checkpoint/", "formats/"))
-
-
-class Stale(ValueError):
-    """A mutation whose text is not in its file, or there more than once."""
-
-
-def mutate(mutation: Mutation, sources: Path) -> None:
-    """Make the mutation in a copy that `run.copied` made.
-
-    Raises:
-        Stale: the source no longer has a text of the list, or has it twice.
-    """
-    path = sources / mutation.path
-    source = path.read_text(encoding="utf-8")
-    for old, new in mutation.edits:
-        if source.count(old) != 1:
-            raise Stale(
-                f"{mutation.file} holds {old!r} {source.count(old)} times and {mutation.name!r} needs it once: "
-                f"give the text as it is now in {Path(__file__).name}."
-            )
-        source = source.replace(old, new)
-    path.write_text(source, encoding="utf-8")
-
-
-def _ops(expression: str) -> Tests:
-    return Tests(("tests/ops", "-k", expression))
-
-
-ATTENTION = _ops("sparse_mla or gather_dequant_kv")
-PAGES = _ops("sparse_mla or gather_dequant_kv or indexer or page")
-INDEXER = _ops("indexer or topk_slots")
-MIXING = _ops("mhc or sinkhorn")
-EXPERTS = _ops("mxfp4 or router")
-LINEARS = _ops("linear")
-ROTATION = _ops("rope")
-COMPRESSOR = _ops("compress")
-SCALES = _ops("test_by_hand or test_formats or linear or mxfp4")
-# What follows a failure there takes a minute and tells no more.
-ORACLE = Tests(("tests/model/test_oracle.py",), most=1)
-STEP = Tests(("tests/model/test_step.py",), most=2)
-STREAMS = Tests(("tests/model/test_streams.py",))
-
-_KERNELS = (
-    Mutation(
-        "page stride assumed", "KV pages, Triton", "ops/_pages_triton.py",
-        (("page * page_stride", "page * ((page_size * (ROW + FOOTER) + ROW - 1) // ROW * ROW)"),), ATTENTION,
-    ),
-    Mutation(
-        "page stride assumed", "index keys, Triton", "ops/indexer_logits/triton.py",
-        (("page.to(tl.int64) * page_stride", "page.to(tl.int64) * (PAGE * (DIM + SCALE))"),), INDEXER,
-    ),
-    Mutation(
-        "int32 offset", "KV pages, Triton", "ops/_pages_triton.py",
-        (("(slot // page_size).to(tl.int64)", "slot // page_size"),), ATTENTION,
-    ),
-    Mutation(
-        "int32 offset", "index keys, Triton", "ops/indexer_logits/triton.py",
-        (("page.to(tl.int64) * page_stride", "page * page_stride"),), INDEXER,
-    ),
-    Mutation(
-        "indexer off by one block", "Triton", "ops/topk_slots/triton.py",
-        (("logits + entry, mask=live,", "logits + entry - 1, mask=live & (entry > 0),"),), INDEXER,
-    ),
-    Mutation(
-        "scale of an index key dropped", "Triton", "ops/indexer_logits/triton.py",
-        (("weight[None, :], 1) * factor", "weight[None, :], 1)"),), INDEXER,
-    ),
-    Mutation(
-        "comb transposed", "exit of a block, Triton", "ops/_mhc_triton.py",
-        (
-            ("c = comb + row * 16 + k", "c = comb + row * 16 + 4 * k"),
-            ("tl.load(c + 4), x1", "tl.load(c + 1), x1"),
-            ("tl.load(c + 8), x2", "tl.load(c + 2), x2"),
-            ("tl.load(c + 12), x3", "tl.load(c + 3), x3"),
-        ),
-        MIXING,
-    ),
-    Mutation(
-        "comb transposed", "exit and entry in one, Triton", "ops/_mhc_triton.py",
-        (
-            ("c00, c01, c02, c03 =", "c00, c10, c20, c30 ="),
-            ("c10, c11, c12, c13 =", "c01, c11, c21, c31 ="),
-            ("c20, c21, c22, c23 =", "c02, c12, c22, c32 ="),
-            ("c30, c31, c32, c33 =", "c03, c13, c23, c33 ="),
-        ),
-        MIXING,
-    ),
-    Mutation(
-        "one Sinkhorn iteration too few", "Triton", "ops/_sinkhorn_triton.py",
-        (("range(ITERS - 1)", "range(ITERS - 2)"),), MIXING,
-    ),
-    Mutation(
-        "nibbles swapped", "experts, Triton (as interpreted; on a GPU it is PTX)", "ops/mxfp4_moe/grouped.py",
-        (
-            (
-                "return w0 * factor, w1 * factor, w2 * factor, w3 * factor",
-                "return w1 * factor, w0 * factor, w3 * factor, w2 * factor",
-            ),
-        ),
-        EXPERTS,
-    ),
-    Mutation(
-        "scale exponent off by one", "experts, Triton", "ops/mxfp4_moe/grouped.py",
-        (("(exponent + 63) << 7", "(exponent + 64) << 7"),), EXPERTS,
-    ),
-    Mutation(
-        "gate and up swapped", "experts, Triton", "ops/mxfp4_moe/triton.py",
-        (("half = 1 - row // 8 % 2", "half = row // 8 % 2"),), EXPERTS,
-    ),
-    Mutation(
-        "scale of another row", "experts by few rows, Triton", "ops/mxfp4_moe/grouped.py",
-        (("place // 128 * 128 + place % 4 * 32 + place % 128 // 4", "place"),), EXPERTS,
-    ),
-    Mutation(
-        "scale of another row", "experts by many rows, Triton", "ops/mxfp4_moe/grouped.py",
-        (("(place % 32 * 16 + place % 128 // 32 * 4)", "place % 128 * 4"),), EXPERTS,
-    ),
-    Mutation(
-        "scale exponent off by one", "KV pages, Triton", "ops/_pages_triton.py",
-        (("kv_scale_bytes(scales, FIRST, 1) - 127", "kv_scale_bytes(scales, FIRST, 1) - 126"),), ATTENTION,
-    ),
-    Mutation(
-        "scale exponent off by one", "FP8 linears, Triton", "ops/_linear_triton.py",
-        (("wide << 23", "(wide + 1) << 23"),), SCALES,
-    ),
-    Mutation(
-        "sink dropped", "Triton", "ops/sparse_mla/triton.py",
-        (("total * shrink + tl.exp2(bias - peak)", "total * shrink"),), ATTENTION,
-    ),
-    Mutation(
-        "mass in a row of no length", "a length of 0 read as 1, Triton", "ops/sparse_mla/triton.py",
-        (("tl.load(window_lengths + row).to(tl.int32)", "tl.maximum(tl.load(window_lengths + row).to(tl.int32), 1)"),),
-        ATTENTION,
-    ),
-    Mutation(
-        "mass in a row of no length", "neither candidate nor sink, Triton", "ops/sparse_mla/triton.py",
-        (("tl.where(whole > 0, shrink / whole, 0.0)", "shrink / whole"),), ATTENTION,
-    ),
-    Mutation(
-        "mass in an absent slot", "score 0 instead of none, Triton", "ops/sparse_mla/triton.py",
-        (('scores * (scale * LOG2E), float("-inf"))', "scores * (scale * LOG2E), 0.0)"),), ATTENTION,
-    ),
-    Mutation(
-        "inverse RoPE missing", "Triton turns forwards", "ops/sparse_mla/triton.py",
-        (("+ imaginary * sin, imaginary * cos - real", "- imaginary * sin, imaginary * cos + real"),), ATTENTION,
-    ),
-    Mutation(
-        "first group for every group", "grouped FP8 linear by TMA", "ops/_linear_triton.py",
-        (("x.load([m_first, group * K + start])", "x.load([m_first, start])"),), LINEARS,
-    ),
-    Mutation(
-        "first group for every group", "its weights", "ops/_linear_triton.py",
-        (("w.load([group * N + first, start])", "w.load([first, start])"),), LINEARS,
-    ),
-    Mutation(
-        "query norm missing", "one row, Triton", "ops/_linear_triton.py",
-        (("value = _rms_norm(value, norm, eps, K).to(tl.float32)", "value = value * norm"),), LINEARS,
-    ),
-    Mutation(
-        "query norm missing", "more rows, Triton", "ops/_linear_triton.py",
-        (('if norm is not None and c.kernel != "gemv":', "if False:"),), LINEARS,
-    ),
-    Mutation(
-        "window off by one", "last slot of a list, Triton", "ops/sparse_mla/triton.py",
-        (("(offset < count)", "(offset < count - 1)"),), ATTENTION,
-    ),
-    Mutation(
-        "routed weight scaled twice", "experts, Triton", "ops/mxfp4_moe/triton.py",
-        (("total += weight * tl.load", "total += weight * weight * tl.load"),), EXPERTS,
-    ),
-    Mutation(
-        "routed weight scaled twice", "router, Triton", "ops/router_topk/triton.py",
-        (("tl.store(weights_ptr + out, weights,", "tl.store(weights_ptr + out, weights * 1.5,"),), EXPERTS,
-    ),
-    Mutation(
-        "stale scratch", "merge reads parts that nobody wrote, Triton", "ops/sparse_mla/triton.py",
-        (('live = top > float("-inf")', "live = part < splits"),), ATTENTION,
-    ),
-    Mutation(
-        "stale scratch", "sum reads absent experts' slots, Triton", "ops/mxfp4_moe/triton.py",
-        (("mask=inside & chosen,", "mask=inside,"),), EXPERTS,
-    ),
-    Mutation(
-        "stale scratch", "tournament reads what no tile handed on, Triton", "ops/topk_slots/triton.py",
-        (("    live = (own // K * TILE + own % K) < length", "    live = own < tiles * K"),), INDEXER,
-    ),
-)  # fmt: skip
 
 _REFERENCES = (
     Mutation(
@@ -281,6 +72,14 @@ _REFERENCES = (
         (("range(iters - 1)", "range(iters - 2)"),), MIXING,
     ),
     Mutation(
+        "one Sinkhorn iteration instead of 20", "torch reference", "ops/sinkhorn/__init__.py",
+        (("range(iters - 1)", "range(0)"),), MIXING,
+    ),
+    Mutation(
+        "post is sigmoid(...) instead of 2 sigmoid(...)", "torch reference", "ops/sinkhorn/__init__.py",
+        (("post = 2 * torch.sigmoid(", "post = torch.sigmoid("),), MIXING,
+    ),
+    Mutation(
         "one Sinkhorn iteration too few", "oracle", "reference/oracle.py",
         (("range(iterations - 1)", "range(iterations - 2)"),), ORACLE,
     ),
@@ -307,6 +106,14 @@ _REFERENCES = (
     Mutation(
         "ring of ratio 128 by window page", "plan format", "formats/compress_plan.py",
         (("if self.ratio == 128:", "if False:"),), COMPRESSOR,
+    ),
+    Mutation(
+        "a c4 entry pools its own 4 tokens only", "torch reference", "ops/compress/__init__.py",
+        (("old[:, :, 2].masked_fill(first, -torch.inf)", "torch.full_like(old[:, :, 2], -torch.inf)"),), COMPRESSOR,
+    ),
+    Mutation(
+        "the compressor's gate has no position term", "torch reference", "ops/compress/__init__.py",
+        (("(score + ape.float()).softmax(1)", "score.softmax(1)"),), COMPRESSOR,
     ),
     Mutation(
         "scale exponent off by one", "E8M0 format", "formats/e8m0.py",
@@ -343,6 +150,15 @@ _REFERENCES = (
     Mutation(
         "routed weight scaled twice", "router, torch reference", "ops/router_topk/__init__.py",
         (("return weights, ids", "return weights * 1.5, ids"),), EXPERTS,
+    ),
+    Mutation(
+        "the six routing weights are not divided by their sum", "router, torch reference",
+        "ops/router_topk/__init__.py", (("if renormalize:", "if False:"),), ROUTER,
+    ),
+    Mutation(
+        "the six routing weights are not divided by their sum", "hash layers, torch reference",
+        "ops/hash_topk/__init__.py", (("return scores / scores.sum(-1, keepdim=True), ids", "return scores, ids"),),
+        HASHED,
     ),
     Mutation(
         "routed weight scaled twice", "oracle", "reference/oracle.py",
@@ -461,7 +277,7 @@ _NAMES = {
 
 
 def _always(defect: Defect) -> Mutation:
-    """The oracle that always makes this mistake."""
+    """The switch of a defect: the oracle that always makes this mistake."""
     question = re.compile(rf"self\._?defect is (not )?Defect\.{defect.name}\b")
     sources = (ROOT / "reference" / PACKAGES["reference"]).glob("*.py")
     found = [(path, match) for path in sources for match in question.finditer(path.read_text(encoding="utf-8"))]
@@ -473,7 +289,7 @@ def _always(defect: Defect) -> Mutation:
 
 
 def mutations() -> list[Mutation]:
-    """All of them, those of one defect together."""
-    found = [*_KERNELS, *_REFERENCES, *_STEP, *map(_always, Defect)]
+    """All of them, switches too, those of one defect together."""
+    found = [*KERNELS, *_REFERENCES, *_STEP, *map(_always, Defect)]
     order = list(dict.fromkeys(mutation.defect for mutation in found))
     return sorted(found, key=lambda mutation: order.index(mutation.defect))

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
-from mutations.page import Row, page
+from mutations.mutation import ROOT, Mutation, Stale, Tests, mutate
+from mutations.page import Row, only_in_the_oracle, page
 from mutations.run import PAGE, Unusable, copied, outcome_of, scored
 from mutations.score import ASKED, Score
-from mutations.sites import ROOT, Mutation, Stale, Tests, mutate, mutations
+from mutations.sites import mutations
 from tokenizers import Tokenizer
 
+from sglang_sm120 import ops
 from sglang_sm120.checkpoint.config import ReferenceConfig
+from sglang_sm120_reference.defects import Defect
 from sglang_sm120_reference.oracle import Oracle
 from sglang_sm120_reference.write import write_checkpoint
 
@@ -38,6 +42,30 @@ def test_a_mutation_applies_and_compiles(sources: Path, mutation: Mutation) -> N
 
 def test_names_differ() -> None:
     assert len({mutation.name for mutation in mutations()}) == len(mutations())
+
+
+@pytest.mark.parametrize(
+    "tests", sorted({mutation.tests for mutation in mutations()}), ids=lambda tests: tests.arguments[-1]
+)
+def test_every_word_of_an_area_selects_tests(tests: Tests) -> None:
+    """Of one that fits nothing any more, beside others that do, pytest says nothing."""
+    place, *selected = tests.arguments
+    path = ROOT / place
+    names = [*ops.__all__] if path.is_dir() else []
+    for file in path.rglob("test_*.py") if path.is_dir() else [path]:
+        names += [file.name, *re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)]
+    assert len(names) > 2
+    for word in selected[1].split(" or ") if selected else []:
+        assert any(word in name for name in names), word
+
+
+def test_no_defect_is_made_in_the_oracle_alone() -> None:
+    assert only_in_the_oracle(mutations()) == []
+    switches = [mutation for mutation in mutations() if mutation.is_switch]
+    assert len(switches) == len(Defect)
+    without = [mutation for mutation in mutations() if mutation.path != "overlay/sglang_sm120/ops/compress/__init__.py"]
+    pooled, gated = "a c4 entry pools its own 4 tokens only", "the compressor's gate has no position term"
+    assert only_in_the_oracle(without) == [pooled, gated]
 
 
 @pytest.mark.parametrize(("text", "times"), [("no such text", 0), ("import torch\n", 2)])
@@ -103,6 +131,11 @@ def test_where_a_mutation_is_caught() -> None:
     assert "| **nothing** | 0 of 20 | not run |" in page([row([], None)])
     assert page([], [mutation]).endswith("\nNot run (1):\n\n* comb transposed: oracle\n")
     assert "| both | 1 of 20: `a.py::t` | 2 of 8 |" in page([row(["tests/a.py::t"], Score(2, 8))])
+    place = Row(named("comb transposed: torch reference"), ["tests/a.py::t"], 20, False, False, None, None)
+    assert "\n0 defects in 0 places," in page([row([], None)])
+    places, switches = page([row([], None), place]).split("\n## ")
+    assert "\n1 defects in 1 places," in places and " torch reference," in places and " oracle," not in places
+    assert " oracle," in switches and " torch reference," not in switches
 
 
 def test_the_page_is_of_this_list() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from cases.common import Maker
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sglang_sm120 import ops, registry
+from sglang_sm120 import kernels, ops, registry
 from sglang_sm120.formats import kv_page
 from sglang_sm120.ops import _math
 
@@ -174,6 +176,34 @@ def test_sparse_mla_survives_large_scores(seed: int) -> None:
     assert ops.sparse_mla(**inputs).isfinite().all()
     inputs["sink"] = torch.full((4,), -1e4)
     assert ops.sparse_mla(**inputs).isfinite().all()
+
+
+@settings(SOME, max_examples=200)
+@given(
+    st.integers(1, 256), st.sampled_from([8, 16, 32, 64]), st.integers(0, 8192), st.sampled_from([1, 20, 48, 170, 188])
+)
+@example(100, 64, 8192, 188)
+def test_sparse_mla_writes_no_part_beyond_its_scratch(rows: int, heads: int, entries: int, sms: int) -> None:
+    """Up to 1M tokens of context, where a row's candidates alone would want 64 parts each."""
+    asked: list[dict[str, Any]] = []
+
+    def note(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        asked.append(dict(zip(kernel.arg_names, args, strict=False)))
+
+    def on_meta(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    pages, lengths = on_meta(1, 584 * 64, dtype=torch.uint8), on_meta(rows)
+    extra = (pages, on_meta(rows, entries), lengths, 64) if entries else (None,) * 4
+    with kernels.rehearse(kernels.Rehearsal(note, sms)):
+        registry.ops()["sparse_mla"].providers["triton"].function(
+            on_meta(rows, heads, 512, dtype=torch.bfloat16), pages, on_meta(rows, 128), lengths, 64, *extra,
+            on_meta(heads, dtype=torch.float32), 1.0,
+        )  # fmt: skip
+    attend = asked[0]
+    if attend["splits"] != 1:
+        for scratch in (attend["parts"], attend["stats"]):
+            assert rows * attend["splits"] <= scratch.shape[0]
 
 
 def test_sparse_mla_wants_all_of_extra(seed: int) -> None:

@@ -8,8 +8,8 @@ import subprocess
 import sys
 
 import pytest
-from boxes import CHECKOUT, FIRST, HEADER, PATCHSET, SECOND, VERSION, Box
-from hypothesis import given
+from boxes import CHECKOUT, FIRST, HEADER, PATCHSET, SECOND, VERSION, Box, tree
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import authoring
@@ -178,6 +178,42 @@ def test_refresh_works_from_a_patched_site(box: Box):
     assert list(json.loads((box.lock).read_text())["files"]) == ["sglang/a.py"]
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "lost"),
+    [
+        # Lines beyond the hunk's count, another hunk's head misspelt: GNU patch takes each for a remark.
+        (" a22 = 22\n", " a22 = 22\n+more = 1\n", "more = 1"),
+        (" a22 = 22\n", " a22 = 22\n@ -26,2 +28,3 @@\n a25 = 25\n+more = 1\n a26 = 26\n", "more = 1"),
+        (" a22 = 22\n", " a22 = 22\n+\n", ""),
+    ],
+    ids=["line", "hunk", "blank line"],
+)
+def test_refresh_drops_no_part_of_a_patch(box: Box, old: str, new: str, lost: str):
+    patch = box.series / "cpu/02-second.patch"
+    text = SECOND.replace(old, new)
+    patch.write_text(text)
+    assert f"cpu/02-second.patch has the line {lost!r}" in box.refused("refresh")
+    assert patch.read_text() == text
+
+
+@pytest.mark.parametrize("dropped", [0, 1])
+def test_refresh_writes_no_patch_without_a_hunk(box: Box, monkeypatch: pytest.MonkeyPatch, dropped: int):
+    diff = authoring.diff
+
+    def forgetful(file: str, old: bytes, new: bytes) -> str:
+        head, *hunks = diff(file, old, new).split("@@ -")
+        del hunks[dropped:]
+        return "@@ -".join([head, *hunks])
+
+    third = "\n@@ -28,3 +30,3 @@\n a27 = 27\n-a28 = 28\n+a28 = 0\n a29 = 29\n"
+    box.write_series(cpu_02_second=SECOND.rstrip("\n") + third)
+    before = tree(box.root)
+    monkeypatch.setattr(authoring, "diff", forgetful)
+    with pytest.raises(patch_series.Refused, match=r"cpu/02-second\.patch"):
+        authoring.refresh(patch_series.Site.open(box.site), box.root)
+    assert tree(box.root) == before
+
+
 @pytest.mark.parametrize("path", ["sglang/../../evil.py", "/etc/passwd", "other/a.py"])
 def test_refresh_stays_inside_sglang(box: Box, path: str):
     patch = box.series / "core/01-first.patch"
@@ -185,7 +221,9 @@ def test_refresh_stays_inside_sglang(box: Box, path: str):
     assert path in box.refused("refresh") or "no file" in box.refused("refresh")
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.lists(LINE), st.lists(LINE), st.booleans(), st.booleans())
+@example(["x", *"0123456", "y", *"0123456", "x"], ["y", *"0123456", *"0123456", "x", "x"], True, True)
 def test_gnu_patch_turns_old_into_new_by_our_diff(tmp_path_factory, old, new, end_old, end_new):
     """Any two texts, with and without a line end at the end of the file; both ways at fuzz 0."""
     before = ("\n".join(old) + "\n" * end_old).encode()

@@ -100,6 +100,17 @@ def parameters(variant: str) -> list[tuple[str, bool]]:
     return found
 
 
+def sass(cubin: bytes) -> list[str]:
+    """The instructions of a cubin with one kernel, without their predicates."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        out = _run("nvdisasm", "-c", file.name).stdout
+    found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([^;]+?)\s*;", out)
+    assert found, f"nvdisasm printed no instructions: {out}"
+    return found
+
+
 def assemble(ptx: str, target: str) -> tuple[bytes | None, str]:
     """The cubin ptxas makes of `ptx` for `target`, None where it refuses, and what it printed."""
     with tempfile.TemporaryDirectory() as folder:

@@ -5,13 +5,21 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import re
+import sys
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
 
+import torch
 from gate import Compiled, Run, kernels_defined, lines, triton_ops, uncovered
 from kernel_table import PATH, RENEW, compare, key, parse, text, worst
-from resources import parameters, races, read_before_wait, refusals
+from resources import parameters, races, read_before_wait, refusals, sass
 
 from sglang_sm120 import registry
+from sglang_sm120.compilation import use_target
 
 CONSTANTS = {"w", "scale", "fn", "base", "norm_weight", "weight", "bias_ptr", "sink"}
 """Parameters that point to what no kernel writes: the model's weights, their scales and biases."""
@@ -39,6 +47,79 @@ def test_every_kernel_waits_for_the_one_before(compiled: Compiled) -> None:
         names = {known[number][0] for number in read_before_wait(kernel.ptx) if known[number][1]}
         wrong |= {f"{kernel.op} {kernel.name} reads {name} before it waits" for name in names - CONSTANTS}
     assert not wrong, "\n".join(sorted(wrong))
+
+
+def _nibble_problems(instructions: list[str], columns: int) -> list[str]:
+    """What is not as `grouped._nibble` means it: its steps in pairs of nibbles, for every register of weights once.
+
+    columns: tokens by stretches of a tile; an mma has 16 x 16 weights, four registers of a thread, and 8 columns.
+    """
+
+    def count(pattern: str) -> int:
+        return sum(re.match(pattern, instruction) is not None for instruction in instructions)
+
+    pairs = count(r"HMMA\.16816\.F32\.BF16 ") * 4 // (columns // 8)
+    found = {
+        "chosen, even": (count(r"LOP3\.LUT .* 0xf000f,"), pairs // 2),
+        "chosen, odd": (count(r"LOP3\.LUT .* 0xf000f0,"), pairs // 2),
+        "copied, even": (count(r"IMAD .* 0x1040,"), pairs // 2),
+        "copied, odd": (count(r"IMAD .* 0x104,"), pairs // 2),
+        "cut out": (count(r"LOP3\.LUT .* 0x81c081c0,"), pairs),
+        "scaled": (count(r"H(?:MUL2|FMA2)\.BF16_V2 "), pairs),
+    }
+    problems = [f"{step} {is_} times, needed {needed}" for step, (is_, needed) in found.items() if is_ != needed]
+    return problems if pairs else ["no mma of bf16"]
+
+
+def test_experts_expand_their_nibbles_as_their_ptx_says(compiled: Compiled) -> None:
+    checked, wrong = set(), []
+    for kernel, _ in compiled.values():
+        constants = dict(word.split("=") for word in kernel.variant.split(", ") if "=" in word)
+        if "ASM" in constants:
+            checked.add(kernel.name)
+            columns = int(constants["T"]) * int(constants.get("SPLIT", 1))
+            problems = _nibble_problems(sass(kernel.cubin), columns)
+            wrong += [f"{kernel.name} ({kernel.variant}): {problem}" for problem in problems]
+    assert not wrong, "\n".join(wrong)
+    assert {"_gate_up", "_down_row"} <= checked
+
+
+def _alone() -> dict[str, list[str]]:
+    """SASS of each of `tests/gpu/ptx_kernels.py`; runs in a process whose Triton compiles for sm_120."""
+    sys.path.append(str(Path(__file__).parents[1] / "gpu"))
+    import ptx_kernels
+
+    def on_meta(*kinds: torch.dtype) -> list[torch.Tensor]:
+        return [torch.empty(ptx_kernels.BLOCK, dtype=kind, device="meta") for kind in kinds]
+
+    fp32, bf16 = torch.float32, torch.bfloat16
+    launches: list[tuple[Any, list[torch.Tensor], dict[str, int]]] = [
+        (ptx_kernels.nibbles, on_meta(torch.int16, torch.int32, bf16), {"COUNT": 1 << 16}),
+        (ptx_kernels.split, on_meta(fp32, bf16, bf16, fp32), {}),
+        (ptx_kernels.arithmetic, on_meta(fp32, fp32, fp32, bf16, fp32, fp32), {}),
+    ]
+    return {
+        kernel.fn.__name__: sass(
+            kernel.run(*args, grid=(1,), warmup=True, BLOCK=ptx_kernels.BLOCK, **constants).asm["cubin"]
+        )
+        for kernel, args, constants in launches
+    }
+
+
+def test_inline_ptx_becomes_the_instructions_it_is_written_for() -> None:
+    """Two values to an instruction, one rounding to a sum, and a reciprocal without a division."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), use_target, (120,)) as pool:
+        found = pool.submit(_alone).result()
+    # 1,024 values on 4 warps: 8 a thread, of which a thread of `nibbles` makes 32 weights.
+    wanted = {
+        "nibbles": {r"LOP3\.LUT .* 0x81c081c0,": 16, r"H(?:MUL2|FMA2)\.BF16_V2 ": 16, "PRMT": 0},
+        # A pair each of high and low; rounded is the first again.
+        "split": {r"F2FP\.BF16\.F32\.PACK_AB ": 8, r"F2F\.": 0},
+        "arithmetic": {r"F2FP\.BF16\.F32\.PACK_AB ": 4, r"MUFU\.RCP ": 8, "FFMA2": 0, "CALL": 0, r"F2F\.": 0},
+    }
+    for name, patterns in wanted.items():
+        counted = {pattern: sum(re.match(pattern, line) is not None for line in found[name]) for pattern in patterns}
+        assert counted == patterns, "\n".join(found[name])
 
 
 def test_no_kernel_needs_more_than_its_line_says(compiled: Compiled, all_shapes: bool, renewing: bool) -> None:

@@ -79,11 +79,13 @@ class Maker:
         pool = torch.empty((pages, stride), dtype=torch.uint8, device=self.device)[:, :page_bytes]
         return pool.fill_(POISON)
 
-    def kv_pool(self, page_size: int, slots: torch.Tensor, pages: int, wide: bool = False) -> torch.Tensor:
-        """A pool with random vectors at slots and poison elsewhere."""
+    def kv_pool(
+        self, page_size: int, slots: torch.Tensor, pages: int, wide: bool = False, scale: float = 1.0
+    ) -> torch.Tensor:
+        """A pool with random vectors times scale at slots and poison elsewhere."""
         pool = self.pool(pages, kv_page.page_bytes(page_size), wide)
         live = slots[slots >= 0].unique()
-        kv_page.store(pool, live, self.normal(len(live), kv_page.DIM), page_size)
+        kv_page.store(pool, live, self.normal(len(live), kv_page.DIM, scale=scale), page_size)
         return pool
 
     def indexer_pool(self, page_size: int, slots: torch.Tensor, pages: int, wide: bool = False) -> torch.Tensor:

@@ -26,9 +26,10 @@ def cases(kind: str) -> Iterator[Case]:
         gaps: bool = False,
         wide: bool = False,
         width: int = 24,
+        keys: float = 1.0,
     ) -> dict[str, Any]:
         slots = make.slots(pages * page_size, width, lengths, gaps)
-        pool = make.kv_pool(page_size, slots, pages, wide)
+        pool = make.kv_pool(page_size, slots, pages, wide, keys)
         for row, length in enumerate(lengths):
             slots[row, length:] = 2**31 - 1
         return {"pages": pool, "slots": slots, "lengths": make.tensor(lengths), "page_size": page_size}
@@ -39,6 +40,8 @@ def cases(kind: str) -> Iterator[Case]:
     yield Case("gaps", EXACT, lambda make: build(make, 64, [24, 1, 7], gaps=True))
     yield Case("70-rows", EXACT, lambda make: build(make, 64, [t % 5 for t in range(70)]))
     yield Case("several-blocks", EXACT, lambda make: build(make, 64, [70, 33, 0], width=70))
+    for name, keys in (("small-keys", 2e-5), ("large-keys", 1e30)):
+        yield Case(name, EXACT, partial(build, page_size=64, lengths=[24, 0, 5], keys=keys))
     yield Case("past-2^31-bytes", EXACT, lambda make: build(make, 2, [24, 0, 20], wide=True))
     if kind != "cpu":
         c = model_config()

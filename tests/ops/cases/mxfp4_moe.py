@@ -16,7 +16,7 @@ from .common import Case, Maker
 
 
 def cases(kind: str) -> Iterator[Case]:
-    """Absent experts, an expert without tokens or with all, raw dtypes; the model's shapes on a GPU."""
+    """Absent experts, an expert without tokens or with all, the last one, raw dtypes; the model's shapes on a GPU."""
 
     def build(
         make: Maker,
@@ -31,6 +31,7 @@ def cases(kind: str) -> Iterator[Case]:
         bad_scales: bool = False,
         sliced: bool = False,
         repeated: bool = False,
+        last: int = 0,
         rows: slice = slice(None),
     ) -> dict[str, Any]:
         # Scaled up so that half of the activations meet the clamp of 1.
@@ -46,11 +47,13 @@ def cases(kind: str) -> Iterator[Case]:
                 e8m0.scale_bytes(s13),
                 e8m0.scale_bytes(s2),
             )
-        # The last expert gets no token, if the others suffice.
+        # The last expert gets no token, if the others suffice, but of `last` rows in three.
         chosen = [make.choice(max(experts - 1, k), k) for _ in range(tokens)]
         ids = torch.stack(chosen) if tokens else make.tensor([]).view(0, k)
         if repeated:
             ids = ids // 2
+        for row in range(last):
+            ids[row::3, -1] = experts - 1
         if absent:
             ids[::2, 0] = -1
             ids[1] = -1
@@ -87,6 +90,11 @@ def cases(kind: str) -> Iterator[Case]:
     yield Case("many-rows-absent-experts", BF16, lambda make: build(make, 67, absent=True))
     yield Case("one-expert-takes-all-many-rows", BF16, lambda make: build(make, 66, k=1, experts=2))
     yield Case("one-expert-twice-in-a-row", BF16, lambda make: build(make, 3, k=6, repeated=True))
+    yield Case("one-row-last-expert", BF16, lambda make: build(make, 1, last=1))
+    yield Case("last-expert", BF16, lambda make: build(make, 7, last=2))
+    # Sorted, an expert ends where the next one begins; of the last one nothing else says where.
+    yield Case("last-expert-many-rows", BF16, lambda make: build(make, 70, last=1))
+    yield Case("last-expert-takes-all-many-rows", BF16, lambda make: build(make, 66, k=1, experts=4, last=3))
     yield Case("sliced-rows-long-ids", BF16, lambda make: build(make, 6, sliced=True))
     yield Case("sliced-many-rows", BF16, lambda make: build(make, 65, sliced=True))
     for tokens in (4, 33, 64):

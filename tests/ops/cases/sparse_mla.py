@@ -9,9 +9,12 @@ from typing import Any
 import torch
 
 from sglang_sm120.checkpoint.config import model_config
-from sglang_sm120.tolerance import BF16
+from sglang_sm120.tolerance import BF16, Tolerance
 
 from .common import Case, Maker
+
+SMALL_KEYS = Tolerance(2e-3, 1e-2)
+"""fp16 holds the smallest keys to 6e-4 of their RMS: enough for one result in seven to round to bf16's other side."""
 
 
 def cases(kind: str) -> Iterator[Case]:
@@ -32,18 +35,20 @@ def cases(kind: str) -> Iterator[Case]:
         pages: int = 20,
         sink: bool = True,
         turned: torch.dtype | None = None,
+        keys: float = 1.0,
     ) -> dict[str, Any]:
 
         def listed(lengths: list[int], page_size: int) -> tuple[Any, Any]:
             slots = make.slots(pages * page_size, width, lengths, gaps)
-            pool = make.kv_pool(page_size, slots, pages, wide)
+            pool = make.kv_pool(page_size, slots, pages, wide, keys)
             for row, length in enumerate(lengths):
                 slots[row, length:] = 2**31 - 1
             return pool, slots
 
         window_pages, window_slots = listed(window, 256)
         inputs: dict[str, Any] = {
-            "q": make.bf16(len(window), heads, 512),
+            # Of the largest keys it would otherwise choose one alone.
+            "q": make.bf16(len(window), heads, 512, scale=min(1.0, 10 / keys)),
             "window_pages": window_pages,
             "window_slots": window_slots,
             "window_lengths": make.tensor(window),
@@ -85,6 +90,10 @@ def cases(kind: str) -> Iterator[Case]:
     yield Case("several-blocks", BF16, many)
     some_empty = partial(build, heads=8, window=[150, 3, 0], extra=[70, 1, 0], width=160)
     yield Case("some-parts-empty", BF16, some_empty)
+    # Scales 2^-22, the smallest that a page holds, and 2^6 or 2^7, the largest that fp16 has room for.
+    small, large = (partial(build, heads=8, window=[16, 5], extra=[9, 16], keys=keys) for keys in (2e-5, 1.3e4))
+    yield Case("small-keys", SMALL_KEYS, small)
+    yield Case("large-keys", BF16, large)
     yield Case("lengths-beyond-width", BF16, lambda make: longer(build(make, 8, [16, 3], [16, 2])))
     yield Case("past-2^31-bytes", BF16, lambda make: build(make, 8, [16, 5], [16, 9], extra_page_size=2, wide=True))
     if kind != "cpu":
