@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from sglang_sm120.limits import CPU_SERVER
 
-from . import contract, memory, values
+from . import contract, memory, predict, values
 from .cards import SM12X, choose, divides
 from .comms import comms
 from .errors import LaunchError
@@ -139,6 +139,8 @@ def _on_cuda(machine: Machine, model: Model, request: Request) -> _Decided:
     sentences = [*cards.notes, *notes(machine, tp)]
     if absent:
         sentences.append(f"SGLang's own forward serves every pass: {', '.join(absent)}.")
+    elif speed := predict.sentence(model, gpu.name, tp):
+        sentences.append(speed)
     return settings, found, sentences
 
 

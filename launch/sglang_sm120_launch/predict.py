@@ -1,0 +1,65 @@
+"""How long a decode step should take on cards that nobody has measured: by the bytes it reads and what an H200 showed.
+
+    ms(b) = weights(b) / (SHARE * bandwidth) + rest(b) + sums * SUM_MS
+
+`weights(b)` are a rank's bytes that b requests' tokens touch: all dense ones and the head, and of E experts a layer
+those that b independent choices of k meet, E (1 - (1 - k/E)^b). `rest(b)` is what that leaves of a step measured on an
+H200: latencies, launches, the cache. The sums over ranks, two a layer, are assumed. Not counted: reading long contexts,
+and whatever SM120 does otherwise than a Hopper card with its code.
+"""
+
+from __future__ import annotations
+
+from .model import Kind, Model
+
+BANDWIDTH = {"RTX PRO 6000": 1792.0, "RTX 5090": 1792.0, "GB10": 273.0, "H200": 4800.0}
+"""GB/s as the maker says, by a part of the card's name."""
+SHARE = 0.854
+"""Of it that a copy reached on an H200 (4.10 TB/s, docs/kernel-times.md)."""
+LAYERS = 43
+REST_MS = {1: 2.47, 2: 3.61, 4: 2.95, 8: 1.80, 16: -0.30, 32: -0.11}
+"""Of LAYERS layers, from results/2026-11-29-h200/one-run-with-sglang.json (SM120 lowering, 128 experts, TP 1). Of 16
+and 32 requests the tokens met fewer experts than independent choices would."""
+TOLD = (1, 8, 32)
+SUM_MS = 0.010
+"""One sum over ranks; assumed."""
+
+
+def weights(model: Model, rows: int, tp: int) -> float:
+    """Bytes that one rank reads in a step of so many requests."""
+    experts = model.config["n_routed_experts"]
+    met = 1 - (1 - model.config["num_experts_per_tok"] / experts) ** rows
+
+    def read(kind: Kind, size: int) -> float:
+        if kind.owner == "mtp":
+            return 0.0
+        # Of the embedding, as large as the head, a step reads a row for each token.
+        share = 0.5 if kind.owner == "shared" else met if kind.expert else 1.0
+        return size * share / (tp if kind.sharded else 1)
+
+    return sum(read(kind, size) for kind, size in model.bytes_of.items())
+
+
+def step_ms(model: Model, card: str, tp: int) -> dict[int, float]:
+    """Milliseconds a decode step of as many requests as `REST_MS` names; empty for a card of unknown bandwidth."""
+    known = [rate for name, rate in BANDWIDTH.items() if name in card]
+    if not known:
+        return {}
+    layers = model.config["num_hidden_layers"]
+    sums = 2 * layers * SUM_MS if tp > 1 else 0.0
+    return {
+        rows: weights(model, rows, tp) / (SHARE * known[0] * 1e6) + rest * layers / LAYERS + sums
+        for rows, rest in REST_MS.items()
+    }
+
+
+def sentence(model: Model, card: str, tp: int) -> str | None:
+    """The prediction in words; None for a card of unknown bandwidth."""
+    found = step_ms(model, card, tp)
+    if not found:
+        return None
+    told = ", ".join(f"{found[rows]:.1f} ms for {rows} ({rows * 1000 / found[rows]:.0f} tokens/s)" for rows in TOLD)
+    return (
+        f"Predicted, not measured: a decode step takes {told} requests of little context, by the bytes it reads and "
+        f"what an H200 showed (docs/launcher.md, Prediction)."
+    )

@@ -1,0 +1,43 @@
+"""The prediction of a decode step: what it is made from, and what it says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sglang_sm120_launch import predict
+from sglang_sm120_launch.model import Model, _from_config
+
+MEASURED = Path(__file__).parents[2] / "results/2026-11-29-h200/one-run-with-sglang.json"
+
+
+def test_the_rest_is_what_the_measurement_leaves(flash: Model):
+    measured = json.loads(MEASURED.read_text())
+    config = {**flash.config, "n_routed_experts": measured["experts"]}
+    served = replace(flash, config=config, tensors=_from_config(config, "config.json"))
+    for rows, rest in predict.REST_MS.items():
+        [ms] = measured["figures"]["sm120"][f"decode {rows} 1024"]
+        read = predict.weights(served, rows, 1) / (predict.SHARE * predict.BANDWIDTH["H200"] * 1e6)
+        assert rest == pytest.approx(ms - read, abs=0.006)
+
+
+def test_bytes_of_a_step(flash: Model):
+    """One token meets 6 of 256 experts, very many all; two ranks halve what is sharded, and no MTP layer is read."""
+    one, all_experts = (predict.weights(flash, rows, 1) for rows in (1, 10**6))
+    experts = sum(size for kind, size in flash.bytes_of.items() if kind.expert and kind.owner == "layers")
+    assert all_experts - one == pytest.approx(experts * (1 - 6 / 256))
+    stored = sum(flash.bytes_of.values())
+    assert all_experts < stored - sum(size for kind, size in flash.bytes_of.items() if kind.owner == "mtp")
+    assert one / 2 < predict.weights(flash, 1, 2) < 0.6 * one
+
+
+def test_what_is_told(flash: Model):
+    two = predict.step_ms(flash, "NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 2)
+    # Two cards of 1 / 2.7 of the bandwidth: longer than the H200's step, less than 2.7 / 2 times it and the sums.
+    assert 5.2 < two[1] < 5.2 * 2.7 / 2 + 2 * 43 * predict.SUM_MS
+    told = predict.sentence(flash, "NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 2)
+    assert told is not None and f"{two[1]:.1f} ms for 1 ({1000 / two[1]:.0f} tokens/s)" in told
+    assert predict.sentence(flash, "NVIDIA RTX 4090", 2) is None
