@@ -161,6 +161,42 @@ def test_a_plugin_that_may_not_load(patched: dict[str, Any]):
     assert line == OFF + "SGLANG_PLUGINS='sm120' does not list the 'nvidia_megakernel' plugin"
 
 
+OTHER = """
+from sglang.kernels.plugin_kernels.nvidia import spec
+from sglang_sm120 import plugin
+import msgspec
+requires = msgspec.structs.replace(plugin.SPEC.requires, isas=frozenset({"sm_100"}))
+SPEC = msgspec.structs.replace(plugin.SPEC, name="other", requires=requires)
+def register():
+    spec.register(architecture="DeepseekV4ForCausalLM", path="other:SPEC")
+"""
+TAKES_THE_NAME = """
+import sys
+sys.path.append(sys.argv[1])
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.kernels.plugin_kernels.nvidia import spec
+from sglang.srt.kernel_plugins.nvidia import binding
+from sglang_sm120 import default_on
+found = spec.find_spec(architectures=["DeepseekV4ForCausalLM"], isa="sm_120")
+default_on.logger.warning = lambda *said: print("said", said[1])
+print(found[0], default_on.settle_default(None, [found[1]]), binding.plugin_reasons())
+"""
+
+
+def test_another_package_that_takes_the_plugins_name(tmp_path: Path):
+    """SGLang keeps one plugin of a name: by the other's spec, for other cards, its own forward serves, and says why."""
+    (tmp_path / "other.py").write_text(OTHER)
+    (tmp_path / "other-1.dist-info").mkdir()
+    (tmp_path / "other-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1\n")
+    (tmp_path / "other-1.dist-info" / "entry_points.txt").write_text(
+        "[sglang.srt.plugins]\nnvidia_megakernel = other:register\n"
+    )
+    command = [sys.executable, "-c", TAKES_THE_NAME, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-2:] == ["said other:SPEC supports ['sm_100'], not sm_120", "None False []"]
+
+
 def test_the_flag_by_hand_keeps_sglangs_refusal(patched: dict[str, Any], zero_patch: dict[str, Any]):
     for answer in (patched["flag with lora"], zero_patch["flag with lora"]):
         assert answer["error"] == f"ValueError: {FLAG} cannot run this setup:\n  - {LORA}"
