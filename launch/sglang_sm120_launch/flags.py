@@ -48,7 +48,11 @@ def _unread(word: str) -> Any:
 
 def _readable_int(word: str) -> int:
     """As SGLang reads a plain number; it knows 64k and the like too."""
-    return int(word) if word.isdecimal() else _unread(word)
+    with contextlib.suppress(ValueError):
+        return int(word)
+    if word[:1].isdigit():
+        raise _AskSglang
+    raise ValueError(word)
 
 
 TYPES = {"str": str, "int": int, "float": float, "human_readable_int": _readable_int}

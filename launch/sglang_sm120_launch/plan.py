@@ -43,13 +43,18 @@ PROCESSES = 3072 * MIB
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything `serve` needs to know. `notes` are sentences about what the plan cannot repair."""
+    """Everything `serve` needs to know.
+
+    `notes` are sentences about what the plan cannot repair; `prediction` says how long a decode step should take, None
+    where nothing is known of the card or SGLang's own forward decodes.
+    """
 
     model: str
     evidence: str
     settings: tuple[Setting, ...]
     fit: Fit
     notes: tuple[str, ...]
+    prediction: str | None
 
     def value(self, name: str) -> Value | None:
         """The value of a flag; None when the plan does not set it."""
@@ -84,7 +89,7 @@ def make_plan(machine: Machine, model: Model, request: Request) -> Plan:
         raise LaunchError(f"--device is {request.value('device')} and no NVIDIA GPU was found: leave the flag out.")
     _require_served(request)
     decided = _on_cpu(machine, model, request) if cpu else _on_cuda(machine, model, request)
-    settings, found, sentences = decided
+    settings, found, sentences, prediction = decided
     if request.auto is not None:
         drafts = (entry.name for entry in settings if request.mtp and entry.name.startswith("speculative-"))
         kept = {*request.auto, "model-path", *request.flags, *drafts}
@@ -97,10 +102,10 @@ def make_plan(machine: Machine, model: Model, request: Request) -> Plan:
         settings = overridden(settings, "flag", {name: value}, f"as {variable} says")
     settings = overridden(settings, "flag", dict(request.flags), "as given on the command line")
     settings = overridden(settings, "env", dict(request.env), "as set in the environment")
-    return Plan(model.path, request.evidence, tuple(settings), found, tuple(sentences))
+    return Plan(model.path, request.evidence, tuple(settings), found, tuple(sentences), prediction)
 
 
-_Decided = tuple[list[Setting], Fit, list[str]]
+_Decided = tuple[list[Setting], Fit, list[str], str | None]
 
 
 def _on_cuda(machine: Machine, model: Model, request: Request) -> _Decided:
@@ -139,9 +144,7 @@ def _on_cuda(machine: Machine, model: Model, request: Request) -> _Decided:
     sentences = [*cards.notes, *notes(machine, tp)]
     if absent:
         sentences.append(f"SGLang's own forward serves every pass: {', '.join(absent)}.")
-    elif speed := predict.sentence(model, gpu.name, tp):
-        sentences.append(speed)
-    return settings, found, sentences
+    return settings, found, sentences, None if absent else predict.sentence(model, gpu.name, tp)
 
 
 def _without_step(request: Request, machine: Machine, *, takes_prefill: bool, emulated: bool) -> list[str]:
@@ -218,7 +221,7 @@ def _on_cpu(machine: Machine, model: Model, request: Request) -> _Decided:
         *served_settings(),
     ]
     unpatched = "SGLang is not patched here and does not serve this model on a CPU: run `make apply`."
-    return settings, found, [] if request.patched else [unpatched]
+    return settings, found, [] if request.patched else [unpatched], None
 
 
 def _require_driver(machine: Machine) -> None:

@@ -33,6 +33,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "window_tokens": {"needed": fit.window_needed, "available": fit.pools.swa},
         "context_by_concurrency": {str(count): tokens for count, tokens in fit.concurrency().items()},
         "notes": list(plan.notes),
+        "prediction": plan.prediction,
         "command": plan.command(),
     }
 
@@ -45,6 +46,8 @@ def as_json(plan: Plan) -> str:
 def as_text(plan: Plan) -> str:
     """Settings with reasons, the memory budget, notes and the command."""
     parts = [f"Plan for {plan.model} (evidence: {plan.evidence})", "", *_settings(plan), "", *_budget(plan), ""]
+    if plan.prediction:
+        parts += [*textwrap.wrap(plan.prediction, 118), ""]
     for note in plan.notes:
         parts += textwrap.wrap(note, 118, initial_indent="note: ", subsequent_indent="      ")
     return "\n".join([*parts, "Command:", "  " + shell(plan.command())])

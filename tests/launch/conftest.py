@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from importlib import resources
 from typing import Any
 
 import pytest
 
-from sglang_sm120_launch.flags import Flags
+from sglang_sm120_launch.flags import Flags, imported
 from sglang_sm120_launch.model import FLASH, Model
 
 
@@ -32,6 +33,12 @@ def config() -> dict[str, Any]:
 def flash() -> Model:
     """DeepSeek-V4-Flash, its tensors counted from its config."""
     return Model.load(FLASH)
+
+
+@pytest.fixture(scope="session")
+def sglangs() -> argparse.ArgumentParser:
+    """SGLang's own parser of its flags, whose import takes some ten seconds."""
+    return imported()
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from telling import refused
 
 from sglang_sm120_launch import cli, flags, request, show
 from sglang_sm120_launch.errors import LaunchError
-from sglang_sm120_launch.flags import TABLE, Flags, from_table, imported
+from sglang_sm120_launch.flags import TABLE, Flags, from_table
 from sglang_sm120_launch.machine import Machine
 from sglang_sm120_launch.model import FLASH, Model
 from sglang_sm120_launch.plan import Plan, make_plan
@@ -45,11 +45,6 @@ def test_of_another_release_sglang_is_asked_and_that_is_announced(
         INSTALLED()
     captured = capfd.readouterr()
     assert captured.out == "" and captured.err == ANNOUNCED
-
-
-@pytest.fixture(scope="module")
-def sglangs() -> argparse.ArgumentParser:
-    return imported()
 
 
 def test_the_table_is_the_installed_releases(sglangs: argparse.ArgumentParser):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +23,12 @@ TWO, HOPPER = machine("2x-rtx-pro-6000"), machine("2x-h200")
 FORCED = {"SGLANG_SM120_FORCE": "1"}
 REFUSED = [(feature, name) for feature, flags in contract.FEATURES.items() for name in flags]
 DETERMINISTIC = "DETERMINISTIC_INFERENCE"
+
+
+@pytest.fixture
+def flags(sglangs: argparse.ArgumentParser) -> Flags:
+    """Those of SGLang's own parser, with the fields that they set."""
+    return Flags(sglangs)
 
 
 def asking(name: str, flags: Flags) -> list[str]:
