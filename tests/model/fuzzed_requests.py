@@ -111,7 +111,7 @@ PLAIN: dict[Any, list[Any]] = {
 OPTIONS = ["temperature", "top_p", "top_k", "seed", "stop", "repeat_penalty", "num_ctx", "presence_penalty", "nope"]
 # What is refused without being a field: the body as a whole, and what this server or its model cannot do.
 SUBJECTS = frozenset([
-    "JSON", "Field required", "Input should be a dictionary", "Extra inputs", "The prompt",
+    "JSON", "Field required", "Input should be a dictionary", "Extra inputs", "The prompt", "Each document",
     "Input length", "token count", "Token ID", "grammar",
     "chat template", "embedding model", "LoRA", "session id", "the session", "logit processor", "hidden states",
 ])  # fmt: skip
