@@ -87,8 +87,11 @@ lint: setup
 	$(VENV) -m mypy overlay/sglang_sm120 patches launch/sglang_sm120_launch reference/sglang_sm120_reference \
 	    evals/demo.py evals/local_server.py
 
-# Kernels in the interpreter keep one core busy each; servers want both, and one at a time: of the folders that share the
-# cores, evals starts one. The tests of the patches fork pytest at every step: apart, before the others have made it large.
+SERVERS := $(addprefix tests/model/test_,eagle_cpu.py fixes.py) $(wildcard tests/model/test_serving_*.py)
+
+# Kernels in the interpreter and models in the process keep one core busy each; servers want both, and one at a time: of the
+# folders that share the cores, evals starts one. The tests of the patches fork pytest at every step: apart, before the
+# others have made it large.
 test: setup
 	@$(VENV) patches/patchset.py apply
 	seconds=
@@ -103,7 +106,9 @@ test: setup
 	timed "ops and sm120" $(VENV) -m pytest tests/gpu tests/ops tests/sm120 -n 2 --dist loadfile
 	timed evals $(VENV) -m pytest tests/evals tests/mutations -n 2 --dist loadfile
 	timed launch $(VENV) -m pytest tests/launch
-	timed model $(VENV) -m pytest tests/model
+	timed model env OMP_NUM_THREADS=1 $(VENV) -m pytest $(filter-out $(SERVERS),$(wildcard tests/model/test_*.py)) \
+	    -n 2 --dist loadfile
+	timed servers $(VENV) -m pytest $(SERVERS)
 
 test-sm120: setup
 	@$(VENV) patches/patchset.py apply

@@ -1,6 +1,6 @@
 """The overlay's inline PTX on every operand that matters, computed here: Triton's interpreter leaves it out.
 
-`tests/gpu/test_inline_ptx.py` runs the same on a GPU.
+`tests/gpu/test_ptx_on_gpu.py` runs the same on a GPU.
 """
 
 from __future__ import annotations
