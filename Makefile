@@ -90,8 +90,8 @@ lint: setup
 SERVERS := $(addprefix tests/model/test_,eagle_cpu.py fixes.py) $(wildcard tests/model/test_serving_*.py)
 
 # Kernels in the interpreter and models in the process keep one core busy each; servers want both, and one at a time: of the
-# folders that share the cores, evals starts one. The tests of the patches fork pytest at every step: apart, before the
-# others have made it large.
+# folders that share the cores, evals starts one, and launch one that mostly waits. The tests of the patches fork pytest at
+# every step: apart, before the others have made it large.
 test: setup
 	@$(VENV) patches/patchset.py apply
 	seconds=
@@ -104,8 +104,7 @@ test: setup
 	timed lint $(MAKE) --no-print-directory PYTHON= lint
 	timed patches $(VENV) -m pytest tests/patches -n 2 --dist loadfile
 	timed "ops and sm120" $(VENV) -m pytest tests/gpu tests/ops tests/sm120 -n 2 --dist loadfile
-	timed evals $(VENV) -m pytest tests/evals tests/mutations -n 2 --dist loadfile
-	timed launch $(VENV) -m pytest tests/launch
+	timed "evals and launch" $(VENV) -m pytest tests/evals tests/launch tests/mutations -n 2 --dist loadfile
 	timed model env OMP_NUM_THREADS=1 $(VENV) -m pytest $(filter-out $(SERVERS),$(wildcard tests/model/test_*.py)) \
 	    -n 2 --dist loadfile
 	timed servers $(VENV) -m pytest $(SERVERS)

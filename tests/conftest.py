@@ -21,4 +21,4 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-shapes", action="store_true", help="compile every shape of the real model, not a sample")
-    parser.addoption("--fuzzed", type=int, default=448, help="how many requests the fuzz test sends to its server")
+    parser.addoption("--fuzzed", type=int, default=320, help="how many requests the fuzz test sends to its server")
