@@ -12,8 +12,12 @@ from __future__ import annotations
 
 from .model import Kind, Model
 
-BANDWIDTH = {"RTX PRO 6000": 1792.0, "RTX 5090": 1792.0, "GB10": 273.0, "H200": 4800.0}
-"""GB/s as the maker says, by a part of the card's name."""
+BANDWIDTH = {
+    "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": 1792.0,
+    "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition": 1792.0,
+    "NVIDIA GeForce RTX 5090": 1792.0, "NVIDIA GB10": 273.0, "NVIDIA H200": 4800.0,
+}  # fmt: skip
+"""GB/s as the maker says, by NVML's name; of the RTX PRO 6000 Server Edition sources disagree."""
 SHARE = 0.854
 """Of it that a copy reached on an H200 (4.10 TB/s, docs/kernel-times.md)."""
 LAYERS = 43
@@ -42,13 +46,12 @@ def weights(model: Model, rows: int, tp: int) -> float:
 
 def step_ms(model: Model, card: str, tp: int) -> dict[int, float]:
     """Milliseconds a decode step of as many requests as `REST_MS` names; empty for a card of unknown bandwidth."""
-    known = [rate for name, rate in BANDWIDTH.items() if name in card]
-    if not known:
+    if card not in BANDWIDTH:
         return {}
     layers = model.config["num_hidden_layers"]
     sums = 2 * layers * SUM_MS if tp > 1 else 0.0
     return {
-        rows: weights(model, rows, tp) / (SHARE * known[0] * 1e6) + rest * layers / LAYERS + sums
+        rows: weights(model, rows, tp) / (SHARE * BANDWIDTH[card] * 1e6) + rest * layers / LAYERS + sums
         for rows, rest in REST_MS.items()
     }
 
