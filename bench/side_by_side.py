@@ -49,10 +49,17 @@ OWN = 1024
 TAIL = 64
 ANSWER = 1 + 8 * INTERVAL
 """Tokens of each answer."""
-EAGLE = (
-    "--speculative-algorithm", "EAGLE", "--speculative-num-steps", "3", "--speculative-eagle-topk", "1",
-    "--speculative-num-draft-tokens", "4",
-)  # fmt: skip
+
+
+def speculation(steps: int) -> tuple[str, ...]:
+    """Flags for EAGLE with so many draft steps, one chain of drafts, and all of them to verify."""
+    return (
+        "--speculative-algorithm", "EAGLE", "--speculative-num-steps", str(steps), "--speculative-eagle-topk", "1",
+        "--speculative-num-draft-tokens", str(steps + 1),
+    )  # fmt: skip
+
+
+EAGLE = speculation(3)
 
 
 @dataclass(frozen=True)

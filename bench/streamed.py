@@ -67,13 +67,16 @@ def ask(url: str, prompts: list[list[int]], tokens: int) -> list[list[Chunk]]:
 
 
 def pace(chunks: list[list[Chunk]]) -> float:
-    """Median milliseconds for one more token, from the moment all requests decode."""
-    together = max(answer[0].seconds for answer in chunks)
-    return statistics.median(
+    """Median milliseconds for one more token, from the moment all requests decode.
+
+    Raises:
+        RuntimeError: no answer went on from then.
+    """
+    return _median(
         (b.seconds - a.seconds) * 1000 / (b.tokens - a.tokens)
-        for answer in chunks
+        for answer in _together(chunks)
         for a, b in zip(answer, answer[1:], strict=False)
-        if a.seconds >= together and b.tokens > a.tokens
+        if b.tokens > a.tokens
     )
 
 
@@ -81,11 +84,26 @@ def cycle(chunks: list[list[Chunk]]) -> float:
     """Median milliseconds of a verification and what belongs to it, from the moment all requests decode.
 
     SGLang tells how many an answer took at its end only: they are spread over its tokens.
+
+    Raises:
+        RuntimeError: no answer went on from then, or the server does not speculate.
     """
-    together = max(answer[0].seconds for answer in chunks)
-    found = []
-    for answer in chunks:
-        first, last = next(chunk for chunk in answer if chunk.seconds >= together), answer[-1]
-        share = (last.tokens - first.tokens) / (last.tokens - answer[0].tokens)
-        found.append((last.seconds - first.seconds) * 1000 / (last.verifications * share))
-    return statistics.median(found)
+    return _median(
+        (part[-1].seconds - part[0].seconds) * 1000 * (whole[-1].tokens - whole[0].tokens)
+        / (whole[-1].verifications * (part[-1].tokens - part[0].tokens))
+        for whole, part in zip(chunks, _together(chunks), strict=True)
+        if len(part) > 1 and part[-1].tokens > part[0].tokens and whole[-1].verifications
+    )  # fmt: skip
+
+
+def _together(chunks: list[list[Chunk]]) -> list[list[Chunk]]:
+    """Each answer's chunks from the moment all requests decode."""
+    began = max(answer[0].seconds for answer in chunks)
+    return [[chunk for chunk in answer if chunk.seconds >= began] for answer in chunks]
+
+
+def _median(found: Iterator[float]) -> float:
+    values = list(found)
+    if not values:
+        raise RuntimeError("no answer shows a pace: every one ended before all requests decoded, or counts nothing")
+    return statistics.median(values)

@@ -237,7 +237,7 @@ def _matches(grammar: str, text: str) -> bool:
         found = json.loads(text)
     except ValueError:
         return False
-    return found.keys() == {"word", "last"} and found["word"] in WORDS and isinstance(found["last"], bool)
+    return found.keys() == set(SCHEMA["required"]) and found["word"] in WORDS and isinstance(found["last"], bool)
 
 
 @dataclass

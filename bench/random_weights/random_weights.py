@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,20 @@ def register() -> None:
     from sglang.srt.model_loader import loader
 
     loader.initialize_dummy_weights = fill
-    if (gate := os.environ.get("RANDOM_WEIGHTS_GATE")) and multiprocessing.parent_process():
-        wait_for(Path(gate))
+    gate, parent = os.environ.get("RANDOM_WEIGHTS_GATE"), multiprocessing.parent_process()
+    if gate and parent is not None:
+        wait_for(Path(gate), parent.is_alive)
 
 
-def wait_for(gate: Path) -> None:
-    """Return when the file is there. A scheduler has imported everything by then, and not touched the GPU."""
+def wait_for(gate: Path, alive: Callable[[], bool]) -> None:
+    """Return when the file is there. A scheduler has imported everything by then, and not touched the GPU.
+
+    Raises:
+        SystemExit: the process that started this one is not `alive` any more.
+    """
     while not gate.exists():
+        if not alive():
+            raise SystemExit(1)
         time.sleep(0.05)
 
 

@@ -22,8 +22,8 @@ SHARE = 0.854
 """Of it that a copy reached on an H200 (4.10 TB/s, docs/kernel-times.md)."""
 LAYERS = 43
 REST_MS = {1: 2.47, 2: 3.61, 4: 2.95, 8: 1.80, 16: -0.30, 32: -0.11}
-"""Of LAYERS layers, from results/2026-11-29-h200/one-run-with-sglang.json (SM120 lowering, 128 experts, TP 1). Of 16
-and 32 requests the tokens met fewer experts than independent choices would."""
+"""Of LAYERS layers, from results/2026-11-29-h200/one-run-with-sglang.json (SM120 lowering, 128 experts, TP 1). Negative
+where less was read, or faster, than the first term says."""
 TOLD = (1, 8, 32)
 SUM_MS = 0.010
 """One sum over ranks; assumed."""

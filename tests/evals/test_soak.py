@@ -31,9 +31,7 @@ from soak_load import (
     LONG,
     LONGEST,
     NEW,
-    REGEX,
     ROOM,
-    SCHEMA,
     TIE,
     Answer,
     Ask,
@@ -222,10 +220,6 @@ def ended(text: str) -> Answer:
 def test_an_answer_is_judged(ask: Ask, answer: Answer, words: str | None) -> None:
     found = problem(ask, answer, QUIET if ask.kind == "greedy" else None)
     assert found is None if words is None else found is not None and words in found
-
-
-def test_the_judge_reads_the_grammars() -> None:
-    assert SCHEMA["required"] == list(SCHEMA["properties"]) == ["word", "last"] and REGEX.endswith(r"\.")
 
 
 def test_a_load_is_counted(fake: FakeServer, seed: int) -> None:

@@ -28,7 +28,7 @@ from client import Client
 from local_server import LocalServer
 from report import Row, table
 from sglang_sm120_reference.packed import unpack
-from side_by_side import EAGLE
+from side_by_side import EAGLE, speculation
 
 EVALS = Path(__file__).parents[2] / "evals"
 PACKED = EVALS / "small-deepseek-v4.xz"
@@ -45,10 +45,7 @@ SERVERS = {
     "plain": (),
     "mtp": EAGLE,
     # Of 16 requests: the step takes 256 rows.
-    "mtp-10-tokens": (
-        *({"3": "9", "4": "10"}.get(word, word) for word in EAGLE),
-        *GRAPHS[:-1],
-    ),
+    "mtp-10-tokens": (*speculation(9), *GRAPHS[:-1]),
     "no-prefix-cache-in-chunks": ("--disable-radix-cache", "--chunked-prefill-size", "1024"),
 }
 

@@ -82,6 +82,16 @@ def test_a_cycle_is_of_the_time_in_which_all_decode() -> None:
     assert streamed.cycle([first]) == pytest.approx(155)
 
 
+def test_what_shows_no_pace_is_an_error() -> None:
+    """An answer that ended before the other began, and a server that does not speculate."""
+    early, late = [Chunk(0.0, 1, 0), Chunk(0.1, 9, 4)], [Chunk(0.2, 9, 0)]
+    for measured in (streamed.pace, streamed.cycle):
+        with pytest.raises(RuntimeError, match="no answer shows a pace"):
+            measured([early, late])
+    with pytest.raises(RuntimeError, match="no answer shows a pace"):
+        streamed.cycle([[Chunk(0.0, 1, 0), Chunk(0.1, 9, 0)]])
+
+
 def test_the_table_has_medians_spreads_and_ratios() -> None:
     text = side_by_side.table({"sglang": {"decode 1 1024": [10.0, 12.0, 11.0]}, "sm120": {"decode 1 1024": [5.5, 5.5]}})
     (row,) = (line for line in text.splitlines() if line.startswith("decode"))
@@ -133,9 +143,10 @@ def turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> side_by_side.Turns
 def test_a_server_that_is_prepared_loads_in_its_own_turn(turns: side_by_side.Turns) -> None:
     first, second = Turn("sglang", 0, False), Turn("step", 0, False)
     assert set(turns.serve(first, second)) == {"ready", "decode 1 1024"}
-    while "step-0 starts" not in Recorded.events:
+    deadline = time.monotonic() + 10
+    while "step-0 starts" not in Recorded.events and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not turns._gate(second).exists()
+    assert "step-0 starts" in Recorded.events and not turns._gate(second).exists()
     # Of this one the start says nothing.
     assert set(turns.serve(second, None)) == {"decode 1 1024"}
     turns.close()
@@ -163,11 +174,13 @@ def test_the_other_forwards_figures_are_refused(
 def test_a_child_waits_for_its_gate(tmp_path: Path) -> None:
     gate = tmp_path / "open"
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(random_weights.wait_for, gate)
+        waiting = pool.submit(random_weights.wait_for, gate, lambda: True)
         with pytest.raises(TimeoutError):
             waiting.result(0.2)
         gate.touch()
         waiting.result(5)
+    with pytest.raises(SystemExit):
+        random_weights.wait_for(tmp_path / "never", lambda: False)
 
 
 class Model(torch.nn.Module):
