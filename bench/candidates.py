@@ -92,7 +92,9 @@ def _linear(shape: tuned.Shape, rows: int, h: Any) -> Iterator[Any]:
     _, _, k, size = shape
     if rows <= 2 or h.kernel == "gemv":
         padded = max(128, triton.next_power_of_2(k))
-        for warps, held, evict in itertools.product((4, 8, 2), (64, 128, 256), (False, True)):
+        # Weights that are read once leave the caches first, faster alone or not: in a step others' inputs stay there.
+        evicts = (True,) if rows == 1 else (False, True)
+        for warps, held, evict in itertools.product((4, 8, 2), (64, 128, 256), evicts):
             bn = 32 * warps * held // (padded * size)
             yield linear.Config("gemv", 1, min(bn, 128), padded, 1, 1, 1, warps, evict)
     if rows <= 16:

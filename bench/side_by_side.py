@@ -10,6 +10,8 @@ prompt; at more they share all but the last tokens of one, so that their cached 
 of a cycle (3 draft steps, 4 tokens to verify). Prefill: tokens of one prompt by the seconds to its first token, after
 another prompt of that length.
 
+`--overlay NAME=FOLDER…` adds a side: the step with the `sglang_sm120` that lies in FOLDER, of another commit perhaps.
+
 With `--ahead` the next server's processes start while the last one's are measured, and wait before they touch the GPU:
 a machine with cores to spare is done in half the time. Time to ready is then that of the first server only.
 """
@@ -26,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,17 +74,32 @@ class Side:
     is_step: bool = True
 
 
-def sides() -> dict[str, Side]:
-    """By name, for the card that is there."""
+def sides(overlays: Sequence[tuple[str, Path]] = ()) -> dict[str, Side]:
+    """By name, for the card that is there; `overlays` are names and folders of the step as it was or may be."""
     if torch.cuda.get_device_capability()[0] != 9:
-        return {"sglang": Side(env={"SGLANG_SM120": "0"}, is_step=False), "step": Side()}
-    own = {"SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0"}
+        own = {"sglang": Side(env={"SGLANG_SM120": "0"}, is_step=False), "step": Side()}
+        return own | {name: Side(path=(folder,)) for name, folder in overlays}
     forced = (sm120_lowering.SERVER_FLAGS, sm120_lowering.SERVER_ENVIRONMENT)
-    return {
-        "sglang": Side(("--moe-runner-backend", "marlin"), own, is_step=False),
-        "sm120": Side(*forced, (HERE / "lowered_children",)),
+    lowered = HERE / "lowered_children"
+    own = {
+        "sglang": Side(("--moe-runner-backend", "marlin"), {"SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0"}, is_step=False),
+        "sm120": Side(*forced, (lowered,)),
         "native": Side(*forced),
     }
+    return own | {name: Side(*forced, (folder, lowered)) for name, folder in overlays}
+
+
+def overlay(text: str) -> tuple[str, Path]:
+    """`NAME=FOLDER` as name and folder.
+
+    Raises:
+        argparse.ArgumentTypeError: the folder holds no sglang_sm120.
+    """
+    name, _, folder = text.partition("=")
+    path = Path(folder).resolve()
+    if not name or not folder or not (path / "sglang_sm120/__init__.py").exists():
+        raise argparse.ArgumentTypeError(f"{text!r}, needed NAME=FOLDER, a folder that holds sglang_sm120.")
+    return name, path
 
 
 def measure(url: str, args: argparse.Namespace, eagle: bool, deadline: float) -> Iterator[tuple[str, float]]:
@@ -121,7 +138,7 @@ class Turns:
     """Servers one after another: `prepare` starts one's processes, `serve` lets them load the model and measures."""
 
     def __init__(self, model: Path, args: argparse.Namespace) -> None:
-        self._model, self._args = model, args
+        self._model, self._args, self._sides = model, args, sides(args.overlay)
         # A server ends with the thread that started it.
         self._pool = ThreadPoolExecutor(2)
         self._prepared: dict[Turn, tuple[LocalServer, Future[LocalServer]]] = {}
@@ -131,7 +148,7 @@ class Turns:
 
     def prepare(self, turn: Turn) -> None:
         """Start the server; its scheduler waits before it touches the GPU."""
-        args, side = self._args, sides()[turn.side]
+        args, side = self._args, self._sides[turn.side]
         sizes = args.eagle if turn.eagle else args.batch
         flags = [
             "--load-format", "dummy", "--mem-fraction-static", str(args.mem_fraction), "--grammar-backend", "none",
@@ -164,7 +181,7 @@ class Turns:
                 print(f"{turn.side} run {turn.run}: {what}: {figure:.2f}", flush=True)
             mode = "target_verify" if turn.eagle else "decode"
             served = f"the step takes its first {mode} pass" in server.log.read_text(errors="replace")
-            if served != sides()[turn.side].is_step:
+            if served != self._sides[turn.side].is_step:
                 raise ServerError(f"The other forward served {mode} passes: {server.log} says why.")
         finally:
             server.stop()
@@ -199,7 +216,8 @@ def table(figures: dict[str, dict[str, list[float]]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the results and the servers' logs")
-    parser.add_argument("--side", nargs="+", help="default: all that this card has")
+    parser.add_argument("--side", nargs="+", help="default: all that this card has, and the overlays")
+    parser.add_argument("--overlay", type=overlay, nargs="+", default=[], metavar="NAME=FOLDER", help="more sides")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--ahead", action="store_true", help="start each server while the one before is measured")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
@@ -214,7 +232,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("side_by_side: this machine has no CUDA device, needed one: run it on a GPU machine.", file=sys.stderr)
         return 1
-    known = sides()
+    known = sides(args.overlay)
     if unknown := set(args.side or ()) - set(known):
         print(f"side_by_side: no side {sorted(unknown)} on this card, needed some of {list(known)}.", file=sys.stderr)
         return 2
@@ -222,7 +240,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     args.out.mkdir(parents=True, exist_ok=True)
-    asked = {name: value for name, value in vars(args).items() if name != "out"}
+    asked = {name: value for name, value in vars(args).items() if name not in ("out", "overlay")}
     args.deadline = time.monotonic() + args.seconds
     figures: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in args.side or known}
     about: dict[str, Any] = {

@@ -230,10 +230,10 @@ def write(path: Path, found: list[Found], copy: float) -> None:
     kept = [entry for entry in tuned.entries(path) if tuned.parse(entry)[0] not in swept] if path.exists() else []
     for f in found:
         notes = {"call": f"{f.case.op} {f.case.label}", "us": round(f.us, 2), "heuristic_us": round(f.heuristic_us, 2)}
+        notes |= {"date": date.today().isoformat(), "triton": triton.__version__}
         kept += [tuned.entry_of(key, config, **notes) for key, config in f.table.items()]
-    about = {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "", "date": date.today().isoformat()}
-    about |= {"torch": torch.__version__, "triton": triton.__version__, "copy_bytes_per_s": round(copy)}
-    tuned.save(path, kept, **about)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    tuned.save(path, kept, gpu=gpu, copy_bytes_per_s=round(copy))
 
 
 if __name__ == "__main__":

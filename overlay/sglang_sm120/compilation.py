@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -45,7 +46,7 @@ class Kernel:
     """One compiled specialisation, and the first call that needs it.
 
     variant names what the code was specialised for: argument types, constants, warps, stages. shared is bytes of
-    shared memory per block.
+    shared memory per block, swizzles the layouts that tensors have there, as Triton writes them.
     """
 
     op: str
@@ -53,6 +54,7 @@ class Kernel:
     name: str
     variant: str
     shared: int
+    swizzles: tuple[str, ...]
     ptx: str
     cubin: bytes
 
@@ -143,6 +145,7 @@ def compile_job(job: Job) -> tuple[list[Kernel], int]:
             name=kernel.fn.__name__,
             variant=_variant(compiled),
             shared=compiled.metadata.shared,
+            swizzles=tuple(re.findall(r"#ttg\.swizzled_shared<\{.*?\}>", compiled.asm["ttgir"])),
             ptx=compiled.asm["ptx"],
             cubin=compiled.asm["cubin"],
         )

@@ -72,12 +72,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         kernel[grid](*args, **options)
 
 
-def registers(warps: int) -> int:
-    """`maxnreg` of a kernel whose shared memory leaves room for two blocks of 4 warps, or one of 8, on a processor.
+def registers(warps: int, resident: int = 8) -> int:
+    """`maxnreg` of a kernel with `warps` a block of which a processor is to hold `resident` warps at once.
 
-    Left to itself, ptxas makes room for more of them, and spills for it.
+    Left to itself, ptxas may spill to make room for more than its shared memory allows, or take a few registers more
+    than the next block needs. SM120's shared memory holds eight warps of most tiles, a Hopper card's sixteen.
     """
-    return min(255, 65_536 // (32 * warps))
+    return min(255, 65_536 // (32 * max(warps, resident)))
 
 
 @cache

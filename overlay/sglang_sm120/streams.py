@@ -1,4 +1,8 @@
-"""Parts of a layer that need nothing of each other run beside each other, on SGLang's alternate streams."""
+"""Parts of a layer that need nothing of each other run beside each other, on streams of the step's own.
+
+SGLang's alternate streams have no priority: the small kernels of the compressors and the indexer would wait there until
+a large projection has left the processors, and attention for them.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,33 @@ from typing import TypeAlias
 
 import torch
 
-__all__ = ["ALTERNATES", "ENTRIES", "INDEX_KEYS", "INDEX_QUERIES", "IN_ORDER", "KEYS", "SHARED", "Beside", "Mark"]
+__all__ = [
+    "ALTERNATES",
+    "ENTRIES",
+    "INDEX_KEYS",
+    "INDEX_QUERIES",
+    "IN_ORDER",
+    "KEYS",
+    "SHARED",
+    "Beside",
+    "Mark",
+    "alternates",
+]
 
-KEYS, ENTRIES, INDEX_KEYS, INDEX_QUERIES = range(4)
-"""What runs beside the queries of a layer's attention, by its stream's number."""
-SHARED = KEYS
-"""The shared expert's stream, beside the routed ones'."""
+KEYS, ENTRIES, INDEX_KEYS, INDEX_QUERIES, SHARED = range(5)
+"""What runs beside the queries of a layer's attention, and the shared expert beside the routed ones, by its stream's
+number."""
+PRIORITIES = (-1, -1, -1, -1, 0)
+"""Of each; lower goes first. A graph keeps them."""
 ALTERNATES = {"bf16_linear_fp32": 2, "fp8_linear": 2}
 """Ops with scratch that run on the step's own stream and on others, and on how many others."""
 Mark: TypeAlias = torch.cuda.Event | None
 """A point of a stream that another one can wait for; None where there is one stream alone."""
+
+
+def alternates() -> list[torch.cuda.Stream]:
+    """The streams for `Beside`, on the current device."""
+    return [torch.cuda.Stream(priority=priority) for priority in PRIORITIES]
 
 
 class Beside:

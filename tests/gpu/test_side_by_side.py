@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import sys
@@ -133,10 +134,11 @@ def turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> side_by_side.Turns
     Recorded.events = []
     monkeypatch.setattr(side_by_side, "LocalServer", Recorded)
     monkeypatch.setattr(side_by_side, "measure", measure)
-    monkeypatch.setattr(side_by_side, "sides", lambda: {"sglang": Side(is_step=False), "step": Side()})
+    monkeypatch.setattr(side_by_side, "sides", lambda _: {"sglang": Side(is_step=False), "step": Side()})
     args = SimpleNamespace(
-        out=tmp_path, batch=[1], eagle=[1], context=[1024], prefill=[], mem_fraction=0.8, ready=9, deadline=0
-    )
+        out=tmp_path, overlay=[], batch=[1], eagle=[1], context=[1024], prefill=[], mem_fraction=0.8, ready=9,
+        deadline=0,
+    )  # fmt: skip
     return side_by_side.Turns(tmp_path, args)  # type: ignore[arg-type]
 
 
@@ -165,10 +167,22 @@ def test_a_server_that_fails_is_stopped_and_so_is_the_prepared_one(turns: side_b
 def test_the_other_forwards_figures_are_refused(
     turns: side_by_side.Turns, side: str, is_step: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(side_by_side, "sides", lambda: {side: Side(is_step=is_step)})
+    monkeypatch.setattr(turns, "_sides", {side: Side(is_step=is_step)})
     with pytest.raises(ServerError, match="The other forward served decode passes"):
         turns.serve(Turn(side, 0, False), None)
     turns.close()
+
+
+def test_another_overlay_is_a_side_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    for text in (str(tmp_path), f"old={tmp_path}", "=", "old="):
+        with pytest.raises(argparse.ArgumentTypeError, match="a folder that holds sglang_sm120"):
+            side_by_side.overlay(text)
+    (tmp_path / "sglang_sm120").mkdir()
+    (tmp_path / "sglang_sm120/__init__.py").touch()
+    known = side_by_side.sides([side_by_side.overlay(f"old={tmp_path}")])
+    assert list(known) == ["sglang", "sm120", "native", "old"]
+    assert known["old"].flags == known["sm120"].flags and known["old"].path == (tmp_path, *known["sm120"].path)
 
 
 def test_a_child_waits_for_its_gate(tmp_path: Path) -> None:

@@ -49,6 +49,19 @@ def test_every_kernel_waits_for_the_one_before(compiled: Compiled) -> None:
     assert not wrong, "\n".join(sorted(wrong))
 
 
+def test_swizzles_follow_rows(compiled: Compiled) -> None:
+    """Of a batch of tiles the batch is the slowest axis in shared memory: else the rows of a tile share their banks."""
+    batches = [
+        (kernel, layout)
+        for kernel, _ in compiled.values()
+        for layout in kernel.swizzles
+        if re.search(r"order = \[\d, \d, \d\]", layout) and "maxPhase = 1," not in layout
+    ]
+    assert {kernel.name for kernel, _ in batches} == {"_few_rows"}
+    wrong = [f"{kernel.op} {kernel.call}: {layout}" for kernel, layout in batches if not re.search(r", 0\]", layout)]
+    assert not wrong, "\n".join(wrong)
+
+
 def _nibble_problems(instructions: list[str], columns: int) -> list[str]:
     """What is not as `grouped._nibble` means it: its steps in pairs of nibbles, for every register of weights once.
 

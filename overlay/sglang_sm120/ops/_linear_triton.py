@@ -38,6 +38,10 @@ BLOCK: tl.constexpr = tl.constexpr(fp8_block.BLOCK)
 UNSCALED: tl.constexpr = tl.constexpr(0)
 E8M0: tl.constexpr = tl.constexpr(1)
 FP32: tl.constexpr = tl.constexpr(2)
+LOAD_BYTES = 16
+"""Of one thread's load."""
+WHOLE_K = 4096
+"""Longest row, padded, that `_gemv` multiplies in one step."""
 
 GROUP_M: tl.constexpr = tl.constexpr(8)
 
@@ -95,9 +99,11 @@ def linear(
     policy = "evict_first" if c.evict_first else ""
     if c.kernel == "gemv":
         grid = (rows, triton.cdiv(n, c.bn), groups)
+        # A row of few loads in one step, a longer one a load of all threads at a time. A norm is of the whole row.
+        step = c.bk if norm is not None or c.bk <= WHOLE_K else 32 * c.warps * LOAD_BYTES // w.element_size()
         kernels.launch(
             _gemv, grid, x, norm_weight, eps, w, s, y, *strides, **model,
-            NORM=norm is not None, POLICY=policy, BN=c.bn, KP=c.bk, num_warps=c.warps,
+            NORM=norm is not None, POLICY=policy, BN=c.bn, KP=c.bk, STEP=step, num_warps=c.warps,
         )  # fmt: skip
         return y
     if c.kernel == "few":
@@ -224,7 +230,7 @@ def _norm(x, x_row, weight, y, eps, N: tl.constexpr, X_STEP: tl.constexpr, NP: t
 def _products(weight, value, R: tl.constexpr, K: tl.constexpr):
     """Products of weight [R, K] and value [1, K] summed by fours: fp32 [R, K / 4].
 
-    `tl.sum` adds what a thread has as a tree (Triton 3.8), whose leaves, all products, would be held beside the norm.
+    `tl.sum` adds what a thread has as a tree (Triton 3.8), whose leaves, all products, would be held at once.
     """
     w0, w1 = tl.split(tl.reshape(weight, (R, K // 4, 2, 2)))
     v0, v1 = tl.split(tl.reshape(value, (1, K // 4, 2, 2)))
@@ -239,43 +245,53 @@ def _products(weight, value, R: tl.constexpr, K: tl.constexpr):
 def _gemv(
     x, norm_weight, eps, w, scale, y, x_row, x_group, G: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
     X_STEP: tl.constexpr, X_UNIT: tl.constexpr, SCALE: tl.constexpr, NORM: tl.constexpr, POLICY: tl.constexpr,
-    BN: tl.constexpr, KP: tl.constexpr,
+    BN: tl.constexpr, KP: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Program (t, i, g): outputs i BN … of row t and group g, from whole weight rows padded to KP.
 
-    NORM: every program normalises the row for itself, which is less than the wait for a kernel that does.
+    STEP of K after another is multiplied, so that few products are held beside the weights. NORM: every program
+    normalises the row, then one step, for itself, which is less than the wait for a kernel that does.
     """
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(2).to(tl.int64)
     first = tl.program_id(1) * BN
     n = first + tl.arange(0, BN)
-    k = tl.arange(0, KP)
+    k = tl.arange(0, STEP)
     at = w + group * (N * K) + (tl.minimum(n, N - 1)[:, None] * K + k[None, :])
-    # The weights first, and before the wait: they come from far away and no kernel writes them.
-    if K == KP:
-        weight = tl.load(at, eviction_policy=POLICY)
-    else:
-        weight = tl.load(at, mask=k[None, :] < K, other=0.0, eviction_policy=POLICY)
     KB: tl.constexpr = (K + BLOCK - 1) // BLOCK
     NB: tl.constexpr = (N + BLOCK - 1) // BLOCK
-    PB: tl.constexpr = KP // BLOCK
+    PB: tl.constexpr = STEP // BLOCK
     block = tl.arange(0, PB)
-    if SCALE != UNSCALED:
-        s = tl.load(scale + group * (NB * KB) + first // BLOCK * KB + block, mask=block < KB, other=0)
+    s_at = scale + group * (NB * KB) + first // BLOCK * KB + block
+    # The weights first, all of them, and before the wait: they come from far away and no kernel writes them.
+    weights = ()
+    scales = ()
+    for i in tl.static_range(KP // STEP):
+        if K == KP:
+            weights += (tl.load(at + i * STEP, eviction_policy=POLICY),)
+        else:
+            weights += (tl.load(at + i * STEP, mask=i * STEP + k[None, :] < K, other=0.0, eviction_policy=POLICY),)
+        if SCALE != UNSCALED:
+            scales += (tl.load(s_at + i * PB, mask=i * PB + block < KB, other=0),)
     if NORM:
         norm = tl.load(norm_weight + k, mask=k < K, other=0.0).to(tl.float32)
     x_at = x + (row * x_row + group * x_group) * X_UNIT + k * X_STEP
     wait()
-    value = tl.load(x_at, mask=k < K, other=0.0).to(tl.float32)
-    if NORM:
-        value = _rms_norm(value, norm, eps, K).to(tl.float32)
-    if SCALE != UNSCALED:
-        value = tl.reshape(tl.reshape(value, PB, BLOCK) * _scale_value(s, SCALE)[:, None], KP)
-    weight = weight.to(tl.float32)
-    if NORM:
-        out = tl.sum(_products(weight, value[None, :], BN, KP), 1)
-    else:
-        out = tl.sum(weight * value[None, :], 1)
+    values = ()
+    for i in tl.static_range(KP // STEP):
+        values += (tl.load(x_at + i * STEP * X_STEP, mask=i * STEP + k < K, other=0.0),)
+    if STEP != KP:
+        total = tl.zeros((BN, STEP // 4), tl.float32)
+    for i in tl.static_range(KP // STEP):
+        value = tl.cast(values[i], tl.float32)
+        if NORM:
+            value = _rms_norm(value, norm, eps, K).to(tl.float32)
+        if SCALE != UNSCALED:
+            value = tl.reshape(tl.reshape(value, PB, BLOCK) * _scale_value(scales[i], SCALE)[:, None], STEP)
+        products = _products(tl.cast(weights[i], tl.float32), value[None, :], BN, STEP)
+        # A sum of one step alone is not added to zeros, which would take registers.
+        total = products if STEP == KP else total + products
+    out = tl.sum(total, 1)
     _store(y + (row * G + group) * N + n, out, n < N)
 
 
@@ -297,8 +313,15 @@ def _few_rows(
     NB: tl.constexpr = (N + BLOCK - 1) // BLOCK
     STEP: tl.constexpr = KW * BLOCK
     row = tl.where(live, m, 0) * (x_row.to(tl.int64) * X_UNIT)
-    x_at = x + group * (x_group.to(tl.int64) * X_UNIT) + (row[None, None, :] + (k * X_STEP)[:, :, None])
-    w_at = w + group * (N * K) + (tl.minimum(n, N - 1)[None, :, None] * K + k[:, None, :])
+    x_offset = row[None, None, :] + (k * X_STEP)[:, :, None]
+    w_offset = tl.minimum(n, N - 1)[None, :, None] * K + k[:, None, :]
+    # Orders the copies' axes, K, parts, then rows, where Triton 3.8 would take rows before parts: a thread's registers
+    # then hold rows, and the swizzle of shared memory follows them. Only what it says of K is used as an address.
+    w_offset = tl.max_contiguous(w_offset, (KW, 1, BLOCK))
+    if X_STEP == 1:
+        x_offset = tl.max_contiguous(x_offset, (KW, BLOCK, 1))
+    x_at = x + group * (x_group.to(tl.int64) * X_UNIT) + x_offset
+    w_at = w + group * (N * K) + w_offset
     s_at = scale + group * (NB * KB) + first // BLOCK * KB
     if SCALE != UNSCALED:
         s_next = tl.load(s_at + tl.minimum(part, KB - 1))

@@ -50,8 +50,8 @@ def choose(
     """Write the slots of the top-k entries by Σ_head w relu(q · k), after new entries were stored, for `extra`."""
     pages, beside = at.index_pages(a.layer_id), at.beside
     with beside.on(INDEX_KEYS, start):
-        compress(indexer.compressor, x, at, a.layer_id, pages, INDEX_PAGE, of_indexer=True)
         weights = ops.bf16_linear_fp32(x, indexer.head_weights, torch.bfloat16)
+        compress(indexer.compressor, x, at, a.layer_id, pages, INDEX_PAGE, of_indexer=True)
         stored = beside.mark()
     with beside.on(INDEX_QUERIES, latent):
         q = ops.fp8_linear(q_latent, *indexer.wq_b, a.q_norm, a.eps).unflatten(-1, (indexer.heads, -1))

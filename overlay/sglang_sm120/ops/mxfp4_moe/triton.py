@@ -354,12 +354,14 @@ def mxfp4_moe_triton(
     grouping = {"E": experts, "BOUND": triton.next_power_of_2(experts)}
     grouping |= {"SORTED": sort, "PAIRS": _searched_pairs(rows, slots)}
     per_program = gate_up.rows // gate_up.split // 2
+    # Sixteen warps where that takes no spill: with 8 columns, but not for gates and ups of one stretch.
+    most = kernels.registers(gate_up.warps, 16) if gate_up.split > 1 else None
     kernels.launch(
         _gate_up, (triton.cdiv(inter, per_program), groups(gate_up)),
         planes if sort else x, topk_ids, w13, s13, offsets, order, hidden, pairs, topk_ids.stride(0),
         0.0 if limit is None else float(limit),
         X_STRIDE=x.stride(0), LIMITED=limit is not None, R=gate_up.rows, T=gate_up.tokens, SPLIT=gate_up.split,
-        DEPTH=gate_up.depth, STAGES=gate_up.stages, num_warps=gate_up.warps, **common, **grouping,
+        DEPTH=gate_up.depth, STAGES=gate_up.stages, num_warps=gate_up.warps, maxnreg=most, **common, **grouping,
     )  # fmt: skip
     second = {
         "R": down.rows, "T": down.tokens, "DEPTH": down.depth, "STAGES": down.stages, "num_warps": down.warps,
@@ -370,11 +372,12 @@ def mxfp4_moe_triton(
             hidden, topk_ids, topk_weights, w2, s2, y, **common, **second,
         )  # fmt: skip
         return y
+    most = kernels.registers(down.warps, 16 if down.tokens <= 8 else 8) if down.tokens <= 16 else None
     for first in range(0, width, stretch):
         kernels.launch(
             _down, (triton.cdiv(min(stretch, width - first), down.rows), groups(down)),
             hidden, topk_ids, w2, s2, offsets, order, partial, pairs, topk_ids.stride(0), first, stretch,
-            maxnreg=kernels.registers(down.warps) if down.tokens <= 16 else None, **common, **grouping, **second,
+            maxnreg=most, **common, **grouping, **second,
         )  # fmt: skip
         kernels.launch(
             _sum_slots, (rows, triton.cdiv(min(stretch, width - first), 1024)),
