@@ -28,7 +28,6 @@ PREFILL = {
     "mhc_post_pre": "TileLang",
     "mhc_pre": "torch, TileLang and Triton",
     "mxfp4_moe": "FlashInfer's CUTLASS experts, activations quantised to FP8",
-    "q_norm_rope": "SGLang's CUDA kernel",
     "router_topk": "Triton",
     "silu_mul_clamp": "SGLang's CUDA kernel",
     "sinkhorn": "TileLang",

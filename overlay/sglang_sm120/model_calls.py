@@ -213,6 +213,7 @@ def _sparse_mla(make: Inputs, c: dict[str, Any], tp: int, rows: int, context: in
         "scale": head**-0.5,
         "freqs_cis": torch.view_as_complex(make.normal(max(rows, context), c["qk_rope_head_dim"] // 2, 2)),
         "positions": make.integers(0, max(rows, context), rows, dtype=torch.int64),
+        "q_eps": c["rms_norm_eps"],
     }
     none = dict.fromkeys(("extra_pages", "extra_slots", "extra_lengths", "extra_page_size"))
     yield "window", {**arguments, **none}

@@ -13,20 +13,8 @@ from .ops import (
     hash_topk,
     indexer_q,
     k_norm_rope_store,
-    q_norm_rope,
     silu_mul_clamp,
 )
-
-
-@q_norm_rope.provider("sglang", runs_on="sm90+", default_on="sm120 sm121")
-def q_norm_rope_sglang(
-    q: torch.Tensor, eps: float, freqs_cis: torch.Tensor, positions: torch.Tensor, out: torch.Tensor | None = None
-) -> torch.Tensor:
-    from sglang.kernels.ops.attention.dsv4.norm_rope import fused_q_norm_rope
-
-    out = torch.empty_like(q) if out is None else out
-    fused_q_norm_rope(q, out, eps, freqs_cis, positions)
-    return out
 
 
 @k_norm_rope_store.provider("sglang", runs_on="sm90+", default_on="sm120 sm121")

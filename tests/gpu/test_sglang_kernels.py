@@ -15,7 +15,6 @@ FUNCTIONS = functions(sglang_kernels)
 POSITIONS = {"eps": "eps", "freqs_cis": "freqs_cis", "positions": "positions"}
 # Provider: what each parameter of the function that it calls gets.
 GIVEN = {
-    "q_norm_rope": {"q_input": "q", "q_output": "out"} | POSITIONS,
     "k_norm_rope_store": {
         "kv": "kv", "kv_weight": "weight", "out_loc": "slots", "kvcache": "pages", "page_size": "page_size",
     } | POSITIONS,

@@ -19,7 +19,7 @@ from sglang_sm120_launch.errors import LaunchError
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SGLANGS = {
-    "compress", "compress_norm_rope_store", "hash_topk", "indexer_q", "k_norm_rope_store", "q_norm_rope",
+    "compress", "compress_norm_rope_store", "hash_topk", "indexer_q", "k_norm_rope_store",
     "silu_mul_clamp",
 }  # fmt: skip
 """Ops that SGLang's own CUDA kernels serve on SM12x."""

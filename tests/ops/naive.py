@@ -212,15 +212,20 @@ def sparse_mla(
     scale,
     freqs_cis=None,
     positions=None,
+    q_eps=None,
 ):
     y = np.zeros(q.shape)
     for t in range(q.shape[0]):
+        queries = f64(q[t])
+        if q_eps is not None:
+            queries = [turned(norm(head, None, q_eps), freqs_cis, int(positions[t])) for head in queries]
+            queries = f64(torch.from_numpy(np.array(queries)).bfloat16())
         found = [(window_pages, window_slots[t, : window_lengths[t]].tolist(), window_page_size)]
         if extra_pages is not None:
             found.append((extra_pages, extra_slots[t, : extra_lengths[t]].tolist(), extra_page_size))
         keys = [kv_vector(pages, slot, size) for pages, slots, size in found for slot in slots if slot >= 0]
         for head in range(q.shape[1]):
-            weights = [math.exp(scale * float(f64(q[t, head]) @ k)) for k in keys]
+            weights = [math.exp(scale * float(queries[head] @ k)) for k in keys]
             total = sum(weights) + math.exp(float(sink[head]))
             for weight, key in zip(weights, keys, strict=True):
                 y[t, head] += weight / total * key
@@ -257,14 +262,6 @@ def topk_slots(logits, lengths, page_table, k, page_size=64, out=None, raw_out=N
 def indexer_topk(q, weights, pages, page_table, lengths, k, page_size=64, out=None, raw_out=None):
     logits = indexer_logits(q, weights, pages, page_table, lengths, page_size)
     return topk_slots(logits, lengths, page_table, k, page_size, out, raw_out)
-
-
-def q_norm_rope(q, eps, freqs_cis, positions, out=None):
-    y = torch.zeros(q.shape, dtype=torch.bfloat16)
-    for t in range(q.shape[0]):
-        for head in range(q.shape[1]):
-            y[t, head] = torch.from_numpy(turned(norm(f64(q[t, head]), None, eps), freqs_cis, int(positions[t])))
-    return y if out is None else out.copy_(y)
 
 
 def k_norm_rope_store(kv, weight, eps, freqs_cis, positions, slots, pages, page_size):
@@ -449,7 +446,6 @@ NAIVE: dict[str, Callable[..., Any]] = {
         mhc_post_pre,
         mhc_pre,
         mxfp4_moe,
-        q_norm_rope,
         router_topk,
         silu_mul_clamp,
         sinkhorn,

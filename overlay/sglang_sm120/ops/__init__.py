@@ -25,7 +25,6 @@ from .mhc_post import mhc_post
 from .mhc_post_pre import mhc_post_pre
 from .mhc_pre import mhc_pre
 from .mxfp4_moe import mxfp4_moe
-from .q_norm_rope import q_norm_rope
 from .router_topk import router_topk
 from .silu_mul_clamp import silu_mul_clamp
 from .sinkhorn import sinkhorn
@@ -51,7 +50,6 @@ __all__ = [
     "mhc_post_pre",
     "mhc_pre",
     "mxfp4_moe",
-    "q_norm_rope",
     "router_topk",
     "silu_mul_clamp",
     "sinkhorn",

@@ -21,7 +21,6 @@ def attention(a: Attention, x: torch.Tensor, at: Pass) -> torch.Tensor:
     q_latent, kv = qkv[:, : a.q_rank], qkv[:, a.q_rank :]
     latent = beside.mark()
     q = ops.fp8_linear(q_latent, *a.wq_b, a.q_norm, a.eps).unflatten(-1, (a.heads, -1))
-    q = ops.q_norm_rope(q, a.eps, a.freqs_cis, at.positions)
     if a.indexer is not None:
         choose(a.indexer, a, x, q_latent, at, start, latent)
     with beside.on(KEYS, latent):
@@ -35,7 +34,7 @@ def attention(a: Attention, x: torch.Tensor, at: Pass) -> torch.Tensor:
             compress(a.compressor, x, at, a.layer_id, entries.pages, entries.page_size)
     beside.join()
     o = ops.sparse_mla(
-        q, *window, *extra, sink=a.sink, scale=a.scale, freqs_cis=a.freqs_cis, positions=at.positions
+        q, *window, *extra, sink=a.sink, scale=a.scale, freqs_cis=a.freqs_cis, positions=at.positions, q_eps=a.eps
     ).view(at.rows, a.groups, -1)
     if isinstance(a.wo_a, Linear):
         o = ops.fp8_grouped_linear(o, *a.wo_a)

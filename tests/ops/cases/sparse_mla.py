@@ -36,6 +36,7 @@ def cases(kind: str) -> Iterator[Case]:
         sink: bool = True,
         turned: torch.dtype | None = None,
         keys: float = 1.0,
+        q_eps: float | None = None,
     ) -> dict[str, Any]:
 
         def listed(lengths: list[int], page_size: int) -> tuple[Any, Any]:
@@ -67,6 +68,7 @@ def cases(kind: str) -> Iterator[Case]:
         if turned is not None:
             inputs["freqs_cis"] = make.freqs_cis()
             inputs["positions"] = make.integers(0, 512, len(window), dtype=turned)
+            inputs["q_eps"] = q_eps
         return inputs
 
     def longer(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -78,6 +80,9 @@ def cases(kind: str) -> Iterator[Case]:
     yield Case("turned", BF16, lambda make: build(make, 8, [16, 0, 7], [5, 0, 16], turned=torch.int64))
     long_rows = [t % 7 for t in range(20)]
     yield Case("20-rows-turned", BF16, lambda make: build(make, 24, long_rows, turned=torch.int32))
+    projected = partial(build, turned=torch.int64, q_eps=0.1)
+    yield Case("queries-as-projected", BF16, partial(projected, heads=8, window=[16, 0, 7], extra=[5, 0, 16]))
+    yield Case("queries-as-projected-in-parts", BF16, partial(projected, heads=24, window=[150, 3], width=160))
     yield Case("window-only", BF16, lambda make: build(make, 8, [16, 1, 7]))
     yield Case("window-empty", BF16, lambda make: build(make, 8, [0, 3, 0]))
     yield Case("with-c4", BF16, lambda make: build(make, 16, [16, 5, 3], [16, 0, 9]))

@@ -6,7 +6,7 @@ import torch
 
 from ...formats import kv_page
 from ...registry import Op
-from .._math import rotate, row_chunks
+from .._math import rms_norm, rotate, rotate_tail, row_chunks
 
 __all__ = ["sparse_mla"]
 
@@ -26,6 +26,7 @@ def sparse_mla(
     scale: float,
     freqs_cis: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
+    q_eps: float | None = None,
 ) -> torch.Tensor:
     """One softmax per head over the window's slots, the extra slots and a sink that has no value.
 
@@ -37,10 +38,15 @@ def sparse_mla(
     512], zero for a row without candidates. Gathered keys take at most about 16 MiB at a time.
 
     With freqs_cis complex64 [S, 32] and positions int [T], which come together, the RoPE that the keys' last 64
-    channels have is taken from the result's: o is turned by the conjugate of freqs_cis[positions[t]].
+    channels have is taken from the result's: o is turned by the conjugate of freqs_cis[positions[t]]. With q_eps
+    besides, q is as projected: each head gets its RMS norm without weight and then RoPE, rounded once to bf16.
     """
     if (freqs_cis is None) != (positions is None):
         raise ValueError("one of freqs_cis and positions came without the other; pass both or none.")
+    if q_eps is not None:
+        if freqs_cis is None or positions is None:
+            raise ValueError("q_eps came without freqs_cis and positions, by which q is to be turned; pass all three.")
+        q = rotate_tail(rms_norm(q, None, q_eps), freqs_cis, positions).to(q.dtype)
     pools = [(window_pages, window_slots, window_lengths, window_page_size)]
     if extra_pages is not None:
         if extra_slots is None or extra_lengths is None or extra_page_size is None:

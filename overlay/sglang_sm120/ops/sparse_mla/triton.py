@@ -37,9 +37,9 @@ GROUPS: tl.constexpr = tl.constexpr(kv_page.NOPE // kv_page.GROUP)
 
 @triton.jit
 def _load(vectors, real, START: tl.constexpr, WIDTH: tl.constexpr):
-    """Channels START ... START + WIDTH of bf16 vectors [N], as fp16 [N, WIDTH]; zeros where not real."""
+    """Channels START ... START + WIDTH of bf16 vectors [N], [N, WIDTH]; zeros where not real."""
     channel = START + tl.arange(0, WIDTH)
-    return tl.load(vectors[:, None] + channel[None, :], mask=real[:, None], other=0.0).to(tl.float16)
+    return tl.load(vectors[:, None] + channel[None, :], mask=real[:, None], other=0.0)
 
 
 @triton.jit
@@ -112,6 +112,7 @@ def _attend(
     parts,
     stats,
     scale,
+    q_eps,
     splits,
     HEADS: tl.constexpr,
     TILE: tl.constexpr,
@@ -120,11 +121,12 @@ def _attend(
     EXTRA_PAGE: tl.constexpr,
     SPLIT: tl.constexpr,
     TURN: tl.constexpr,
+    NORM: tl.constexpr,
 ):
     """q bf16 [T, HEADS, 512] -> out bf16 [T, HEADS, 512], or with SPLIT parts fp32 [T, splits, HEADS, 512] and stats
     fp32 [T, splits, HEADS, 2]: a part's weighted sum, its largest score (base 2) and its sum of weights.
 
-    TURN: out's last 64 channels are turned back by freqs fp32 [S, 32, 2].
+    TURN: out's last 64 channels are turned back by freqs fp32 [S, 32, 2]. NORM: q is normalised and turned before.
 
     Programs: rows x splits x ceil(HEADS / TILE), the last fastest, so that neighbours read the same keys.
     """
@@ -163,6 +165,7 @@ def _attend(
     for i in tl.static_range(TILES):
         queries += (_load(query, real, 128 * i if i < 4 else 448, 128 if i < 3 else 64),)
         sums += (tl.zeros([TILE, 128 if i < 3 else 64], tl.float32),)
+    queries = _queries(queries, query, real, freqs, positions, row, q_eps, NORM)
     top = tl.full([TILE], float("-inf"), tl.float32)
     totals = tl.zeros([TILE, BLOCK], tl.float32)
 
@@ -217,6 +220,35 @@ def _attend(
             cos, sin = _turn(freqs, positions, row, pair, pair >= 0)
             values = tl.reshape(_turned_back(tl.reshape(values, TILE, ROPE // 2, 2), cos[None], sin[None]), TILE, ROPE)
         _store(to, real, values, 128 * i if i < 4 else 448, 128 if i < 3 else 64)
+
+
+@triton.jit
+def _queries(loaded, query, real, freqs, positions, row, eps, NORM: tl.constexpr):
+    """The five tiles of bf16 queries as fp16, normalised by head and turned if NORM.
+
+    The other channel of each pair is loaded again: splitting pairs would take shared memory, which is used up.
+    """
+    queries = ()
+    if NORM:
+        channel = tl.arange(0, ROPE)
+        cos, sin = _turn(freqs, positions, row, channel // 2, channel >= 0)
+        sin = tl.where(channel % 2 == 0, -sin, sin)
+        partner = DIM - ROPE + (channel ^ 1)
+        other = tl.load(query[:, None] + partner[None, :], mask=real[:, None], other=0.0).to(tl.float32)
+        squares = tl.zeros([loaded[0].shape[0]], tl.float32)
+        for i in tl.static_range(TILES):
+            value = loaded[i].to(tl.float32)
+            squares += tl.sum(value * value, 1)
+        factor = tl.rsqrt(squares / DIM + eps)
+        for i in tl.static_range(TILES):
+            value = loaded[i].to(tl.float32)
+            if i == TILES - 1:
+                value = value * cos[None, :] + other * sin[None, :]
+            queries += (to_bf16(value * factor[:, None]).to(tl.float16),)
+    else:
+        for i in tl.static_range(TILES):
+            queries += (loaded[i].to(tl.float16),)
+    return queries
 
 
 @triton.jit
@@ -308,6 +340,7 @@ def _accepts(
     scale: float,
     freqs_cis: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
+    q_eps: float | None = None,
 ) -> str | None:
     if q.dtype != torch.bfloat16 or q.dim() != 3 or q.shape[2] != kv_page.DIM or q.stride(2) != 1:
         return f"q is {q.dtype} {list(q.shape)} and needs bfloat16 [rows, heads, {kv_page.DIM}], channels adjacent."
@@ -340,10 +373,13 @@ def sparse_mla_triton(
     scale: float,
     freqs_cis: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
+    q_eps: float | None = None,
 ) -> torch.Tensor:
     """Contract in `sparse_mla`."""
     if (freqs_cis is None) != (positions is None):
         raise ValueError("one of freqs_cis and positions came without the other; pass both or none.")
+    if q_eps is not None and freqs_cis is None:
+        raise ValueError("q_eps came without freqs_cis and positions, by which q is to be turned; pass all three.")
     rows, heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     blocks = -(-window_slots.shape[1] // BLOCK)
@@ -396,6 +432,7 @@ def sparse_mla_triton(
         parts,
         stats,
         scale,
+        0.0 if q_eps is None else float(q_eps),
         splits,
         HEADS=heads,
         TILE=TILE,
@@ -404,6 +441,7 @@ def sparse_mla_triton(
         EXTRA_PAGE=extra_page_size,
         SPLIT=splits > 1,
         TURN=turn,
+        NORM=q_eps is not None,
         num_warps=WARPS,
     )
     if splits > 1:
