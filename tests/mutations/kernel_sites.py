@@ -174,6 +174,14 @@ KERNELS = (
         (("+ imaginary * sin, imaginary * cos - real", "- imaginary * sin, imaginary * cos + real"),), ATTENTION,
     ),
     Mutation(
+        "query norm missing", "of each head, Triton", "ops/sparse_mla/triton.py",
+        (("to_bf16(value * factor[:, None])", "to_bf16(value)"),), ATTENTION,
+    ),
+    Mutation(
+        "queries turned backwards", "Triton", "ops/sparse_mla/triton.py",
+        (("-sin, sin)", "sin, -sin)"),), ATTENTION,
+    ),
+    Mutation(
         "first group for every group", "grouped FP8 linear by TMA", "ops/_linear_triton.py",
         (("x.load([m_first, group * K + start])", "x.load([m_first, start])"),), LINEARS,
     ),

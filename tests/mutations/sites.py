@@ -60,6 +60,14 @@ _REFERENCES = (
         (("if norm_weight is not None:", "if False:"),), LINEARS,
     ),
     Mutation(
+        "query norm missing", "of each head, torch reference", "ops/sparse_mla/__init__.py",
+        (("rms_norm(q, None, q_eps)", "q.float()"),), ATTENTION,
+    ),
+    Mutation(
+        "queries turned backwards", "torch reference", "ops/sparse_mla/__init__.py",
+        (("q_eps), freqs_cis, positions)", "q_eps), freqs_cis.conj(), positions)"),), ATTENTION,
+    ),
+    Mutation(
         "inverse RoPE missing", "torch reference turns forwards", "ops/sparse_mla/__init__.py",
         (("positions[rows], inverse=True)", "positions[rows])"),), ATTENTION,
     ),
