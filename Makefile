@@ -35,7 +35,7 @@ help:
 	make accuracy-cpu   the trained small model, served on this machine's CPU: scores against their floors
 	make soak     the trained small model under load on this machine, CPU or GPU: minutes of everything at once (docs/soak.md)
 	make mutations    which test catches which deliberate defect, into docs/mutations.md
-	make apply    patch the SGLang of .venv, of PYTHON=exe, or of SITE=dir; so do unapply, status, verify
+	make apply    patch the SGLang of this shell's python, else of .venv; of PYTHON=exe, of SITE=dir; so do unapply, status, verify
 	make lint     the rules of the series, ruff and mypy
 	make lock     resolve $(SERIES)/requirements.in again (needs uv)
 	make clean    remove .venv and caches
@@ -78,8 +78,17 @@ apply unapply status verify:
 	    exit 2
 	fi
 	if [[ -n $$SITE ]]; then exec $(PATCHSET) $@ --site "$$SITE"; fi
-	if [[ -x $(VENV) ]]; then default=$(VENV); else default=python3; fi
-	exec $(PATCHSET) $@ --python "$${PYTHON:-$$default}"
+	if [[ -n $$PYTHON ]]; then exec $(PATCHSET) $@ --python "$$PYTHON"; fi
+	# What `python -m sglang.launch_server` would start here, before what `make setup` has made.
+	has_sglang='import importlib.util as u; raise SystemExit(u.find_spec("sglang") is None)'
+	if python -c "$$has_sglang" 2> /dev/null; then
+	    chosen=python
+	elif [[ -x $(VENV) ]]; then
+	    chosen=$(VENV)
+	else
+	    chosen=python3
+	fi
+	exec $(PATCHSET) $@ --python "$$chosen"
 
 lint: setup
 	@$(VENV) patches/patchset.py lint

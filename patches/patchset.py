@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -147,6 +148,8 @@ def main(arguments: Optional[List[str]] = None) -> int:
                 COMMANDS[given.command](site, given.root)
             finally:
                 atomic.discard_stage(folder)
+        if given.command == "apply" and given.python is not None:
+            print(f"start it with {shlex.quote(given.python)} -m sglang.launch_server")
     except (Refused, distribution.Foreign, atomic.Busy) as refusal:
         print(f"patchset: {refusal}", file=sys.stderr)
         return 2 if isinstance(refusal, Misuse) else 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -84,6 +85,31 @@ def test_setup_is_done_once_and_again_after_an_interruption(clone: Path, tmp_pat
 def test_two_places_are_refused(clone: Path):
     result = make(clone, "apply", "PYTHON=python3", "SITE=/")
     assert result.returncode == 2 and "needed one" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("shell", "venv", "chosen"),
+    [(True, True, "python"), (True, False, "python"), (False, True, ".venv/bin/python"), (False, False, "python3")],
+)
+def test_apply_means_the_sglang_that_python_would_start(
+    clone: Path, tmp_path: Path, shell: bool, venv: bool, chosen: str
+):
+    """Whether or not the demo has made a .venv: `make apply && python -m sglang.launch_server`."""
+
+    def script(path: Path, line: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{line}\n")
+        path.chmod(0o755)
+
+    script(tmp_path / "bin/python", f"exit {int(not shell)}")
+    script(tmp_path / "bin/python3", f'exec "{sys.executable}" "$@"')
+    if venv:
+        script(clone / ".venv/bin/python", "exit 1")
+    (clone / "patches/patchset.py").write_text("import sys\nprint(sys.argv[1:])\n")
+    for goal in ("apply", "status"):
+        result = make(clone, goal, path=tmp_path / "bin")
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.strip() == f"{[goal, '--python', chosen]}"
 
 
 def test_the_lock_names_no_index_and_pins_everything():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -91,7 +92,8 @@ def test_the_site_of_an_interpreter(box: Box, tmp_path: Path):
     python.write_text(f'#!/bin/sh\nPYTHONPATH="{box.site}" exec "{sys.executable}" -S "$@"\n')
     python.chmod(0o755)
     # Relative, as the Makefile gives it.
-    box.done("apply", "--python", os.path.relpath(python))
+    said = box.done("apply", "--python", os.path.relpath(python)).splitlines()[-1]
+    assert said == f"start it with {shlex.quote(os.path.relpath(python))} -m sglang.launch_server"
     assert (box.site / "sglang/a.py").read_text() == AFTER_A
 
 
