@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import zlib
 
+import hypothesis
 import pytest
 import torch
 
 # Read when a kernel is defined, so before a test imports one: without a GPU they run in Triton's interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# Drawn from the test's name, as `seed` is; a machine that pauses is no failure.
+hypothesis.settings.register_profile("drawn", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("drawn")
 
 
 @pytest.fixture

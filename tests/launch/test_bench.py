@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageColor
 
@@ -34,7 +34,6 @@ def run(command: Any, *arguments: str) -> int:
     return code
 
 
-@settings(deadline=None)
 @given(length=st.integers(1, 3000), overhead=st.integers(0, 40), longest=st.integers(1, 9), seed=st.integers(0, 2**31))
 def test_prompts_are_as_long_as_asked(length: int, overhead: int, longest: int, seed: int):
     """Whatever a word and the template take: never longer than asked, shorter by a word or 2 % at most."""

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_sm120_launch import memory
@@ -94,7 +94,6 @@ def named(sizes: Any) -> dict[str, int]:
     }
 
 
-@settings(deadline=None)  # the first example imports SGLang
 @given(
     ratios=RATIOS,
     available=st.integers(min_value=1 << 28, max_value=1 << 37),
@@ -142,7 +141,6 @@ def test_pools_take_no_more_than_counted_and_padding(
     assert taken <= spent + memory.pool_padding(config, requests, mtp)
 
 
-@settings(deadline=None)
 @given(
     ratios=RATIOS,
     tokens=st.integers(min_value=16, max_value=1 << 13),
@@ -185,7 +183,6 @@ def test_bytes_are_sglangs(ratios: list[int], tokens: int, window: float, reques
     assert ours == theirs
 
 
-@settings(deadline=None)
 @given(requests=REQUESTS, context=st.integers(1, 1 << 20), draft=st.sampled_from((0, 2, 4, 10)))
 def test_tables_are_sglangs(requests: int, context: int, draft: int):
     """A row of positions for each request, and the map from the full pool to the window pool."""

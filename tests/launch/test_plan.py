@@ -135,7 +135,7 @@ def holds(plan: Plan) -> None:
     assert sum(size for _, size in fit.lines[:-1]) == fit.lines[-1][1]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     count=st.integers(1, 8),
     memory=st.integers(16000, 200000),

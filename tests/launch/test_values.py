@@ -104,7 +104,7 @@ def test_a_fraction_that_leaves_too_little(case: str):
     assert plan.fit.lines[-1][1] >= 0
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     place=st.sampled_from(("2x-rtx-pro-6000", "8x-rtx-5090", "4x-rtx-pro-6000", "gb10-pair", "2x-h200")),
     static=st.floats(0.5, 0.999),

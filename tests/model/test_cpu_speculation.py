@@ -18,9 +18,9 @@ from sglang_sm120 import hooks
 
 PAGE = 256
 VOCAB = 50
-SOME = settings(max_examples=40, deadline=None, derandomize=True)
+SOME = settings(max_examples=40)
 MANY = settings(SOME, max_examples=200)
-FEW = settings(max_examples=6, deadline=None, derandomize=True)
+FEW = settings(max_examples=6)
 seeds = st.integers(0, 2**32 - 1)
 batches = st.integers(0, 5)
 nodes = st.integers(2, 10)

@@ -173,7 +173,7 @@ def test_whatever_a_client_sends_is_answered_or_refused(
     with httpx.Client(base_url=server.url, timeout=900, limits=limits) as client, ThreadPoolExecutor(AT_ONCE) as pool:
 
         @hypothesis.seed(seed)
-        @settings(max_examples=pytestconfig.getoption("--fuzzed") // AT_ONCE, database=None, deadline=None,
+        @settings(max_examples=pytestconfig.getoption("--fuzzed") // AT_ONCE, database=None,
                   phases=[Phase.generate], suppress_health_check=[HealthCheck.too_slow])  # fmt: skip
         @given(st.randoms(use_true_random=True))
         def send_at_once(random: Random) -> None:

@@ -86,7 +86,7 @@ class Server:
                 torch.testing.assert_close(torch.stack(found).double(), expected, atol=1e-5, rtol=1e-5)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(st.data(), st.sampled_from([(4, 8), (4, 16), (128, 128), (128, 256)]), st.integers(0, 2**32 - 1))
 def test_any_chunks_give_the_block_formula(data: st.DataObject, sizes: tuple[int, int], seed: int) -> None:
     ratio, ring_size = sizes
@@ -122,7 +122,7 @@ def _verify(server: Server, taking: dict[int, int], accepted: dict[int, int]) ->
         del server.found[r][server.done[r] // server.ratio :]
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(st.data(), st.sampled_from([(4, 16), (128, 256)]), st.integers(0, 2**32 - 1))
 def test_rejected_drafts_leave_no_trace(data: st.DataObject, sizes: tuple[int, int], seed: int) -> None:
     ratio, ring_size = sizes

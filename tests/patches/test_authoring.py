@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from boxes import CHECKOUT, FIRST, HEADER, PATCHSET, SECOND, VERSION, Box, tree
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import authoring
@@ -221,7 +221,6 @@ def test_refresh_stays_inside_sglang(box: Box, path: str):
     assert path in box.refused("refresh") or "no file" in box.refused("refresh")
 
 
-@settings(deadline=None, derandomize=True)
 @given(st.lists(LINE), st.lists(LINE), st.booleans(), st.booleans())
 @example(["x", *"0123456", "y", *"0123456", "x"], ["y", *"0123456", *"0123456", "x", "x"], True, True)
 def test_gnu_patch_turns_old_into_new_by_our_diff(tmp_path_factory, old, new, end_old, end_new):
