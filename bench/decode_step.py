@@ -3,7 +3,6 @@
 All layers at full width with the experts cut to what fits one card (128 of 256 touch the same bytes per token at batch
 1), written as a `config.json` and served by `sglang.launch_server --load-format dummy` with CUDA graphs, the step and
 random weights (`random_weights`).
-Unverified with SGLang 0.5.23: no GPU has run it since the step was made.
 
 Per batch and context it sends that many prompts of random tokens, and takes the median time between streamed tokens
 from the moment all of them decode. One profiled pass per batch gives kernel time by op and launches per layer, and
