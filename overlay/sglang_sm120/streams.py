@@ -22,7 +22,7 @@ __all__ = [
     "SHARED",
     "Beside",
     "Mark",
-    "alternates",
+    "prioritised",
 ]
 
 KEYS, ENTRIES, INDEX_KEYS, INDEX_QUERIES, SHARED = range(5)
@@ -36,7 +36,7 @@ Mark: TypeAlias = torch.cuda.Event | None
 """A point of a stream that another one can wait for; None where there is one stream alone."""
 
 
-def alternates() -> list[torch.cuda.Stream]:
+def prioritised() -> list[torch.cuda.Stream]:
     """The streams for `Beside`, on the current device."""
     return [torch.cuda.Stream(priority=priority) for priority in PRIORITIES]
 

@@ -32,7 +32,7 @@ class Stream:
     """How far this stream is, and how far it knows the others to be: a vector clock."""
 
     def __init__(self, index: int) -> None:
-        self.index, self.known = index, {index: 0}
+        self.index, self.known, self.priority = index, {index: 0}, 0
 
     def record_event(self) -> dict[int, int]:
         return dict(self.known)
@@ -130,7 +130,13 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: watch.current)
     monkeypatch.setattr(torch.cuda, "stream", watch.on)
     made = iter(watch.alternates)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda priority: next(made))
+
+    def stream(priority: int) -> Stream:
+        one = next(made)
+        one.priority = priority
+        return one
+
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
     return watch
 
 
@@ -165,6 +171,9 @@ def test_a_captured_pass_has_no_race(
     # Each has scratch of its own, which is taken before a graph is captured.
     beside = {name: len(used) - 1 for name, used in streams_of.items() if len(used) > 1}
     assert beside == streams.ALTERNATES
+    # What attention waits for starts before the blocks of its queries' projection, which are many.
+    first = {one.index for one in watch.alternates if one.priority < 0}
+    assert streams_of["bf16_linear_fp32"] - {0} <= first and not streams_of["mxfp4_moe"] & first
     assert all(watch.operations) and watch.operations[0] > sum(watch.operations[1:]) / 4
 
 

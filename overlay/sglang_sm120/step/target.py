@@ -9,7 +9,7 @@ import torch
 
 from .. import ops
 from ..prepare import prepare
-from ..streams import IN_ORDER, Beside, alternates
+from ..streams import IN_ORDER, Beside, prioritised
 from . import weights
 from .attention import attention
 from .experts import experts
@@ -26,7 +26,7 @@ class Target:
         self._layers = prepare(model)
         self._head = weights.head_of(model.model, model.model.norm_eps)
         # SGLang has some where its own forward runs parts beside each other.
-        self._alternates = alternates() if model.model.alt_streams else []
+        self._streams = prioritised() if model.model.alt_streams else []
 
     def __call__(self, view: Any, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: Any) -> Any:
         """SGLang's `LogitsProcessorOutput` for input_ids int [T] at positions int [T].
@@ -39,7 +39,7 @@ class Target:
         captured = model.model.dspark_layers_to_capture
         x = model.model.embed_tokens(input_ids).unsqueeze(1).repeat(1, STREAMS, 1)
         # As SGLang's own forward: beside each other in the graphs alone.
-        beside = Beside(self._alternates) if get_is_capture_mode() else IN_ORDER
+        beside = Beside(self._streams) if get_is_capture_mode() else IN_ORDER
         at = Pass(view, forward_batch, positions, beside)
         x, means = through(self._layers, x, at, input_ids, captured or ())
         hidden = model.model.norm(head(self._head, x))
