@@ -13,7 +13,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Drawn from the test's name, as `seed` is; a machine that pauses is no failure.
+# The same values in every run, as with `seed`; a machine that pauses is no failure.
 hypothesis.settings.register_profile("drawn", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("drawn")
 
