@@ -21,7 +21,8 @@ def cases(kind: str) -> Iterator[Case]:
         inputs = {"x": make.bf16(tokens, k), "w": make.bf16(n, k, scale=k**-0.5)}
         return inputs | ({"dtype": torch.bfloat16} if rounded else {})
 
-    sizes = [(0, 64, 8), (1, 64, 8), (3, 100, 33), (16, 264, 100), (40, 1024, 70), (65, 136, 16), (70, 128, 16)]
+    sizes = [(0, 64, 8), (1, 64, 8), (1, 5000, 10), (3, 100, 33), (16, 264, 100), (40, 1024, 70), (65, 136, 16)]
+    sizes += [(70, 128, 16)]
     if kind != "cpu":
         hidden = model_config()["hidden_size"]
         sizes += [(t, hidden, n) for n in (64, 256, 512, 1024, 2048) for t in (1, 2, 4, 8, 16, 33, 64, 65, 300)]
