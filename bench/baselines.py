@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 
 from calls import ROWS_COMPARED, difference, reference_result, sample, tensors
-from sglang_sm120 import registry
+from sglang_sm120 import ops, registry
 from sglang_sm120.formats import e8m0, fp8_block, kv_page, mxfp4
-from sglang_sm120.model_calls import Call
 from sglang_sm120.ops import sinkhorn
 from sglang_sm120.ops._math import rms_norm
+from sglang_sm120.spec import Call
 from sglang_sm120.tolerance import BF16, EXACT, FP32, Tolerance
 
 Arguments = dict[str, Any]
@@ -422,8 +422,6 @@ def _sglang_head(a: Arguments) -> Run:
 
 
 REFERENCE = "torch"
-SYNCHRONISES = ("mxfp4_moe", "sparse_mla", "indexer_logits", "indexer_topk", "topk_slots")
-"""Ops whose reference asks the GPU for sizes, so no graph can hold it."""
 SLOW = ("marlin", "tilelang")
 """Built for minutes at their first call: only on request."""
 _QUANTISES = "activations quantised to FP8 inside the timing, as SGLang does"
@@ -434,7 +432,7 @@ def _torch_baseline(op: str) -> Baseline:
     def prepare(a: Arguments) -> Run:
         return lambda: registry.ops()[op].reference(**a)
 
-    return Baseline(REFERENCE, op, "this project's reference", prepare, EXACT, captured=op not in SYNCHRONISES)
+    return Baseline(REFERENCE, op, "this project's reference", prepare, EXACT, captured=not ops.SPECS[op].synchronises)
 
 
 _OTHERS = [

@@ -32,11 +32,11 @@ import triton
 import triton.language as tl
 
 import baselines
-from calls import DEVICE, calls_of, checker, triton_ops, triton_result
-from sglang_sm120 import kernels, registry, tuned
+from calls import DEVICE, calls_of, checker, triton_result
+from sglang_sm120 import kernels, ops, registry, tuned
 from sglang_sm120.checkpoint.config import model_config
 from sglang_sm120.compilation import Job, compile_jobs, rehearse_job, variant_key
-from sglang_sm120.model_calls import Call, model_calls
+from sglang_sm120.spec import Call, nbytes
 from sm120_lowering import install, limit_shared_memory
 
 L2_BYTES = 128 << 20
@@ -125,73 +125,14 @@ def mma_rate() -> float:
     return 2 * m * n * k / best * 1e6
 
 
-def _bytes(value: Any) -> int:
-    if isinstance(value, torch.Tensor):
-        return value.numel() * value.element_size()
-    return sum(map(_bytes, value)) if isinstance(value, tuple | list) else 0
-
-
-def traffic(call: Call) -> tuple[int, int]:
-    """(bytes read and written once, floating-point operations) that the call cannot do without."""
-    a = call.arguments
-    everything = sum(map(_bytes, a.values()))
-    if call.op in ("fp8_linear", "fp8_grouped_linear", "bf16_linear_fp32"):
-        rows = next(iter(a.values())).shape[0]
-        n = a["w"].numel() // a["w"].shape[-1]
-        fp32 = call.op == "bf16_linear_fp32" and "dtype" not in a
-        return everything + rows * n * (4 if fp32 else 2), 2 * rows * a["w"].numel()
-    if call.op == "mxfp4_moe":
-        experts = int(a["topk_ids"].unique().numel())
-        one = sum(_bytes(a[name][0]) for name in ("w13", "s13", "w2", "s2"))
-        pairs = a["topk_ids"].numel()
-        return experts * one + 2 * _bytes(a["x"]), 2 * pairs * 2 * (a["w13"][0].numel() + a["w2"][0].numel())
-    if call.op == "sparse_mla":
-        candidates = int(a["window_lengths"].sum()) + (int(a["extra_lengths"].sum()) if "extra_lengths" in a and
-                                                       a["extra_lengths"] is not None else 0)  # fmt: skip
-        return candidates * 584 + 2 * _bytes(a["q"]), 4 * candidates * a["q"].shape[1] * 512
-    if call.op in ("indexer_logits", "indexer_topk"):
-        entries = int(a["lengths"].sum())
-        return entries // a["q"].shape[0] * 132 + _bytes(a["q"]), 2 * entries * a["q"].shape[1] * 128
-    if call.op == "gather_dequant_kv":
-        return int(a["lengths"].sum()) * 584 + a["slots"].numel() * 1024, 0
-    if call.op == "topk_slots":
-        return _bytes(a["logits"]) + a["lengths"].numel() * a["k"] * 4, 0
-    if call.op in ("mhc_post", "mhc_post_pre"):
-        return everything + _bytes(a["x"]) + _bytes(a["f"]), 0
-    return everything + _bytes(a.get("x")) // 4, 0
-
-
 def rotation(call: Call, others: Callable[[int], Call]) -> list[dict[str, Any]]:
     """Sets of arguments that together exceed the L2, so that a round finds none of its inputs there."""
-    if call.op == "mxfp4_moe":
+    if ops.SPECS[call.op].by_experts:
         # Other experts of the same weights.
         total, ids = call.arguments["w13"].shape[0], call.arguments["topk_ids"]
         return [{**call.arguments, "topk_ids": (ids + 13 * turn) % total} for turn in range(SETS)]
-    size = sum(map(_bytes, call.arguments.values()))
+    size = nbytes(*call.arguments.values())
     return [call.arguments] + [others(seed).arguments for seed in range(1, min(SETS, 2 * L2_BYTES // size + 1))]
-
-
-def target_of(call: Call, tp: int, rows: int, context: int) -> tuple[str, float] | None:
-    """(what is measured, the aim) for the calls that have one: shares are at least the aim, times at most."""
-    if tp != 2:
-        return None
-    if call.op == "mxfp4_moe":
-        return {1: ("copy_share", 0.45), 4096: ("mma_share", 0.45)}.get(rows) or (
-            ("copy_share", 0.65) if 8 <= rows <= 64 else None
-        )
-    if call.op == "fp8_linear":
-        large, rows = call.arguments["w"].numel() >= 16 << 20, call.arguments["x"].shape[0]
-        return ("copy_share", 0.6) if rows <= 8 and large else ("mma_share", 0.6) if rows == 4096 else None
-    if call.op == "sparse_mla":
-        extra = call.arguments["extra_slots"]
-        if extra is None or call.arguments["window_slots"].shape[1] + extra.shape[1] != 640:
-            return None
-        return {1: ("time_us", 12.0), 64: ("time_us", 60.0)}.get(rows)
-    if call.op == "indexer_topk":
-        return ("time_us", 15.0) if rows == 1 and context == 65_536 else None
-    if call.op == "mhc_post_pre":
-        return {1: ("time_us", 10.0), 4096: ("copy_share", 0.6)}.get(rows)
-    return None
 
 
 def miss_by(measured: float, kind: str, aim: float) -> float:
@@ -225,10 +166,10 @@ def bench(
 ) -> list[dict[str, Any]]:
     """Write one line per call of `op`, and return them."""
     function = registry.ops()[op].providers["triton"].function
-    calls = list(enumerate(model_calls(model_config(), tp, rows, context, op=op)))
+    spec, calls = ops.SPECS[op], list(enumerate(ops.calls(op, model_config(), tp, rows, context)))
     listed = [(position, call.label, False) for position, call in calls]
-    if op == "fp8_linear" and rows > 1:
-        # There a norm is a kernel of its own.
+    if "linear" in spec.tunables and rows > 1:
+        # There a linear's norm is a kernel of its own.
         normed = [(position, call.label) for position, call in calls if "norm_weight" in call.arguments]
         listed += [(position, f"{label} alone", True) for position, label in normed]
     found = []
@@ -242,11 +183,11 @@ def bench(
         else:
             sets = rotation(call, nth)
             us = microseconds([partial(function, **arguments) for arguments in sets])
-            nbytes, flops = traffic(call)
-            row |= {"time_us": round(us, 2), "bytes": nbytes, "flops": flops}
-            row["copy_share"] = round(nbytes / us * 1e6 / machine["copy_bytes_per_s"], 3)
+            moved, flops = spec.traffic(call.arguments)
+            row |= {"time_us": round(us, 2), "bytes": moved, "flops": flops}
+            row["copy_share"] = round(moved / us * 1e6 / machine["copy_bytes_per_s"], 3)
             row["mma_share"] = round(flops / us * 1e6 / machine["bf16_flops_per_s"], 3)
-            if aim := target_of(call, tp, rows, context):
+            if tp == 2 and (aim := spec.aim(call.arguments, rows, context)):
                 row |= {"target": f"{aim[0]} {'<=' if aim[0] == 'time_us' else '>='} {aim[1]:g}"}
                 row["miss_by"] = miss_by(us if aim[0] == "time_us" else row[aim[0]], *aim)
             others = [time_baseline(b, call, sets) for b in baselines.baselines(op, [] if alone else chosen)]
@@ -263,12 +204,12 @@ def bench(
     return found
 
 
-def prepare(ops: list[str], tp: int, steps: list[tuple[int, int]], chosen: list[str], workers: int) -> None:
+def prepare(names: list[str], tp: int, steps: list[tuple[int, int]], chosen: list[str], workers: int) -> None:
     """Compile everything the benchmark runs in parallel processes, and reserve the overlay's scratch."""
     jobs: dict[str, Job] = {}
     scratch: dict[str, int] = {}
     sms = kernels.multiprocessors(DEVICE)
-    for op in ops:
+    for op in names:
         for step in steps:
             job = Job(model_config(), op, tp, (step,), sms, table=tuned.of_device(DEVICE))
 
@@ -282,13 +223,13 @@ def prepare(ops: list[str], tp: int, steps: list[tuple[int, int]], chosen: list[
         kernels.reserve(owner, size, DEVICE)
     major, minor = torch.cuda.get_device_capability()
     # DeepGEMM and SGLang's CUDA kernels are built at their first call, seconds each: once here, from disk later.
-    building = [b for op in ops for b in baselines.baselines(op, chosen) if b.compiles]
+    building = [b for op in names for b in baselines.baselines(op, chosen) if b.compiles]
     with ProcessPoolExecutor(max(1, workers // 2), multiprocessing.get_context("spawn")) as pool:
         futures = [
             pool.submit(build_baseline, b.op, b.name, tp, rows, context, position)
             for rows, context in steps
             for b in building
-            for position, _ in enumerate(model_calls(model_config(), tp, rows, context, op=b.op))
+            for position, _ in enumerate(ops.calls(b.op, model_config(), tp, rows, context))
         ]
         for _ in compile_jobs(jobs.values(), major * 10 + minor, workers):
             pass
@@ -352,7 +293,7 @@ def lower(lowering: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", nargs="+", choices=triton_ops(), default=triton_ops())
+    parser.add_argument("--op", nargs="+", choices=ops.with_triton(), default=ops.with_triton())
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 4096])
     parser.add_argument("--context", type=int, default=65_536)

@@ -9,11 +9,10 @@ import torch
 
 from sglang_sm120 import ops, registry
 from sglang_sm120.checkpoint.config import model_config
-from sglang_sm120.model_calls import Call, model_calls
+from sglang_sm120.spec import Call
 from sglang_sm120.tolerance import BF16, EXACT, FP32, Tolerance
 
 DEVICE = torch.device("cuda")
-_EXACT_OPS = ("gather_dequant_kv", "topk_slots")
 ROWS_COMPARED = 64
 ROW_ARGUMENTS = frozenset(
     "x q o f post comb mixes topk_ids topk_weights weights page_table lengths logits slots router_logits positions "
@@ -22,13 +21,9 @@ ROW_ARGUMENTS = frozenset(
 """Arguments whose first dimension is the rows of the step."""
 
 
-def triton_ops() -> list[str]:
-    return sorted(name for name in ops.__all__ if "triton" in registry.ops()[name].providers)
-
-
 def calls_of(op: str, tp: int, rows: int, context: int, seed: int) -> Iterator[Call]:
     """The model's calls of one op, with random values on the GPU."""
-    return model_calls(model_config(), tp, rows, context, DEVICE, seed, op)
+    return ops.calls(op, model_config(), tp, rows, context, DEVICE, seed)
 
 
 def tensors(value: Any) -> list[torch.Tensor]:
@@ -55,7 +50,7 @@ def compare(call: Call) -> str | None:
     """None, or how the Triton result differs from the reference's."""
     poison_allocator()
     got = triton_result(call)
-    if call.op == "indexer_topk":
+    if ops.SPECS[call.op].scores:
         return selection_problem(call, got[0])
     expected = reference_result(call)
     return _first_difference(call.op, got, expected)
@@ -63,7 +58,7 @@ def compare(call: Call) -> str | None:
 
 def _first_difference(op: str, got: list[torch.Tensor], expected: list[torch.Tensor]) -> str | None:
     for a, b in zip(got, expected, strict=True):
-        tolerance = EXACT if op in _EXACT_OPS else FP32 if b.dtype == torch.float32 else BF16
+        tolerance = EXACT if ops.SPECS[op].exact else FP32 if b.dtype == torch.float32 else BF16
         if problem := difference(a, b, tolerance):
             return problem
     return None
@@ -81,7 +76,7 @@ def sample(call: Call, rows: int = ROWS_COMPARED) -> Call:
 def checker(call: Call) -> Callable[[Any], str | None]:
     """Compares a result's first rows with the reference's, which are computed once: None, or how they differ."""
     part = sample(call)
-    if call.op == "indexer_topk":
+    if ops.SPECS[call.op].scores:
         return lambda result: selection_problem(part, tensors(result)[0][:ROWS_COMPARED])
     expected = reference_result(part)
     return lambda result: _first_difference(call.op, [t[:ROWS_COMPARED] for t in tensors(result)], expected)
@@ -106,7 +101,7 @@ def difference(got: torch.Tensor, expected: torch.Tensor, tolerance: Tolerance) 
 def selection_problem(call: Call, slots: torch.Tensor) -> str | None:
     """Whether `slots` are k best entries of each row by the reference's scores, near ties apart."""
     arguments = {name: value for name, value in call.arguments.items() if name != "k"}
-    logits = ops.indexer_logits.reference(**arguments)
+    logits = registry.ops()[ops.SPECS[call.op].scores].reference(**arguments)
     k, page_size, table = call.arguments["k"], call.arguments["page_size"], call.arguments["page_table"]
     # Page ids of a row are different, so a slot names its entry.
     entry_of = torch.full((table.shape[0], int(table.max()) + 1), -1, device=DEVICE)

@@ -31,9 +31,9 @@ import torch
 import sm120_lowering
 import traces
 from bench import lower
-from calls import calls_of, triton_ops
+from calls import calls_of
 from local_server import LocalServer, ServerError
-from sglang_sm120 import registry
+from sglang_sm120 import ops, registry
 from sglang_sm120.checkpoint.config import ReferenceConfig, model_config
 from sglang_sm120_reference import tokenizer
 from streamed import INTERVAL, ask, drawn, pace
@@ -79,7 +79,7 @@ def known_kernels(batches: list[int], context: int, folder: Path) -> dict[str, d
     """Which op launches which kernels at each batch: run once here, under a profiler, with the server's lowering."""
     with torch.profiler.profile() as profiler:
         for batch in batches:
-            for op in triton_ops():
+            for op in ops.with_triton():
                 function = registry.ops()[op].providers["triton"].function
                 for call in calls_of(op, 1, batch, context, 0):
                     torch.cuda.synchronize()

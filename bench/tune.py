@@ -28,10 +28,9 @@ import triton
 import bench
 from calls import DEVICE, checker
 from candidates import MANY_ROWS, OPS, ROWS, Case, cases
-from sglang_sm120 import compilation, kernels, registry, tuned
+from sglang_sm120 import compilation, kernels, ops, registry, tuned
 from sglang_sm120.checkpoint.config import model_config
 from sglang_sm120.compilation import Job, variant_key
-from sglang_sm120.model_calls import model_calls
 
 FOLDER = Path(__file__).parents[1] / "overlay/sglang_sm120/tuned"
 GAIN = 0.97
@@ -53,7 +52,7 @@ def plan(wanted: list[Case], sms: int) -> Plan:
     """Rehearse every candidate, for the active Triton target."""
     found = Plan()
     for case in wanted:
-        call = list(model_calls(model_config(), case.tp, case.rows, case.context, op=case.op))[case.position]
+        call = list(ops.calls(case.op, model_config(), case.tp, case.rows, case.context))[case.position]
         function = registry.ops()[case.op].providers["triton"].function
         for key, tried in case.tried.items():
             for config in tried:
@@ -132,7 +131,7 @@ def sweep(case: Case, usable: Callable[[tuned.Key, Any], bool], until: float) ->
         wrong.append(f"{case.op} {case.label} {case.rows} rows, {list(table.values())}: {why}")
         return None
 
-    nbytes, _ = bench.traffic(call)
+    nbytes, _ = ops.SPECS[case.op].traffic(call.arguments)
     best: dict[tuned.Key, Any] = {}
     us = trial(best)
     if us is None:

@@ -157,9 +157,7 @@ def facts(client: Client) -> dict[str, Any]:
         Misuse: the overlay or the launcher is not installed, or SGLANG_SM120_PROVIDER names what does not exist.
     """
     try:
-        # Importing registers: each op its providers, and SGLang's own kernels where the step calls them.
-        import sglang_sm120.ops
-        import sglang_sm120.sglang_kernels  # noqa: F401
+        import sglang_sm120.ops  # registers each op and its providers
         from sglang_sm120 import __version__, registry
         from sglang_sm120_launch.machine import Machine
     except ImportError as error:

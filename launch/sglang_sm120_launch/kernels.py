@@ -9,32 +9,6 @@ import re
 
 from .errors import LaunchError
 
-PREFILL = {
-    "bf16_linear_fp32": "cuBLAS",
-    "compress": "SGLang's CUDA kernel",
-    "compress_decode_plan": None,
-    "compress_norm_rope_store": "SGLang's CUDA kernel",
-    "compress_prefill_plan": "SGLang's CUDA kernel",
-    "fp8_grouped_linear": "cuBLAS on wo_a in bf16",
-    "fp8_linear": "CUTLASS, activations quantised to FP8",
-    "gather_dequant_kv": None,
-    "hash_topk": "SGLang's CUDA kernel",
-    "indexer_logits": "TileLang, all scores at once in fp32",
-    "indexer_q": "SGLang's CUDA kernel",
-    "indexer_topk": "TileLang scores, then SGLang's CUDA top-k",
-    "k_norm_rope_store": "SGLang's CUDA kernel",
-    "mhc_head": "Triton",
-    "mhc_post": "TileLang",
-    "mhc_post_pre": "TileLang",
-    "mhc_pre": "torch, TileLang and Triton",
-    "mxfp4_moe": "FlashInfer's CUTLASS experts, activations quantised to FP8",
-    "router_topk": "Triton",
-    "silu_mul_clamp": "SGLang's CUDA kernel",
-    "sinkhorn": "TileLang",
-    "sparse_mla": "FlashInfer's sparse MLA, in FP8",
-    "topk_slots": "SGLang's CUDA kernel",
-}
-"""What SGLang's own forward runs on SM12x where the step would call an op (read in its source); None where nothing."""
 SM12X = ("sm120", "sm121")
 
 
@@ -51,9 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         import torch
 
-        # Importing registers: each op its providers, and SGLang's own kernels where the step calls them.
-        import sglang_sm120.ops
-        import sglang_sm120.sglang_kernels  # noqa: F401
+        from sglang_sm120.ops import SPECS
         from sglang_sm120.registry import ProviderError, device_kind, table
     except ImportError as error:
         raise LaunchError(f"The ops cannot be imported ({error}): run `make setup` and use its .venv.") from None
@@ -63,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     except ProviderError as error:
         raise LaunchError(str(error)) from None
     apart = kind in SM12X and os.environ.get("SGLANG_SM120_PREFILL") != "overlay"
-    prefill = {row.op: PREFILL.get(row.op) for row in rows if row.chosen and apart}
+    prefill = {row.op: SPECS[row.op].prefill for row in rows if row.chosen and apart}
     if arguments.json:
         print(json.dumps([row._asdict() | {"prefill": prefill.get(row.op)} for row in rows], indent=2))
         return 0

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 
 from . import kernels, registry, tuned
-from .model_calls import model_calls
 
 
 @dataclass(frozen=True)
@@ -116,11 +115,10 @@ def rehearse_job(job: Job, compile: Callable[[Any, tuple[Any, ...], dict[str, An
     """`compile(kernel, args, options, label)` for each launch of `job`'s calls; return scratch bytes by owner."""
     from . import ops
 
-    assert ops.__all__, "the ops and their providers are registered on import"
     provider = registry.ops()[job.op].providers["triton"]
     rehearsal = kernels.Rehearsal(lambda *_: None, sms=job.sms)
     for rows, context in job.steps:
-        for call in model_calls(job.config, job.tp, rows, context, op=job.op):
+        for call in ops.calls(job.op, job.config, job.tp, rows, context):
             label = f"{call.label} tp{job.tp} rows{rows} context{context}"
             rehearsal.compile = partial(_with_label, compile, label)
             with kernels.rehearse(rehearsal), tuned.using(job.table):

@@ -52,8 +52,6 @@ class Built:
         self, step: Callable[..., Any], widths: tuple[int, ...], left: Callable[[str, int, dict[str, Any]], str | None],
         counts: bool = False,
     ) -> None:  # fmt: skip
-        from . import sglang_kernels  # noqa: F401  registers providers
-
         self.widths = widths
         self.passes = Passes(counts)
         self._step = Checked(step)

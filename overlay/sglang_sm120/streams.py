@@ -13,7 +13,6 @@ from typing import TypeAlias
 import torch
 
 __all__ = [
-    "ALTERNATES",
     "ENTRIES",
     "INDEX_KEYS",
     "INDEX_QUERIES",
@@ -30,8 +29,6 @@ KEYS, ENTRIES, INDEX_KEYS, INDEX_QUERIES, SHARED = range(5)
 number."""
 PRIORITIES = (-1, -1, -1, -1, 0)
 """Of each; lower goes first. A graph keeps them."""
-ALTERNATES = {"bf16_linear_fp32": 2, "fp8_linear": 2}
-"""Ops with scratch that run on the step's own stream and on others, and on how many others."""
 Mark: TypeAlias = torch.cuda.Event | None
 """A point of a stream that another one can wait for; None where there is one stream alone."""
 

@@ -157,9 +157,8 @@ def parse(entry: Any) -> tuple[Key, Any]:
     Raises:
         ValueError: it is not one, or its family refuses it.
     """
-    from . import ops
+    from . import ops  # noqa: F401  registers the families
 
-    assert ops.__all__, "the families are registered on import"
     if not isinstance(entry, dict) or not {"family", "shape", "rows", "config"} <= entry.keys():
         raise ValueError("it is no object with family, shape, rows and config")
     family = FAMILIES.get(entry["family"])

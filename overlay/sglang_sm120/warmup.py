@@ -17,20 +17,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from . import kernels, registry, streams, tuned
+from . import kernels, ops, registry, tuned
 from .compilation import Job, compile_jobs, rehearse_job, variant_key
 
 logger = logging.getLogger(__name__)
 
-SERVED = (
-    "bf16_linear_fp32", "fp8_grouped_linear", "fp8_linear", "indexer_topk", "mhc_head", "mhc_post", "mhc_post_pre",
-    "mhc_pre", "mxfp4_moe", "router_topk", "sparse_mla",
-)  # fmt: skip
-"""The ops with Triton kernels that the step calls."""
-LENT = "fp8_grouped_linear"
-"""The op that a patched SGLang's own forward calls too, in its prefill and in the graphs of that."""
-CONTEXTS = {"sparse_mla": 2, "indexer_topk": 1}
-"""Ops that depend on the context, with the distance of the powers of two of it that launch different kernels."""
+
+def served() -> list[str]:
+    """The ops with Triton kernels that the step calls."""
+    return [name for name in ops.with_triton() if ops.SPECS[name].served]
 
 
 def steps(op: str, prefill_rows: int, graph_rows: int, context: int) -> tuple[tuple[int, int], ...]:
@@ -49,7 +44,8 @@ def steps(op: str, prefill_rows: int, graph_rows: int, context: int) -> tuple[tu
     for exponent in range(largest.bit_length()):
         rows |= {1 << exponent, (1 << exponent) + 1}
     contexts = {context}
-    for exponent in range(8, context.bit_length(), CONTEXTS[op]) if op in CONTEXTS else ():
+    apart = ops.SPECS[op].context
+    for exponent in range(8, context.bit_length(), apart) if apart else ():
         contexts |= {1 << exponent, min(context, (1 << exponent) + 256)}
     return tuple((r, c) for r in sorted(rows) if 0 < r <= largest for c in sorted(contexts))
 
@@ -75,7 +71,7 @@ def warm_up(
         device: the CUDA device of this rank.
         barrier: waits for the other ranks.
         compiles: whether this rank is the one that compiles for its host.
-        lent_rows: tokens of the largest pass in which SGLang's own forward calls `LENT`.
+        lent_rows: tokens of the largest pass in which SGLang's own forward calls what is lent to it.
     """
     sizes = (tp, ep, prefill_rows, graph_rows, context)
     key = (*sizes, lent_rows, device)
@@ -83,10 +79,10 @@ def warm_up(
         return
     began = time.monotonic()
     table = registry.table(registry.device_kind(device))
-    names = [row.op for row in table if row.chosen and row.provider == "triton" and row.op in SERVED]
+    names = [row.op for row in table if row.chosen and row.provider == "triton" and row.op in served()]
     found = variants(config, *sizes, names, kernels.multiprocessors(device), tuned.of_device(device), lent_rows)
     for op, size in found.scratch.items():
-        kernels.reserve(op, size, device, kernels.STREAMS + streams.ALTERNATES.get(op, 0))
+        kernels.reserve(op, size, device, kernels.STREAMS + ops.SPECS[op].streams)
     mark = _Mark(found.launches)
     listed = time.monotonic()
     if compiles and not mark.exists() and not multiprocessing.current_process().daemon:
@@ -136,8 +132,9 @@ def variants(
     """Rehearse the ops `names` at all their `steps`, for the active Triton target with `sms` multiprocessors."""
     found = Variants()
     for name in names:
-        mine = _divided(config, ep) if name == "mxfp4_moe" else config
-        captured = max(graph_rows, lent_rows) if name == LENT else graph_rows
+        spec = ops.SPECS[name]
+        mine = _divided(config, ep) if spec.by_experts else config
+        captured = max(graph_rows, lent_rows) if spec.lent else graph_rows
         for step in steps(name, prefill_rows, captured, context):
             job = Job(mine, name, tp, (step,), sms, table=table)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from calls import DEVICE, calls_of, compare, triton_ops, triton_result
-from sglang_sm120 import kernels
+from calls import DEVICE, calls_of, compare, triton_result
+from sglang_sm120 import kernels, ops
 
 ROWS = (1, 2, 4, 8, 16, 33, 64, 65, 256, 4096)
 STEPS = [(rows, 65_536 if rows < 4096 else 4096) for rows in ROWS]
@@ -15,7 +15,7 @@ STEPS += [(1, context) for context in (100, 2047, 2600, 1_048_576)]
 
 @pytest.mark.parametrize("tp", (1, 2, 4))
 @pytest.mark.parametrize(("rows", "context"), STEPS)
-@pytest.mark.parametrize("op", triton_ops())
+@pytest.mark.parametrize("op", ops.with_triton())
 def test_parity(op: str, rows: int, context: int, tp: int, seed: int) -> None:
     problems = {call.label: problem for call in calls_of(op, tp, rows, context, seed) if (problem := compare(call))}
     torch.cuda.empty_cache()
@@ -23,7 +23,7 @@ def test_parity(op: str, rows: int, context: int, tp: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("rows", (1, 4, 32, 64, 128))
-@pytest.mark.parametrize("op", triton_ops())
+@pytest.mark.parametrize("op", ops.with_triton())
 def test_graph_replay_is_bit_equal(op: str, rows: int, seed: int) -> None:
     for call in calls_of(op, 2, rows, 8192, seed):
         kernels.reset()

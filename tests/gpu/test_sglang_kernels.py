@@ -5,13 +5,18 @@ A run on a GPU holds their results against the torch references, in `tests/ops/t
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 from foreign import bind, calls, functions
 
-from sglang_sm120 import registry, sglang_kernels
+from sglang_sm120 import ops, registry
 
 pytestmark = pytest.mark.needs_no_gpu
-FUNCTIONS = functions(sglang_kernels)
+MODULES = [
+    import_module(f"sglang_sm120.ops.{name}.sglang") for name in ops.SPECS if "sglang" in registry.ops()[name].providers
+]
+FUNCTIONS = {name: function for module in MODULES for name, function in functions(module).items()}
 POSITIONS = {"eps": "eps", "freqs_cis": "freqs_cis", "positions": "positions"}
 # Provider: what each parameter of the function that it calls gets.
 GIVEN = {
@@ -26,10 +31,11 @@ GIVEN = {
     "silu_mul_clamp": {"input": "gate_up", "output": "out", "swiglu_limit": "limit"},
     "compress": {
         "kv_score_buffer": "kv_score_buffer", "kv_score_input": "kv_score_input", "ape": "ape",
-        "plan": "_plan(ratio, plans, is_decode)", "compress_ratio": "ratio", "head_dim": "head_dim", "out": "out",
+        "plan": "sglangs_plan(ratio, plans, is_decode)", "compress_ratio": "ratio", "head_dim": "head_dim",
+        "out": "out",
     },
     "compress_norm_rope_store": {
-        "kv": "kv", "plan": "_plan(ratio, (plan,) if is_decode else (plan, plan), is_decode)",
+        "kv": "kv", "plan": "sglangs_plan(ratio, (plan,) if is_decode else (plan, plan), is_decode)",
         "norm_weight": "norm_weight", "norm_eps": "eps", "freq_cis": "freqs_cis", "out_loc": "out_slots",
         "kvcache": "pages", "page_size": "page_size",
     },
@@ -50,6 +56,6 @@ def test_each_parameter_gets_what_belongs_there(op: str) -> None:
 
 
 def test_a_plan_is_sglangs() -> None:
-    decode, prefill = given("_plan")
+    decode, prefill = given("sglangs_plan")
     assert decode == {"compress_ratio": "ratio", "plan_d": "*plans"}
     assert prefill == {"compress_ratio": "ratio", "plan_c": "*plans", "plan_w": "*plans"}

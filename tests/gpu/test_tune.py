@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -14,9 +15,8 @@ import pytest
 import bench
 import tune
 from candidates import OPS, ROWS, Case, cases
-from sglang_sm120 import compilation, kernels, tuned
+from sglang_sm120 import compilation, kernels, ops, tuned
 from sglang_sm120.checkpoint.config import model_config
-from sglang_sm120.model_calls import model_calls
 
 pytestmark = pytest.mark.needs_no_gpu
 SMS = 132
@@ -43,11 +43,12 @@ def test_candidates_are_accepted_and_start_with_the_heuristic_s(wanted: list[Cas
 
 
 def test_the_most_valuable_calls_come_first(wanted: list[Case]) -> None:
-    order = [(case.op, case.rows) for case in wanted]
-    first = order.index(("mxfp4_moe", 1))
-    assert {op for op, _ in order[:first]} <= set(OPS[:3]) and {rows for _, rows in order[:first]} == {1, 8}
-    assert {case.label for case in wanted[:first]} >= {"wq_b", "wo_b", "wo_a"}
-    assert order[first : first + 4] == [("mxfp4_moe", 1), ("mxfp4_moe", 8), ("mxfp4_moe", 64), ("indexer_topk", 1)]
+    order = [(case.label, case.rows) for case in wanted]
+    assert sorted(order[:2]) == [("experts", 1), ("experts", 8)]
+    assert {label for label, _ in order[2:12]} == {"mtp.h_proj", "wq_b", "wo_b", "wo_a", "compressor.c4"}
+    few = [rows in (1, 8) for _, rows in order]
+    assert few == sorted(few, reverse=True) and order.index(("experts", 64)) == sum(few)
+    assert order.index(("c4", 1)) < sum(few)
 
 
 def test_calls_that_share_their_keys_are_swept_once(wanted: list[Case]) -> None:
@@ -101,10 +102,11 @@ def sweep_of(
     case: Case, monkeypatch: pytest.MonkeyPatch, cost: Any, wrong: Callable[[tuned.Table], bool] = lambda _: False
 ) -> tune.Found:
     """`tune.sweep` on meta tensors, with `cost(table)` for microseconds."""
-    call = list(model_calls(model_config(), case.tp, case.rows, case.context, op=case.op))[case.position]
+    call = list(ops.calls(case.op, model_config(), case.tp, case.rows, case.context))[case.position]
     monkeypatch.setattr(bench, "nth_call", lambda *_: call)
     monkeypatch.setattr(bench, "rotation", lambda call, _: [call.arguments] * 3)
-    monkeypatch.setattr(bench, "traffic", lambda _: (1_000_000, 0))
+    spec = dataclasses.replace(ops.SPECS[case.op], traffic=lambda _: (1_000_000, 0))
+    monkeypatch.setitem(ops.SPECS, case.op, spec)
     table = lambda: tuned.active(bench.DEVICE)  # noqa: E731
     monkeypatch.setattr(bench, "microseconds", lambda functions: cost(table()) if len(functions) == 3 else 0)
     monkeypatch.setattr(tune, "checker", lambda _: lambda _: "off" if wrong(table()) else None)

@@ -270,7 +270,7 @@ def test_scratch_holds_what_the_kernels_take(config: dict[str, Any], tp: int):
         for name, op in registry.ops().items():
             provider = op.providers.get("triton")
             rehearsal = kernels.Rehearsal(lambda *_: None)
-            for call in model_calls(config, tp, rows, context, op=name) if provider else ():
+            for call in ops.calls(name, config, tp, rows, context) if provider else ():
                 with kernels.rehearse(rehearsal):
                     if provider.accepts is None or provider.accepts(**call.arguments) is None:
                         provider.function(**call.arguments)
@@ -278,9 +278,7 @@ def test_scratch_holds_what_the_kernels_take(config: dict[str, Any], tp: int):
         return total
 
     from sglang_sm120 import kernels, ops, registry
-    from sglang_sm120.model_calls import model_calls
 
-    assert ops.__all__
     graphs = max(taken(rows, 1 << 20) for rows in (1, 16, 64, 256))
     prefill = max(taken(4096, 1 << 17), taken(8192, 1 << 20))
     assert 0 < 4 * graphs + prefill <= memory.SCRATCH

@@ -21,7 +21,7 @@ from sglang_sm120 import ops, streams
 from sglang_sm120.checkpoint.config import ReferenceConfig
 from sglang_sm120.step.target import Target
 from sglang_sm120.streams import Beside
-from sglang_sm120.warmup import SERVED
+from sglang_sm120.warmup import served
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -110,7 +110,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 @pytest.fixture
 def streams_of(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> dict[str, set[int]]:
     """On which streams each op with a Triton kernel has been called."""
-    found: dict[str, set[int]] = {name: set() for name in SERVED}
+    found: dict[str, set[int]] = {name: set() for name in served()}
 
     def noted(name: str, op: Any) -> Any:
         def call(*arguments: Any, **options: Any) -> Any:
@@ -119,7 +119,7 @@ def streams_of(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> dict[str, set[i
 
         return call
 
-    for name in SERVED:
+    for name in served():
         monkeypatch.setattr(ops, name, noted(name, getattr(ops, name)))
     return found
 
@@ -170,7 +170,7 @@ def test_a_captured_pass_has_no_race(
     print(f"operations of each stream: {watch.operations}")
     # Each has scratch of its own, which is taken before a graph is captured.
     beside = {name: len(used) - 1 for name, used in streams_of.items() if len(used) > 1}
-    assert beside == streams.ALTERNATES
+    assert beside == {name: spec.streams for name, spec in ops.SPECS.items() if spec.streams}
     # What attention waits for starts before the blocks of its queries' projection, which are many.
     first = {one.index for one in watch.alternates if one.priority < 0}
     assert streams_of["bf16_linear_fp32"] - {0} <= first and not streams_of["mxfp4_moe"] & first

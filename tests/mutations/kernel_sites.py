@@ -234,7 +234,7 @@ KERNELS = (
         (("torch.cuda.current_stream(device).cuda_stream)", "0)"),), SCRATCH,
     ),
     Mutation(
-        "scratch of too few streams", "of what runs beside the step", "streams.py",
-        (('"fp8_linear": 2}', '"fp8_linear": 1}'),), STREAMS,
+        "scratch of too few streams", "of what runs beside the step", "ops/fp8_linear/spec.py",
+        (("streams=2", "streams=1"),), STREAMS,
     ),
 )  # fmt: skip

@@ -81,8 +81,8 @@ def ops(expression: str) -> Tests:
     return Tests(("tests/ops", "-k", expression))
 
 
-ATTENTION = ops("sparse_mla or gather_dequant_kv")
-PAGES = ops("sparse_mla or gather_dequant_kv or indexer or page")
+ATTENTION = ops("sparse_mla")
+PAGES = ops("sparse_mla or indexer or page")
 INDEXER = ops("indexer or topk_slots")
 MIXING = ops("mhc or sinkhorn")
 EXPERTS = ops("mxfp4 or router")

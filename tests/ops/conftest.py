@@ -9,10 +9,7 @@ import pytest
 import torch
 from cases.common import POISON
 
-from sglang_sm120 import (
-    kernels,
-    sglang_kernels,  # noqa: F401  registers SGLang's kernels, so that a run on a GPU judges them too
-)
+from sglang_sm120 import kernels
 
 
 @pytest.fixture(scope="session", autouse=True)

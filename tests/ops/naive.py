@@ -1,13 +1,12 @@
 """Each op a second time: float64 loops that decode bytes by hand and share no code with the references.
 
-`NAIVE[name]` takes the op's arguments and returns, or writes in place, what the op does.
+The function of an op's name takes the op's arguments and returns, or writes in place, what the op does.
 """
 
 from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -186,15 +185,6 @@ def mxfp4_moe(x, topk_ids, topk_weights, w13, s13, w2, s2, limit):
             if limit is not None:
                 gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
             y[t] += float(topk_weights[t, slot]) * (second @ bf16(silu(gate) * up))
-    return rounded(y)
-
-
-def gather_dequant_kv(pages, slots, lengths, page_size):
-    y = np.zeros((*slots.shape, 512))
-    for t, length in enumerate(lengths.tolist()):
-        for i, slot in enumerate(slots[t, :length].tolist()):
-            if slot >= 0:
-                y[t, i] = kv_vector(pages, slot, page_size)
     return rounded(y)
 
 
@@ -423,33 +413,3 @@ def compress_norm_rope_store(kv, plan, is_decode, ratio, norm_weight, eps, freqs
             kv_store(pages, slot, page_size, entry)
         else:
             indexer_store(pages, slot, page_size, hadamard(entry))
-
-
-NAIVE: dict[str, Callable[..., Any]] = {
-    function.__name__: function
-    for function in (
-        bf16_linear_fp32,
-        compress,
-        compress_decode_plan,
-        compress_norm_rope_store,
-        compress_prefill_plan,
-        fp8_grouped_linear,
-        fp8_linear,
-        gather_dequant_kv,
-        hash_topk,
-        indexer_logits,
-        indexer_q,
-        indexer_topk,
-        k_norm_rope_store,
-        mhc_head,
-        mhc_post,
-        mhc_post_pre,
-        mhc_pre,
-        mxfp4_moe,
-        router_topk,
-        silu_mul_clamp,
-        sinkhorn,
-        sparse_mla,
-        topk_slots,
-    )
-}

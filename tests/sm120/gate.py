@@ -16,11 +16,10 @@ from resources import Resources, read_resources
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-from sglang_sm120 import ops as _ops  # noqa: F401  (importing them registers their providers)
-from sglang_sm120 import registry
+from sglang_sm120 import ops, registry
 from sglang_sm120.checkpoint.config import model_config
 from sglang_sm120.compilation import Job, Kernel, compile_jobs
-from sglang_sm120.model_calls import _CALLS, Call, model_calls
+from sglang_sm120.spec import Call
 
 TPS = (1, 2, 4)
 ROWS = tuple(sorted({2**i + more for i in range(14) for more in (0, 1)} - {8193}))
@@ -45,11 +44,6 @@ class Run(NamedTuple):
     between: set[Name]
 
 
-def triton_ops() -> list[str]:
-    """Ops with a Triton provider."""
-    return sorted(name for name, op in registry.ops().items() if "triton" in op.providers)
-
-
 def all_steps(op: str) -> tuple[Step, ...]:
     """Every (rows, context) of `op`; one context where its arguments do not depend on it."""
     short, long = ([_shapes(call) for call in _calls(op, 1, 1, context)] for context in (CONTEXTS[0], CONTEXTS[-1]))
@@ -64,7 +58,7 @@ def other_steps(op: str) -> tuple[Step, ...]:
 
 def jobs(steps: Callable[[str], tuple[Step, ...]], tps: Iterable[int]) -> list[Job]:
     """One job per op and TP; the TPs of an op, which share kernels, are far apart."""
-    return [Job(model_config(), op, tp, steps(op)) for tp in tps for op in triton_ops() if op in _CALLS]
+    return [Job(model_config(), op, tp, steps(op)) for tp in tps for op in ops.with_triton() if _has_calls(op)]
 
 
 def compile_all(wanted: list[Job], done: Callable[[Job, set[Name]], None]) -> Compiled:
@@ -85,10 +79,10 @@ def lines(compiled: Compiled) -> Iterator[tuple[Key, Resources]]:
     return ((key(*name), use) for name, (_, use) in compiled.items())
 
 
-def uncovered(ops: Mapping[str, registry.Op[..., Any]]) -> list[str]:
-    """Providers of `ops` that the gate does not compile, or that refuse a call of the model: one sentence each."""
+def uncovered(registered: Mapping[str, registry.Op[..., Any]]) -> list[str]:
+    """Providers that the gate does not compile, or that refuse a call of the model: one sentence each."""
     problems = []
-    for name, op in ops.items():
+    for name, op in registered.items():
         problems += [
             f"op {name} has a provider {provider}, and the gate compiles Triton's: teach it the other."
             # SGLang builds and checks its own.
@@ -96,8 +90,8 @@ def uncovered(ops: Mapping[str, registry.Op[..., Any]]) -> list[str]:
         ]
         if "triton" not in op.providers:
             continue
-        if name not in _CALLS:
-            problems.append(f"op {name} has a Triton provider and no call in model_calls: add the model's.")
+        if not _has_calls(name):
+            problems.append(f"op {name} has a Triton provider and no calls in its spec: add the model's.")
             continue
         accepts = op.providers["triton"].accepts
         for tp, step in itertools.product(TPS, ((ROWS[0], CONTEXTS[0]), (ROWS[-1], CONTEXTS[-1]))):
@@ -122,8 +116,12 @@ def kernels_defined(modules: Iterable[Any] | None = None) -> set[tuple[str, str]
     return {(owner[1] if owner else "", f.__name__) for f, owner in owners.items()}
 
 
+def _has_calls(op: str) -> bool:
+    return op in ops.SPECS and ops.SPECS[op].calls is not None
+
+
 def _calls(op: str, tp: int, rows: int, context: int) -> list[Call]:
-    return list(model_calls(model_config(), tp, rows, context, op=op))
+    return list(ops.calls(op, model_config(), tp, rows, context))
 
 
 def _shapes(call: Call) -> list[object]:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gate import Compiled, Run, kernels_defined, lines, triton_ops, uncovered
+from gate import Compiled, Run, kernels_defined, lines, uncovered
 from kernel_table import PATH, RENEW, compare, key, parse, text, worst
 from resources import parameters, races, read_before_wait, refusals, sass
 
-from sglang_sm120 import registry
+from sglang_sm120 import ops, registry
 from sglang_sm120.compilation import use_target
 
 CONSTANTS = {"w", "scale", "fn", "base", "norm_weight", "weight", "bias_ptr", "sink"}
@@ -28,7 +28,7 @@ CONSTANTS = {"w", "scale", "fn", "base", "norm_weight", "weight", "bias_ptr", "s
 def test_every_triton_provider_is_compiled(compiled: Compiled) -> None:
     problems = uncovered(registry.ops())
     assert not problems, "\n".join(problems)
-    assert set(triton_ops()) == {op for op, _, _ in compiled}
+    assert set(ops.with_triton()) == {op for op, _, _ in compiled}
 
 
 def test_sm120_can_run_every_kernel(compiled: Compiled) -> None:

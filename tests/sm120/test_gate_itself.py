@@ -198,8 +198,8 @@ def test_the_registry_is_covered_before_anything_is_planted() -> None:
 @pytest.mark.parametrize(
     ("op", "name", "accepts", "why"),
     [
-        ("planted", "triton", None, "no call in model_calls"),
-        ("hash_topk", "triton", None, "no call in model_calls"),
+        ("planted", "triton", None, "no calls in its spec"),
+        ("hash_topk", "triton", None, "no calls in its spec"),
         ("sinkhorn", "cutlass", None, "provider cutlass"),
         ("sinkhorn", "triton", lambda **_: "not today.", "not today."),
     ],

@@ -16,10 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_sm120 import compilation, kernels, registry, warmup
+from sglang_sm120 import compilation, kernels, ops, registry, warmup
 from sglang_sm120.checkpoint.config import model_config
 from sglang_sm120.limits import MAX_ROWS
-from sglang_sm120.model_calls import model_calls
 from sglang_sm120.ops._pdl_triton import SMALL_GRID
 
 PREFILL_ROWS, CONTEXT = 8192, 1_048_576
@@ -36,11 +35,11 @@ def _missing(
     config: dict[str, Any], tp: int, ep: int, graph_rows: int, sms: int, steps: list[tuple[int, int]]
 ) -> tuple[int, list[str]]:
     """(variants, what `steps` launch or need beyond them); runs in a process whose Triton compiles for sm_120."""
-    found = warmup.variants(config, tp, ep, PREFILL_ROWS, graph_rows, CONTEXT, list(warmup.SERVED), sms)
+    found = warmup.variants(config, tp, ep, PREFILL_ROWS, graph_rows, CONTEXT, list(warmup.served()), sms)
     missing = []
-    for op in warmup.SERVED:
+    for op in warmup.served():
         # A rank's experts: as many as there are for each of `ep`, as wide as a part among the others.
-        ranks, part = (tp // ep, config["n_routed_experts"] // ep) if op == "mxfp4_moe" else (tp, None)
+        ranks, part = (tp // ep, config["n_routed_experts"] // ep) if ops.SPECS[op].by_experts else (tp, None)
         mine = config if part is None else {**config, "n_routed_experts": part}
         for step in steps:
             launched: list[Any] = []
@@ -61,7 +60,7 @@ def _keys(ops: list[str]) -> set[str]:
 def test_keys_of_kernels_do_not_depend_on_the_order_they_are_met_in() -> None:
     """Triton's on-disk cache is shared by processes that meet the kernels in different orders."""
     context = multiprocessing.get_context("spawn")
-    orders = (list(warmup.SERVED), list(reversed(warmup.SERVED)))
+    orders = (list(warmup.served()), list(reversed(warmup.served())))
     found = []
     for order in orders:
         with ProcessPoolExecutor(1, context, compilation.use_target, (120,)) as pool:
@@ -117,7 +116,7 @@ def _fewest_programs(sms: int) -> int:
     kernels.launch = lambda kernel, grid, *args, **options: last.append(math.prod(grid))
     function, fewest = registry.ops()["bf16_linear_fp32"].providers["triton"].function, []
     for rows in range(1, MAX_ROWS + 1):
-        for call in model_calls(model_config(), 2, rows, 65_536, op="bf16_linear_fp32"):
+        for call in ops.calls("bf16_linear_fp32", model_config(), 2, rows, 65_536):
             if "compressor" in call.label:
                 with kernels.rehearse(kernels.Rehearsal(lambda *launch: None, sms)):
                     function(**call.arguments)
@@ -160,8 +159,7 @@ def test_the_warm_up_covers_the_ops_that_the_step_calls() -> None:
     overlay = Path(warmup.__file__).parent
     sources = [*overlay.glob("step/*.py"), overlay / "draft.py"]
     called = {op for path in sources for op in re.findall(r"\bops\.(\w+)\(", path.read_text(encoding="utf-8"))}
-    with_triton = {name for name, op in registry.ops().items() if "triton" in op.providers}
-    assert called & with_triton == set(warmup.SERVED)
+    assert called & set(ops.with_triton()) == set(warmup.served())
 
 
 def test_the_op_that_sglangs_prefill_shares_is_ready_for_its_rows() -> None:
@@ -176,10 +174,11 @@ def test_the_op_that_sglangs_prefill_shares_is_ready_for_its_rows() -> None:
 
 def _lent_rows(config: dict[str, Any], tp: int, rows: int) -> tuple[int, int, set[str], bool]:
     """Variants without and with SGLang's prefill; what calls in between would miss; whether 300 rows find scratch."""
-    given = (config, tp, 1, 256, 256, 4096, [warmup.LENT], kernels.SM120_SMS)
+    lent = [name for name, spec in ops.SPECS.items() if spec.lent]
+    given = (config, tp, 1, 256, 256, 4096, lent, kernels.SM120_SMS)
     step, shared = warmup.variants(*given), warmup.variants(*given, lent_rows=rows)
     found: set[str] = set()
-    job = compilation.Job(config, warmup.LENT, tp, tuple((r, 4096) for r in (257, 300, 700, 1500, 2047)))
+    job = compilation.Job(config, *lent, tp, tuple((r, 4096) for r in (257, 300, 700, 1500, 2047)))
     needed = compilation.rehearse_job(
         job, lambda kernel, args, options, _: found.add(compilation.variant_key(kernel, args, options))
     )

@@ -1,66 +1,71 @@
-"""The ops: each is a contract with a torch reference, and has room for providers."""
+"""The ops: each is a contract with a torch reference, and has room for providers.
+
+A folder here is an op: `__init__.py` its reference, under `Op`; and where there are, `triton.py` and `sglang.py` its
+providers of our kernels and of SGLang's, and `spec.py` what the tools know of it.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any
 
-from .. import kernels
-from .bf16_linear_fp32 import bf16_linear_fp32
-from .compress import compress
-from .compress_decode_plan import compress_decode_plan
-from .compress_norm_rope_store import compress_norm_rope_store
-from .compress_prefill_plan import compress_prefill_plan
-from .fp8_grouped_linear import fp8_grouped_linear
-from .fp8_linear import fp8_linear
-from .gather_dequant_kv import gather_dequant_kv
-from .hash_topk import hash_topk
-from .indexer_logits import indexer_logits
-from .indexer_q import indexer_q
-from .indexer_topk import indexer_topk
-from .k_norm_rope_store import k_norm_rope_store
-from .mhc_head import mhc_head
-from .mhc_post import mhc_post
-from .mhc_post_pre import mhc_post_pre
-from .mhc_pre import mhc_pre
-from .mxfp4_moe import mxfp4_moe
-from .router_topk import router_topk
-from .silu_mul_clamp import silu_mul_clamp
-from .sinkhorn import sinkhorn
-from .sparse_mla import sparse_mla
-from .topk_slots import topk_slots
+import torch
 
-__all__ = [
-    "bf16_linear_fp32",
-    "compress",
-    "compress_decode_plan",
-    "compress_norm_rope_store",
-    "compress_prefill_plan",
-    "fp8_grouped_linear",
-    "fp8_linear",
-    "gather_dequant_kv",
-    "hash_topk",
-    "indexer_logits",
-    "indexer_q",
-    "indexer_topk",
-    "k_norm_rope_store",
-    "mhc_head",
-    "mhc_post",
-    "mhc_post_pre",
-    "mhc_pre",
-    "mxfp4_moe",
-    "router_topk",
-    "silu_mul_clamp",
-    "sinkhorn",
-    "sparse_mla",
-    "topk_slots",
-]
+from .. import kernels, registry
+from ..spec import Call, Inputs, Spec
 
-# Beside a reference lies `triton.py` where the op has a Triton provider; importing it registers it.
-for _name in __all__:
-    if find_spec(f"{__name__}.{_name}.triton"):
-        import_module(f"{__name__}.{_name}.triton")
+if TYPE_CHECKING:
 
-for _module in [module for name, module in sys.modules.items() if name.startswith(f"{__name__}.")]:
-    kernels.fix_cache_keys(_module)
+    def __getattr__(name: str) -> registry.Op[..., Any]: ...
+
+
+SPECS: dict[str, Spec] = {}
+"""By the op's name."""
+
+
+def load() -> None:
+    """Register the ops of the folders in this package's `__path__`."""
+    for name in sorted(module.name for module in iter_modules(__path__) if module.ispkg and module.name not in SPECS):
+        package = f"{__name__}.{name}"
+        op = getattr(import_module(package), name)
+        parts = {part for part in ("triton", "sglang", "spec") if find_spec(f"{package}.{part}")}
+        found = {part: import_module(f"{package}.{part}") for part in sorted(parts)}
+        theirs = "SGLang's CUDA kernel" if "sglang" in parts else None
+        SPECS[name] = found["spec"].SPEC if "spec" in found else Spec(prefill=theirs)
+        globals()[name] = op
+    for imported in [module for name, module in sys.modules.items() if name.startswith(f"{__name__}.")]:
+        kernels.fix_cache_keys(imported)
+
+
+load()
+
+
+def with_triton() -> list[str]:
+    """Names of the ops that have Triton kernels."""
+    return sorted(name for name, op in registry.ops().items() if "triton" in op.providers)
+
+
+def calls(
+    op: str,
+    config: dict[str, Any],
+    tp: int,
+    rows: int,
+    context: int,
+    device: torch.device | str = "meta",
+    seed: int = 0,
+) -> Iterator[Call]:
+    """The calls of an op in one forward pass on one of `tp` ranks; none of an op whose spec has none.
+
+    Args:
+        config: the model's `config.json`.
+        rows: tokens of the step.
+        context: tokens each row can see.
+    """
+    made = SPECS[op].calls if op in SPECS else None
+    if made is not None:
+        for label, arguments in made(Inputs(torch.device(device), seed), config, tp, rows, context):
+            yield Call(op, label, arguments)

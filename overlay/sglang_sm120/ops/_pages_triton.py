@@ -74,13 +74,6 @@ def kv_scale_bytes(scales, FIRST: tl.constexpr, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def e8m0_f32(byte):
-    """2^(byte - 127) for int32 bytes 0 ... 255, NaN for 255."""
-    bits = tl.where(byte == 0, 0x00400000, tl.where(byte == 255, 0x7FC00000, byte << 23))
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def kv_f16(raw, scales, FIRST: tl.constexpr):
     """Bytes [N, 1, 64] of one group to fp16 values [N, 64].
 

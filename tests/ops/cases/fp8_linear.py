@@ -8,7 +8,7 @@ from typing import Any
 
 from sglang_sm120.checkpoint.config import model_config
 from sglang_sm120.formats import e8m0
-from sglang_sm120.model_calls import fp8_linear_shapes
+from sglang_sm120.ops.fp8_linear.spec import shapes
 from sglang_sm120.tolerance import BF16
 
 from .common import Case, Maker
@@ -16,7 +16,7 @@ from .common import Case, Maker
 
 def model_shapes(tp: int) -> list[tuple[int, int]]:
     """(N, K) of every FP8 linear of the model on one of tp ranks."""
-    return list(fp8_linear_shapes(model_config(), tp).values())
+    return list(shapes(model_config(), tp).values())
 
 
 def cases(kind: str) -> Iterator[Case]:

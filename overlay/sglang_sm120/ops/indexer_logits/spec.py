@@ -1,0 +1,58 @@
+"""The model's call of `indexer_logits`, and what the tools know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ...formats import indexer_page
+from ...spec import C4_PAGE, Arguments, Calls, Inputs, Spec, nbytes
+from ...tuned import Shape
+from .triton import TUNED, Config
+
+
+def page_table(make: Inputs, rows: int, entries: int) -> dict[str, torch.Tensor]:
+    pages = -(-entries // C4_PAGE)
+    return {
+        "page_table": make.distinct(rows, pages, pages),
+        "lengths": make.integers(entries, entries + 1, rows),
+    }
+
+
+def arguments(make: Inputs, c: dict[str, Any], rows: int, entries: int) -> dict[str, Any]:
+    heads = c["index_n_heads"]
+    return {
+        "q": make.fp8(rows, heads, c["index_head_dim"]),
+        "weights": make.normal(rows, heads),
+        "pages": make.indexer_pool(entries),
+        **page_table(make, rows, entries),
+        "page_size": C4_PAGE,
+    }
+
+
+def _calls(make: Inputs, c: dict[str, Any], tp: int, rows: int, context: int) -> Calls:
+    yield "c4", arguments(make, c, rows, max(1, context // 4))
+
+
+def traffic(a: Arguments) -> tuple[int, int]:
+    """Bytes and operations: the keys of all entries once."""
+    entries = int(a["lengths"].sum())
+    key = indexer_page.page_bytes(1)
+    return entries // a["q"].shape[0] * key + nbytes(a["q"]), 2 * entries * a["q"].shape[1] * indexer_page.DIM
+
+
+def others(shape: Shape, rows: int, h: Any) -> Iterator[Any]:
+    for block, warps in ((32, 2), (32, 4), (64, 2), (64, 4), (128, 4), (128, 8), (256, 8)):
+        for programs in (2, 4, 8):
+            yield Config(block, programs, warps)
+
+
+SPEC = Spec(
+    calls=_calls,
+    traffic=traffic,
+    tunables={TUNED.name: others},
+    synchronises=True,
+    prefill="TileLang, all scores at once in fp32",
+)

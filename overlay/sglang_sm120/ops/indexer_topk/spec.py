@@ -1,0 +1,31 @@
+"""The model's call of `indexer_topk`, and what the tools know of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...spec import Arguments, Calls, Inputs, Spec
+from ..indexer_logits.spec import SPEC as LOGITS
+from ..indexer_logits.spec import arguments, traffic
+from ..topk_slots.spec import SPEC as SLOTS
+
+
+def _calls(make: Inputs, c: dict[str, Any], tp: int, rows: int, context: int) -> Calls:
+    yield "c4", {**arguments(make, c, rows, max(1, context // 4)), "k": c["index_topk"]}
+
+
+def _aim(a: Arguments, rows: int, context: int) -> tuple[str, float] | None:
+    return ("time_us", 15.0) if rows == 1 and context == 65_536 else None
+
+
+SPEC = Spec(
+    calls=_calls,
+    traffic=traffic,
+    aim=_aim,
+    tunables={**LOGITS.tunables, **SLOTS.tunables},
+    served=True,
+    context=1,
+    scores="indexer_logits",
+    synchronises=True,
+    prefill="TileLang scores, then SGLang's CUDA top-k",
+)

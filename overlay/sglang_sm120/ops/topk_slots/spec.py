@@ -1,0 +1,41 @@
+"""The model's calls of `topk_slots`, and what the tools know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ...spec import C4_PAGE, Arguments, Calls, Inputs, Spec, nbytes
+from ...tuned import Shape
+from ..indexer_logits.spec import page_table
+from .triton import TUNED, WARPS, Config
+
+
+def _calls(make: Inputs, c: dict[str, Any], tp: int, rows: int, context: int) -> Calls:
+    entries = max(1, context // 4)
+    table = page_table(make, rows, entries)
+    logits = make.normal(rows, table["page_table"].shape[1] * C4_PAGE)
+    for k in (512, 1024):
+        yield f"k{k}", {"logits": logits, **table, "k": k, "page_size": C4_PAGE}
+
+
+def _traffic(a: Arguments) -> tuple[int, int]:
+    return nbytes(a["logits"]) + a["lengths"].numel() * a["k"] * 4, 0
+
+
+def others(shape: Shape, rows: int, h: Any) -> Iterator[Any]:
+    for tile, usual in WARPS.items():
+        for warps in (usual, usual // 2, usual * 2):
+            yield Config(tile, warps, h.warps_again)
+        for again in (4, 8, 16, 32):
+            yield Config(tile, usual, again)
+
+
+SPEC = Spec(
+    calls=_calls,
+    traffic=_traffic,
+    tunables={TUNED.name: others},
+    exact=True,
+    synchronises=True,
+    prefill="SGLang's CUDA kernel",
+)

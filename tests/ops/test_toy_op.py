@@ -1,0 +1,137 @@
+"""An op is its folder: one in a folder that the package did not have is found by every tool."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TOY = {
+    "__init__.py": '''
+import torch
+
+from sglang_sm120.registry import Op
+
+
+@Op
+def toy(x: torch.Tensor) -> torch.Tensor:
+    """y int32 [T] = 2 x int32 [T]."""
+    return x * 2
+''',
+    "triton.py": '''
+import torch
+import triton
+import triton.language as tl
+
+from sglang_sm120 import kernels
+from sglang_sm120.ops._pdl_triton import wait
+
+from . import toy
+
+
+@triton.jit
+def _double(x, y, n, BLOCK: tl.constexpr):
+    wait()
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + at, tl.load(x + at, mask=at < n) * 2, mask=at < n)
+
+
+@toy.provider("triton", runs_on="cpu sm90+", default_on="sm120 sm121")
+def toy_triton(x: torch.Tensor) -> torch.Tensor:
+    y = torch.empty_like(x)
+    kernels.launch(_double, (triton.cdiv(x.numel(), 64),), x, y, x.numel(), BLOCK=64)
+    return y
+''',
+    "spec.py": '''
+from sglang_sm120.spec import Spec, nbytes
+
+SPEC = Spec(
+    calls=lambda make, c, tp, rows, context: iter([("twice", {"x": make.integers(0, 100, rows * 100)})]),
+    traffic=lambda a: (2 * nbytes(a["x"]), a["x"].numel()),
+    served=True,
+    exact=True,
+    prefill="nothing",
+)
+''',
+}
+PATHS = ("launch", "reference", "evals", "bench", "tests/ops", "tests/sm120")
+START = """
+import json, sys
+from sglang_sm120 import compilation
+if {compiles}:
+    compilation.use_target(120)
+from sglang_sm120 import ops
+ops.__path__.append({folder!r})
+ops.load()
+"""
+COMPILING = {
+    "gate and its table": (
+        """
+import gate, kernel_table, resources
+(job,) = (job for job in gate.jobs(lambda op: gate.SAMPLE, [1]) if job.op == "toy")
+(kernel,), _ = compilation.compile_job(job)
+needs = resources.read_resources(kernel.cubin, kernel.shared)
+lines = gate.lines({(kernel.op, kernel.name, kernel.variant): (kernel, needs)})
+rows = [row for row in kernel_table.text(kernel_table.worst(lines)).splitlines() if row.startswith("| toy | `_double`")]
+print(json.dumps([("toy", "_double") in gate.kernels_defined(), gate.uncovered(ops.registry.ops()), len(rows)]))
+""",
+        [True, [], 1],
+    ),
+    "warm-up": (
+        """
+from sglang_sm120 import warmup
+from sglang_sm120.checkpoint.config import model_config
+launches = warmup.variants(model_config(), 1, 1, 64, 8, 256, ["toy"], 188).launches
+print(json.dumps(["toy" in warmup.served(), sorted({kernel.fn.__name__ for kernel, *_ in launches.values()})]))
+""",
+        [True, ["_double"]],
+    ),
+}
+RUNNING = {
+    "bench": (
+        """
+import calls
+(call,) = ops.calls("toy", {}, 1, 3, 128, "cpu")
+problem = calls._first_difference("toy", calls.triton_result(call), calls.reference_result(call))
+print(json.dumps(["toy" in ops.with_triton(), ops.SPECS["toy"].traffic(call.arguments), problem]))
+""",
+        [True, [2400, 300], None],
+    ),
+    "parity": (
+        """
+import test_parity
+(found,) = [p.values for p in test_parity.parameters() if p.values[0] == "toy"]
+test_parity.test_parity(*found, 0)
+print(json.dumps(found[1]))
+""",
+        "triton",
+    ),
+    "kernels": (
+        """
+from sglang_sm120_launch import kernels
+import argparse
+kernels.run(argparse.Namespace(device="sm120", json=True))
+""",
+        {"op": "toy", "provider": "triton", "chosen": True, "why": "default on sm120", "prefill": "nothing"},
+    ),
+}
+
+
+@pytest.mark.parametrize("tool", [*COMPILING, *RUNNING])
+def test_a_tool_finds_it(tool: str, tmp_path: Path) -> None:
+    (tmp_path / "toy").mkdir()
+    for name, text in TOY.items():
+        (tmp_path / "toy" / name).write_text(text, encoding="utf-8")
+    ask, expected = (COMPILING | RUNNING)[tool]
+    code = START.format(compiles=tool in COMPILING, folder=str(tmp_path)) + ask
+    path = os.pathsep.join(str(ROOT / folder) for folder in PATHS)
+    env = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert expected == found or expected in found
