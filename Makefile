@@ -113,7 +113,7 @@ test: setup
 	timed lint $(MAKE) --no-print-directory PYTHON= lint
 	timed patches $(VENV) -m pytest tests/patches -n 2 --dist loadfile
 	timed "ops and sm120" $(VENV) -m pytest tests/gpu tests/ops tests/sm120 -n 2 --dist loadfile
-	timed "evals and launch" $(VENV) -m pytest tests/evals tests/launch tests/mutations -n 2 --dist loadfile
+	timed "evals and launch" $(VENV) -m pytest tests/docs tests/evals tests/launch tests/mutations -n 2 --dist loadfile
 	timed model env OMP_NUM_THREADS=1 $(VENV) -m pytest $(filter-out $(SERVERS),$(wildcard tests/model/test_*.py)) \
 	    -n 2 --dist loadfile
 	timed servers $(VENV) -m pytest $(SERVERS)

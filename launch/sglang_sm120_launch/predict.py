@@ -19,7 +19,7 @@ BANDWIDTH = {
 }  # fmt: skip
 """GB/s as the maker says, by NVML's name; of the RTX PRO 6000 Server Edition sources disagree."""
 SHARE = 0.854
-"""Of it that a copy reached on an H200 (4.10 TB/s, docs/kernel-times.md)."""
+"""Of it that a copy reached on an H200 (4.10 TB/s, results/2026-11-22-h200-0.5.12/kernel-times.md)."""
 LAYERS = 43
 REST_MS = {1: 2.47, 2: 3.61, 4: 2.95, 8: 1.80, 16: -0.30, 32: -0.11}
 """Of LAYERS layers, from results/2026-11-29-h200/one-run-with-sglang.json (SM120 lowering, 128 experts, TP 1). Negative
