@@ -122,7 +122,7 @@ def rehearse_job(job: Job, compile: Callable[[Any, tuple[Any, ...], dict[str, An
             label = f"{call.label} tp{job.tp} rows{rows} context{context}"
             rehearsal.compile = partial(_with_label, compile, label)
             with kernels.rehearse(rehearsal), tuned.using(job.table):
-                if provider.accepts is None or provider.accepts(**call.arguments) is None:
+                if provider.refusal(call.arguments) is None:
                     provider.function(**call.arguments)
     return rehearsal.scratch
 

@@ -73,7 +73,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
 
 def registers(warps: int, resident: int = 8) -> int:
-    """`maxnreg` of a kernel with `warps` a block of which a processor is to hold `resident` warps at once.
+    """`maxnreg` of a kernel with `warps` a block of which an SM is to hold `resident` warps at once.
 
     Left to itself, ptxas may spill to make room for more than its shared memory allows, or take a few registers more
     than the next block needs. SM120's shared memory holds eight warps of most tiles, a Hopper card's sixteen.

@@ -17,8 +17,8 @@ import inspect
 import logging
 import os
 import re
-from collections.abc import Callable
-from typing import Generic, NamedTuple, ParamSpec, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
@@ -47,13 +47,19 @@ class ProviderError(ValueError):
 
 
 class Provider(NamedTuple):
-    """One implementation of an op. `accepts` takes the op's arguments and returns None or why not."""
+    """One implementation of an op. `accepts` takes those of the op's arguments that it names; None, or why not."""
 
     name: str
     function: Callable
     runs_on: str
     default_on: str
     accepts: Callable[..., str | None] | None
+
+    def refusal(self, arguments: Mapping[str, Any]) -> str | None:
+        """Why the provider does not take a call with these arguments, or None."""
+        if self.accepts is None:
+            return None
+        return self.accepts(**{name: arguments[name] for name in _named(self.accepts) if name in arguments})
 
 
 class Choice(NamedTuple):
@@ -84,6 +90,7 @@ class Op(Generic[P, R]):
         self.name = reference.__name__
         self.reference = reference
         self.providers = {TORCH: Provider(TORCH, reference, "cpu sm0+", "", None)}
+        self._parameters = _named(reference)
         if self.name in _ops:
             raise ProviderError(f"op {self.name} is already registered; give the second one another name.")
         _ops[self.name] = self
@@ -111,6 +118,8 @@ class Op(Generic[P, R]):
                     f"provider {name} of op {self.name} takes {found} and needs {expected}; "
                     "make its signature equal the reference's."
                 )
+            if unknown := set(_named(accepts) if accepts else ()) - set(self._parameters):
+                raise ProviderError(f"accepts of provider {name} of op {self.name} names {sorted(unknown)}, not its.")
             for kinds in (runs_on, default_on):
                 _matches(kinds, "cpu")
             self.providers[name] = Provider(name, function, runs_on, default_on, accepts)
@@ -123,7 +132,7 @@ class Op(Generic[P, R]):
         choice = _choose(self.name, _kind_of(args, kwargs))
         provider = choice.provider
         if provider.accepts is not None:
-            refusal = provider.accepts(*args, **kwargs)
+            refusal = provider.refusal({**dict(zip(self._parameters, args, strict=False)), **kwargs})
             if refusal is not None:
                 if choice.asked:
                     raise ProviderError(f"provider {provider.name} of op {self.name} refuses: {refusal}")
@@ -252,6 +261,11 @@ def _matches(kinds: str, kind: str) -> bool:
         floor, plus = match.groups()
         found |= entry == kind or (plus == "+" and kind.startswith("sm") and int(kind[2:]) >= int(floor))
     return found
+
+
+@functools.cache
+def _named(function: Callable) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
 
 
 def _parameters(function: Callable) -> list[str]:

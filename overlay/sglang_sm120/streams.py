@@ -1,7 +1,7 @@
 """Parts of a layer that need nothing of each other run beside each other, on streams of the step's own.
 
 SGLang's alternate streams have no priority: the small kernels of the compressors and the indexer would wait there until
-a large projection has left the processors, and attention for them.
+a large projection has left the SMs, and attention for them.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sglang_sm120.ops._linear_triton import scaled_sum
+from sglang_sm120.ops._arithmetic import scaled_sum
 from sglang_sm120.ops._mhc_triton import _rounded, _stream, _two_bf16
 from sglang_sm120.ops._sinkhorn_triton import _reciprocal
 from sglang_sm120.ops.mxfp4_moe.grouped import dequantise

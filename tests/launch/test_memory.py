@@ -272,7 +272,7 @@ def test_scratch_holds_what_the_kernels_take(config: dict[str, Any], tp: int):
             rehearsal = kernels.Rehearsal(lambda *_: None)
             for call in ops.calls(name, config, tp, rows, context) if provider else ():
                 with kernels.rehearse(rehearsal):
-                    if provider.accepts is None or provider.accepts(**call.arguments) is None:
+                    if provider.refusal(call.arguments) is None:
                         provider.function(**call.arguments)
             total += sum(rehearsal.scratch.values())
         return total

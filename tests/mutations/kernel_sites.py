@@ -149,7 +149,7 @@ KERNELS = (
         ((" - 127, -24), 15)", " - 127, -24), 6)"),), ATTENTION,
     ),
     Mutation(
-        "scale exponent off by one", "FP8 linears, Triton", "ops/_linear_triton.py",
+        "scale exponent off by one", "FP8 linears, Triton", "ops/_arithmetic.py",
         (("wide << 23", "(wide + 1) << 23"),), SCALES,
     ),
     Mutation(

@@ -235,7 +235,7 @@ def indexer_logits(q, weights, pages, page_table, lengths, page_size=64):
     return out(y)
 
 
-def topk_slots(logits, lengths, page_table, k, page_size=64, out=None, raw_out=None, scratch=None):
+def topk_slots(logits, lengths, page_table, k, page_size=64, out=None, raw_out=None):
     rows = logits.shape[0]
     slots, entries = (np.full((rows, k if out is None else out.shape[1]), -1) for _ in range(2))
     for t, length in enumerate(lengths.tolist()):

@@ -93,10 +93,9 @@ def uncovered(registered: Mapping[str, registry.Op[..., Any]]) -> list[str]:
         if not _has_calls(name):
             problems.append(f"op {name} has a Triton provider and no calls in its spec: add the model's.")
             continue
-        accepts = op.providers["triton"].accepts
         for tp, step in itertools.product(TPS, ((ROWS[0], CONTEXTS[0]), (ROWS[-1], CONTEXTS[-1]))):
             for call in _calls(name, tp, *step):
-                refusal = accepts(**call.arguments) if accepts is not None else None
+                refusal = op.providers["triton"].refusal(call.arguments)
                 if refusal is not None:
                     problems.append(f"op {name} refuses {call.label} at TP {tp}, {step[0]} rows: {refusal}")
     return problems

@@ -1,6 +1,6 @@
 """Which kernel of `_linear_triton` computes a call, and in which tiles: a heuristic, and what a table may say instead.
 
-A processor of SM120 has 100 KiB of shared memory, a Hopper card's 228: of blocks with 64 KiB it keeps one where that
+An SM of SM120 has 100 KiB of shared memory, a Hopper card's 228: of blocks with 64 KiB it keeps one where that
 card keeps three. FP8 tiles of more than 16 rows were chosen on such a card with 100 KiB in force
 (`bench/bench.py --shared-memory sm120`).
 """
@@ -25,8 +25,8 @@ SMALL = 1 << 25
 FEW_ROWS = 16
 STAGING_BYTES = 98_304
 """Shared memory for tiles in flight; the rest of the 101,376 bytes is for the results' way out."""
-PROCESSOR_BYTES = 100 << 10
-"""Shared memory that a processor of SM120 has for all its blocks."""
+SM_BYTES = 100 << 10
+"""Shared memory that an SM of SM120 has for all its blocks."""
 PARTS_BYTES = 256 << 20
 """Scratch that a table may ask for."""
 
@@ -53,7 +53,7 @@ def _padded(k: int) -> int:
 
 
 def config(rows: int, groups: int, n: int, k: int, size: int, sms: int) -> Config:
-    """The configuration for `rows` rows, weights [groups, n, k] of `size` bytes each, on `sms` processors.
+    """The configuration for `rows` rows, weights [groups, n, k] of `size` bytes each, on `sms` SMs.
 
     It depends on rows only through a few buckets, each of which is compiled once.
     """
@@ -81,7 +81,7 @@ def config(rows: int, groups: int, n: int, k: int, size: int, sms: int) -> Confi
         elif bm == 8 and 8 <= blocks_k < 16:
             warps_k = 2
         steps = triton.cdiv(blocks_k, warps_k)
-        # A processor's only tile gains from as many steps ahead as fit, one whose steps are then all in flight from 3.
+        # An SM's only tile gains from as many steps ahead as fit, one whose steps are then all in flight from 3.
         deep = 4 if programs < sms else 3 if bm == 8 and bn == 16 and steps <= 4 else 2
         stage = warps_k * fp8_block.BLOCK * (bn * size + bm * 2)
         stages = 1 + min(deep, STAGING_BYTES // stage, steps)
@@ -99,12 +99,12 @@ def _many_rows(rows: int, groups: int, n: int, blocks_k: int, size: int, sms: in
         if size == 1 and (blocks_k >= 16 or groups * triton.cdiv(n, 128) * 2 > sms):
             kernel, bn = "tma", 128
     elif size == 1:
-        # A scale serves a whole step. 64 rows in 4 warps would be faster where a processor holds two such blocks.
+        # A scale serves a whole step. 64 rows in 4 warps would be faster where an SM holds two such blocks.
         kernel, bk, stages = "tma", 128, 3
     # Rounded up to a power of two, so that neighbouring row counts share a kernel.
     tiles = triton.next_power_of_2(triton.cdiv(rows, bm)) * triton.cdiv(n, bn) * groups
     split = 1
-    alone = 2 * (stages - 1) * (bm * 2 + bn * size) * bk > PROCESSOR_BYTES
+    alone = 2 * (stages - 1) * (bm * 2 + bn * size) * bk > SM_BYTES
     while blocks_k // (split * 2) >= 4:
         # Adding parts takes a kernel, adding more of them little more.
         programs = sms if alone else sms * 2 if size == 1 and split > 1 else sms * 3 // 2

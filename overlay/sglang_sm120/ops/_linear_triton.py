@@ -9,7 +9,7 @@ Few rows are a question of bytes in flight, many rows one of conversions per ten
                     own part of K (the batch dimension of a 3D dot) and the warps' sums meet once, at the end (9 and
                     more of a short K: the next)
     more            `_many_rows`: a tiled GEMM; x is the A operand so that few warps convert the same weight. Where
-                    the tiles leave processors idle, K is split and `_add_parts` adds the parts in a fixed order
+                    the tiles leave SMs idle, K is split and `_add_parts` adds the parts in a fixed order
     33 and more     `_many_rows_tma`: the same for FP8 weights, tiles brought by TMA. It needs no address registers,
                     so that 128 of K a step fit in (with pointers that spills), and one thread asks for a whole tile
 
@@ -29,8 +29,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import kernels
 from ..formats import e8m0, fp8_block
+from ._arithmetic import dot, e8m0_value, scaled_sum, to_bf16
 from ._linear_config import TUNED, config
-from ._pdl_triton import INTERPRETED, wait
+from ._pdl_triton import wait
 
 __all__ = ["linear", "refusal"]
 
@@ -84,7 +85,7 @@ def linear(
     if scale is not None:
         form, s = (FP32.value, scale) if scale.dtype == torch.float32 else (E8M0.value, e8m0.scale_bytes(scale))
     y = torch.empty((rows, groups, n), dtype=dtype, device=x.device)
-    # At least 8 processors, for the interpreter, whose one would never split K.
+    # At least 8 SMs, for the interpreter, whose one would never split K.
     c = config(rows, groups, n, k, w.element_size(), max(8, kernels.multiprocessors(x.device)))
     c = TUNED.choose(x.device, (groups, n, k, w.element_size()), rows, c)
     # Without a norm no kernel reads its weight, and needs a pointer all the same.
@@ -149,44 +150,6 @@ def _normalised(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tens
         _norm, (rows,), x, x.stride(0), weight, y, eps, N=k, X_STEP=x.stride(2) if k > 1 else 1, NP=padded, num_warps=4
     )
     return y
-
-
-@triton.jit
-def to_bf16(value):
-    """fp32 to the nearest bf16; Triton's interpreter would truncate, so there the bits are rounded first."""
-    if INTERPRETED:
-        bits = value.to(tl.int32, bitcast=True)
-        value = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
-    return value.to(tl.bfloat16)
-
-
-@triton.jit
-def dot(a, b):
-    """fp32 a b of bf16 tiles; Triton's interpreter has no bf16 dot."""
-    if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    return tl.dot(a, b)
-
-
-@triton.jit
-def scaled_sum(product, factor, acc):
-    """product * factor + acc, rounded once.
-
-    In assembly, since LLVM would pair the FMAs for SM120's two-wide ones and move every accumulator back and forth.
-    """
-    if INTERPRETED:
-        return product * factor + acc
-    return tl.inline_asm_elementwise(
-        "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [product, factor, acc], dtype=tl.float32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
-def e8m0_value(bits):
-    """fp32 2^(e - 127) of exponent bytes: 2^-127 is subnormal, byte 255 is NaN."""
-    wide = bits.to(tl.int32)
-    wide = tl.where(wide == 0, 0x00400000, tl.where(wide == 255, 0x7FC00000, wide << 23))
-    return wide.to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .. import kernels
-from ._linear_triton import dot, scaled_sum, to_bf16
+from ._arithmetic import dot, scaled_sum, to_bf16
 from ._pdl_triton import INTERPRETED, LINE, prefetch, wait
 from ._sinkhorn_triton import four_columns, plus_dot, sinkhorn
 

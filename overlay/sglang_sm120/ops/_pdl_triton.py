@@ -19,7 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 SMALL_GRID: tl.constexpr = tl.constexpr(4)
-"""Programs of a kernel beside which the next one finds the processors evenly free."""
+"""Programs of a kernel beside which the next one finds the SMs evenly free."""
 LINE: tl.constexpr = tl.constexpr(128)
 """Bytes that one prefetch brings into the L2."""
 
@@ -29,7 +29,7 @@ def wait(NEXT_IS_SMALL: tl.constexpr = False):
     """Wait until the kernels before have ended and what they wrote is visible, then maybe let the next one's blocks
     start: beside a small kernel, or if the next one is known to be small.
 
-    Blocks of a large kernel that start beside another crowd on the processors it leaves first, which costs more than
+    Blocks of a large kernel that start beside another crowd on the SMs it leaves first, which costs more than
     their early start gains. They do not start before this kernel has waited, so that the next one, too, may rely on the
     end of all kernels but this one.
     """

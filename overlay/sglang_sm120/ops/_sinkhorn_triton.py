@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._linear_triton import scaled_sum
+from ._arithmetic import scaled_sum
 from ._pdl_triton import INTERPRETED
 
 __all__ = ["four_columns", "plus_dot", "sinkhorn"]

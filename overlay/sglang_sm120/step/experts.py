@@ -19,7 +19,7 @@ def experts(e: Experts, x: torch.Tensor, input_ids: torch.Tensor, beside: Beside
         weights, ids = ops.hash_topk(logits, input_ids, e.tid2eid)
     else:
         weights, ids = ops.router_topk(logits, e.bias, e.topk)
-    # Not from the start: the gate and the router are short, and would wait for processors and memory beside it.
+    # Not from the start: the gate and the router are short, and would wait for SMs and memory beside it.
     chosen = beside.mark()
     routed = ops.mxfp4_moe(x, local(ids, e), weights, *e.weights, e.limit)
     with beside.on(SHARED, chosen):

@@ -10,7 +10,7 @@ from . import bf16_linear_fp32
 __all__ = ["bf16_linear_fp32_triton"]
 
 
-def _accepts(x: torch.Tensor, w: torch.Tensor, dtype: torch.dtype = torch.float32) -> str | None:
+def _accepts(w: torch.Tensor, dtype: torch.dtype = torch.float32) -> str | None:
     if dtype not in (torch.float32, torch.bfloat16):
         return f"dtype is {dtype} and needs torch.float32 or torch.bfloat16."
     return refusal(w, None)

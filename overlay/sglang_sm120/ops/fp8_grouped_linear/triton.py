@@ -10,7 +10,7 @@ from . import fp8_grouped_linear
 __all__ = ["fp8_grouped_linear_triton"]
 
 
-def _accepts(o: torch.Tensor, w: torch.Tensor, scale: torch.Tensor) -> str | None:
+def _accepts(w: torch.Tensor, scale: torch.Tensor) -> str | None:
     return refusal(w, scale)
 
 

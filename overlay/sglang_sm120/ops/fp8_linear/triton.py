@@ -10,13 +10,7 @@ from . import fp8_linear
 __all__ = ["fp8_linear_triton"]
 
 
-def _accepts(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    scale: torch.Tensor,
-    norm_weight: torch.Tensor | None = None,
-    eps: float = 0.0,
-) -> str | None:
+def _accepts(w: torch.Tensor, scale: torch.Tensor, norm_weight: torch.Tensor | None = None) -> str | None:
     if norm_weight is not None and not norm_weight.is_contiguous():
         return f"norm_weight has stride {norm_weight.stride()} and needs to be contiguous."
     return refusal(w, scale)

@@ -111,7 +111,7 @@ def _score(
 
 
 class Config(NamedTuple):
-    """Entries that a program scores at once, programs per processor, and warps."""
+    """Entries that a program scores at once, programs per SM, and warps."""
 
     block: int = 128
     programs_per_sm: int = 4
@@ -171,7 +171,7 @@ def score(
 
 
 def refusal(
-    q: torch.Tensor, weights: torch.Tensor, pages: torch.Tensor, page_table: torch.Tensor, page_size: int
+    q: torch.Tensor, weights: torch.Tensor, pages: torch.Tensor, page_table: torch.Tensor, page_size: int = 64
 ) -> str | None:
     """Why these arguments cannot be scored here, or None."""
     if q.dtype != torch.float8_e4m3fn or q.dim() != 3 or q.shape[2] != indexer_page.DIM or q.stride(2) != 1:
@@ -183,18 +183,7 @@ def refusal(
     return pool_refusal("pages", pages, indexer_page.page_bytes(page_size))
 
 
-def _accepts(
-    q: torch.Tensor,
-    weights: torch.Tensor,
-    pages: torch.Tensor,
-    page_table: torch.Tensor,
-    lengths: torch.Tensor,
-    page_size: int = 64,
-) -> str | None:
-    return refusal(q, weights, pages, page_table, page_size)
-
-
-@indexer_logits.provider("triton", runs_on="cpu sm90+", default_on="sm120 sm121", accepts=_accepts)
+@indexer_logits.provider("triton", runs_on="cpu sm90+", default_on="sm120 sm121", accepts=refusal)
 def indexer_logits_triton(
     q: torch.Tensor,
     weights: torch.Tensor,

@@ -19,15 +19,7 @@ LOGITS_BYTES = 32 << 20
 
 
 def _accepts(
-    q: torch.Tensor,
-    weights: torch.Tensor,
-    pages: torch.Tensor,
-    page_table: torch.Tensor,
-    lengths: torch.Tensor,
-    k: int,
-    page_size: int = 64,
-    out: torch.Tensor | None = None,
-    raw_out: torch.Tensor | None = None,
+    q: torch.Tensor, weights: torch.Tensor, pages: torch.Tensor, page_table: torch.Tensor, k: int, page_size: int = 64
 ) -> str | None:
     reason = scoring_refusal(q, weights, pages, page_table, page_size)
     return reason or selection_refusal(page_table.shape[1] * page_size, k)

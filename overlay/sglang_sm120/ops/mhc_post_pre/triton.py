@@ -10,16 +10,7 @@ from . import mhc_post_pre
 __all__ = ["mhc_post_pre_triton"]
 
 
-def _accepts(
-    f: torch.Tensor,
-    x: torch.Tensor,
-    post: torch.Tensor,
-    comb: torch.Tensor,
-    fn: torch.Tensor,
-    scale: torch.Tensor,
-    base: torch.Tensor,
-    **options: object,
-) -> str | None:
+def _accepts(f: torch.Tensor, x: torch.Tensor, post: torch.Tensor, comb: torch.Tensor, fn: torch.Tensor) -> str | None:
     return contiguous(f=f, x=x, post=post, comb=comb, fn=fn)
 
 

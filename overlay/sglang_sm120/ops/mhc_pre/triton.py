@@ -10,9 +10,7 @@ from . import mhc_pre
 __all__ = ["mhc_pre_triton"]
 
 
-def _accepts(
-    x: torch.Tensor, fn: torch.Tensor, scale: torch.Tensor, base: torch.Tensor, **options: object
-) -> str | None:
+def _accepts(x: torch.Tensor, fn: torch.Tensor) -> str | None:
     return contiguous(x=x, fn=fn)
 
 

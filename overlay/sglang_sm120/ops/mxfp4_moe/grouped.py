@@ -17,6 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .._arithmetic import dot
 from .._pdl_triton import wait
 from . import LARGEST_SCALE_BYTE as _LARGEST_SCALE_BYTE
 
@@ -109,14 +110,6 @@ def _bf16(word):
 
 
 @triton.jit
-def _dot(w, x, acc, ASM: tl.constexpr):
-    if ASM:
-        return tl.dot(w, x, acc)
-    else:  # the interpreter has no bf16 dot
-        return tl.dot(w, x.to(tl.float32), acc, input_precision="ieee")
-
-
-@triton.jit
 def product(
     w, s, x, column_live, R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, DEPTH: tl.constexpr,
     PLANE: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
@@ -164,10 +157,10 @@ def add_step(
         x1 = _bf16(four >> 16)
         x2 = _bf16(four >> 32)
         x3 = _bf16(four >> 48)
-    acc = _dot(w0, x0, acc, ASM)
-    acc = _dot(w1, x1, acc, ASM)
-    acc = _dot(w2, x2, acc, ASM)
-    return _dot(w3, x3, acc, ASM)
+    acc = dot(w0, x0, acc)
+    acc = dot(w1, x1, acc)
+    acc = dot(w2, x2, acc)
+    return dot(w3, x3, acc)
 
 
 @triton.jit

@@ -22,7 +22,7 @@ import triton.language as tl
 from ... import kernels, tuned
 from ...formats import e8m0
 from ...formats.experts import MULTIPLE, refusal
-from .._linear_triton import scaled_sum, to_bf16
+from .._arithmetic import scaled_sum, to_bf16
 from .._pdl_triton import wait
 from . import mxfp4_moe
 from .grouped import (
@@ -277,15 +277,9 @@ def _sum_slots(
 
 
 def _accepts(
-    x: torch.Tensor,
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor,
-    w13: torch.Tensor,
-    s13: torch.Tensor,
-    w2: torch.Tensor,
-    s2: torch.Tensor,
-    limit: float | None,
-) -> str | None:
+    x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, w13: torch.Tensor, s13: torch.Tensor,
+    w2: torch.Tensor, s2: torch.Tensor,
+) -> str | None:  # fmt: skip
     for name, tensor in (("x", x), ("topk_ids", topk_ids), ("topk_weights", topk_weights)):
         if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             return f"{name} has stride {tensor.stride(-1)} in its last dimension and needs 1."

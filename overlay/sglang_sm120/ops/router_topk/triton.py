@@ -67,9 +67,7 @@ def _route(
     tl.store(ids_ptr + out, ids, mask=mask)
 
 
-def _accepts(
-    router_logits: torch.Tensor, correction_bias: torch.Tensor, k: int, renormalize: bool = True
-) -> str | None:
+def _accepts(router_logits: torch.Tensor, correction_bias: torch.Tensor) -> str | None:
     if router_logits.dtype != torch.float32 or correction_bias.dtype != torch.float32:
         return f"logits are {router_logits.dtype}, bias {correction_bias.dtype}, and both need torch.float32."
     if router_logits.stride(1) != 1:

@@ -10,7 +10,7 @@ from . import sinkhorn
 __all__ = ["sinkhorn_triton"]
 
 
-def _accepts(mixes: torch.Tensor, scale: torch.Tensor, base: torch.Tensor, iters: int, eps: float) -> str | None:
+def _accepts(mixes: torch.Tensor) -> str | None:
     return contiguous(mixes=mixes)
 
 

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from ... import kernels
 from ...formats import kv_page
-from .._linear_triton import to_bf16
+from .._arithmetic import to_bf16
 from .._pages_triton import kv_bytes, kv_f16, kv_rope, kv_scales, kv_slots, pool_refusal
 from .._pdl_triton import wait
 from . import sparse_mla
@@ -327,21 +327,10 @@ def _splits(programs: int, blocks: int, slots: int) -> int:
 
 
 def _accepts(
-    q: torch.Tensor,
-    window_pages: torch.Tensor,
-    window_slots: torch.Tensor,
-    window_lengths: torch.Tensor,
-    window_page_size: int,
-    extra_pages: torch.Tensor | None,
-    extra_slots: torch.Tensor | None,
-    extra_lengths: torch.Tensor | None,
-    extra_page_size: int | None,
-    sink: torch.Tensor,
-    scale: float,
+    q: torch.Tensor, window_pages: torch.Tensor, window_slots: torch.Tensor, window_page_size: int,
+    extra_pages: torch.Tensor | None, extra_slots: torch.Tensor | None, extra_page_size: int | None,
     freqs_cis: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
-    q_eps: float | None = None,
-) -> str | None:
+) -> str | None:  # fmt: skip
     if q.dtype != torch.bfloat16 or q.dim() != 3 or q.shape[2] != kv_page.DIM or q.stride(2) != 1:
         return f"q is {q.dtype} {list(q.shape)} and needs bfloat16 [rows, heads, {kv_page.DIM}], channels adjacent."
     pools = [("window", window_pages, window_slots, window_page_size)]

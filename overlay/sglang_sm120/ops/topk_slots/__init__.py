@@ -18,7 +18,6 @@ def topk_slots(
     page_size: int = 64,
     out: torch.Tensor | None = None,
     raw_out: torch.Tensor | None = None,
-    scratch: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Slots int32 [T, k] of the k largest of logits fp32 [T, S] among the first lengths int [T], ascending by
     entry.
@@ -28,7 +27,7 @@ def topk_slots(
     int32 [T, M].
 
     out and raw_out int32 [T, >= k], if given, receive the slots and the entries themselves, -1 beyond k; out
-    is then the result. scratch is memory for providers that need some; the reference does not.
+    is then the result.
     """
     index = _topk(logits, lengths, k)
     column = (index // page_size).clamp(min=0)

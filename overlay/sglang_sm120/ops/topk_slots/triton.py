@@ -31,7 +31,7 @@ LEAST_PART = 512
 MOST_PARTS = 8
 """Programs that share a tile: each searches all of it, since finding places costs more, and places its part."""
 MOST_PROGRAMS = 64
-"""Up to which tiles are shared, so that each program has a processor of its own."""
+"""Up to which tiles are shared, so that each program has an SM of its own."""
 STEP: tl.constexpr = tl.constexpr(512)
 LOWEST: tl.constexpr = tl.constexpr(-(2**31))
 FLIP: tl.constexpr = tl.constexpr(0x7FFFFFFF)
@@ -309,7 +309,7 @@ def _handed_on(width: int, k: int, tile: int) -> int:
 
 
 def config(rows: int, width: int, k: int, sms: int) -> Config:
-    """How `rows` rows of `width` entries are searched on `sms` processors."""
+    """How `rows` rows of `width` entries are searched on `sms` SMs."""
     tile = tile_size(rows, width, k, sms)
     return Config(tile, WARPS[tile], WARPS[min(_handed_on(width, k, tile), LARGEST_TILE)])
 
@@ -396,16 +396,7 @@ def refusal(width: int, k: int) -> str | None:
     return None
 
 
-def _accepts(
-    logits: torch.Tensor,
-    lengths: torch.Tensor,
-    page_table: torch.Tensor,
-    k: int,
-    page_size: int = 64,
-    out: torch.Tensor | None = None,
-    raw_out: torch.Tensor | None = None,
-    scratch: torch.Tensor | None = None,
-) -> str | None:
+def _accepts(logits: torch.Tensor, page_table: torch.Tensor, k: int) -> str | None:
     if logits.dtype != torch.float32 or (logits.shape[1] > 1 and logits.stride(1) != 1):
         return f"logits are {logits.dtype} and need float32 with adjacent columns."
     if page_table.dtype != torch.int32 or (page_table.shape[1] > 1 and page_table.stride(1) != 1):
@@ -422,9 +413,7 @@ def topk_slots_triton(
     page_size: int = 64,
     out: torch.Tensor | None = None,
     raw_out: torch.Tensor | None = None,
-    scratch: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Contract in `topk_slots`; scratch comes from the op's own, the caller's is not used."""
     out = output(out, raw_out, logits.shape[0], k, logits.device)
     choose(logits, lengths, page_table, k, page_size, out, raw_out)
     return out
