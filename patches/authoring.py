@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
 import io
 import json
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Dict, List, Set, Tuple
+from typing import Dict, List, Tuple
 
 import atomic
+import doors
 from series import LOCK, Refused, Series, Site, placed_series, released, run_patches, sha256
 
 # In the order in which they are applied.
@@ -19,7 +19,6 @@ GROUPS = ("core", "fixes", "cpu", "speed")
 # 26 and 350 would do for the step alone; the rest are repairs of the group fixes, which leave as SGLang takes them.
 MAX_PATCHES = 30
 MAX_ADDED_LINES = 420
-HOOKS = "sglang_sm120.hooks"
 FIELDS = ("Description", "Origin", "Forwarded", "Applies-To", "Drop-When")
 MAX_CHANGED_LINES = 40
 MAX_FILES = 4
@@ -29,7 +28,6 @@ CONTEXT = 3
 Change = Tuple[int, int, int, int]
 # A patch redirects, the overlay computes: an added line defines no function, class or kernel.
 DEFINITION = re.compile(r"\s*(async\s+def|def|class)\s|.*(@\s*(triton|tilelang)\.|__global__|=\s*lambda\b)")
-IMPORT = re.compile(r"^[ ]*(?:from\s+(\S+)\s+import\s+(\([^)]*\)|.+)|import\s+(.+))$", re.MULTILINE)
 
 
 def refresh(site: Site, root: Path) -> None:
@@ -105,10 +103,10 @@ def lint(root: Path) -> None:
         problems.append(f"the patches add {total} lines, at most {MAX_ADDED_LINES}")
     for patch in series.patches:
         problems += [f"{series.name(patch)}: {problem}" for problem in _patch_problems(patch, series.version)]
-    placed = root / "overlay" / HOOKS.split(".")[0] / LOCK
+    placed = root / "overlay" / doors.PACKAGE / LOCK
     if placed.resolve() != (series.folder / LOCK).resolve():
         problems.append(f"{placed} is not a link to {series.folder / LOCK}")
-    problems += _hook_problems(root, {series.name(patch): lines for patch, lines in added.items()})
+    problems += doors.problems(root, {series.name(patch): lines for patch, lines in added.items()})
     if problems:
         raise Refused("the series breaks its rules: " + "; ".join(problems))
     series.require_locked_patches()
@@ -200,38 +198,6 @@ def _added_lines(patch: Path) -> List[str]:
     text = patch.read_text(encoding="utf-8")
     lines = text[_body_start(text) :].splitlines()
     return [line[1:] for line in lines if line.startswith("+") and not line.startswith("+++ ")]
-
-
-def _hook_problems(root: Path, added: Dict[str, List[str]]) -> List[str]:
-    """What is wrong with the imports in added lines (patch -> lines): only hooks and SGLang's own are imported."""
-    source = root / "overlay" / Path(*HOOKS.split(".")).with_suffix(".py")
-    offered = _public_names(source) if source.is_file() else set()
-    problems, used = [], set()
-    for patch, lines in added.items():
-        for module, names, plain in IMPORT.findall("\n".join(lines)):
-            if (module or plain).split(".")[0] == "sglang":
-                continue
-            if module != HOOKS:
-                problems.append(f"{patch}: imports {module or plain}, needed {HOOKS} alone")
-                continue
-            without_comments = re.sub(r"#.*", "", names).strip("() \n")
-            imported = {name.split(" as ")[0].strip() for name in without_comments.split(",") if name.strip()}
-            used |= imported
-            problems += [f"{patch}: {HOOKS} has no {name}" for name in sorted(imported - offered)]
-    return problems + [f"{HOOKS} offers {name}, which no patch imports" for name in sorted(offered - used)]
-
-
-def _public_names(source: Path) -> Set[str]:
-    """What a module defines, re-exports or names in `_DEFINED_IN`, names with an underscore left out."""
-    names: Set[str] = set()
-    for node in ast.parse(source.read_text(encoding="utf-8")).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            names.add(node.name)
-        elif isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("sglang_sm120")):
-            names |= {alias.asname or alias.name for alias in node.names}
-        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_DEFINED_IN":
-            names |= set(ast.literal_eval(node.value))
-    return {name for name in names if not name.startswith("_")}
 
 
 def _patch_problems(patch: Path, version: str) -> List[str]:

@@ -52,7 +52,7 @@ def wanted(root: Path, site: Path) -> Dict[str, bytes]:
     version = re.search(r'^__version__ = "(.+)"$', source.read_text(encoding="utf-8"), re.MULTILINE)
     if version is None:
         raise Foreign(f"{source} sets no __version__: restore it from the repository")
-    project = (root / "pyproject.toml").read_text(encoding="utf-8")
+    entries = entry_points(root / "pyproject.toml")
     files: Dict[str, bytes] = {}
     for package, folder in PACKAGES.items():
         for path in sorted((root / folder / package).rglob("*")):
@@ -65,9 +65,10 @@ def wanted(root: Path, site: Path) -> Dict[str, bytes]:
     files[f"{info}/METADATA"] = METADATA.format(version=version.group(1)).encode()
     files[f"{info}/INSTALLER"] = f"{INSTALLER}\n".encode()
     files[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: patchset\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    entries = _entry_points(project)
-    files[f"{info}/entry_points.txt"] = entries
-    files.update(_scripts(site, entries))
+    lines = [line for group, of_group in entries.items()
+             for line in (f"[{group}]", *(f"{name} = {target}" for name, target in of_group.items()))]
+    files[f"{info}/entry_points.txt"] = ("\n".join(lines) + "\n").encode()
+    files.update(_scripts(site, entries.get("console_scripts", {})))
     files[f"{info}/RECORD"] = _record(files, f"{info}/RECORD")
     return files
 
@@ -153,22 +154,21 @@ def _folders(site: Path) -> List[Path]:
     return packages + sorted(site.glob(f"{NAME}-*.dist-info"))
 
 
-def _entry_points(project: str) -> bytes:
-    """entry_points.txt from the quoted `key = "value"` lines of pyproject's scripts and entry-point tables."""
-    lines: List[str] = []
-    section = None
-    for line in project.splitlines():
+def entry_points(project: Path) -> Dict[str, Dict[str, str]]:
+    """Group -> name -> `module:function`, from the quoted lines of pyproject's scripts and entry-point tables."""
+    groups: Dict[str, Dict[str, str]] = {}
+    entries: Optional[Dict[str, str]] = None
+    for line in project.read_text(encoding="utf-8").splitlines():
         header = re.fullmatch(r'\[(?:project\.(scripts)|project\.entry-points\."(.+)")\]', line.strip())
         if header:
-            section = "console_scripts" if header.group(1) else header.group(2)
-            lines.append(f"[{section}]")
+            entries = groups.setdefault("console_scripts" if header.group(1) else header.group(2), {})
         elif line.startswith("["):
-            section = None
-        elif section:
+            entries = None
+        elif entries is not None:
             pair = re.fullmatch(r'"?([\w.-]+)"? = "(.+)"', line.strip())
             if pair:
-                lines.append(f"{pair.group(1)} = {pair.group(2)}")
-    return ("\n".join(lines) + "\n").encode()
+                entries[pair.group(1)] = pair.group(2)
+    return groups
 
 
 def _bin(site: Path) -> Optional[Path]:
@@ -178,15 +178,13 @@ def _bin(site: Path) -> Optional[Path]:
     return prefix / "bin" if inside and (prefix / "bin" / "python3").exists() else None
 
 
-def _scripts(site: Path, entries: bytes) -> Dict[str, bytes]:
-    """The console commands that entry_points.txt names, as files relative to the site."""
+def _scripts(site: Path, entries: Dict[str, str]) -> Dict[str, bytes]:
+    """The console commands (name -> `module:function`), as files relative to the site."""
     folder = _bin(site)
-    _, _, section = entries.decode().partition("[console_scripts]\n")
     if folder is None:
         return {}
     files = {}
-    for line in section.split("\n[", 1)[0].splitlines():
-        name, _, target = line.partition(" = ")
+    for name, target in entries.items():
         module, _, function = target.partition(":")
         text = SCRIPT.format(python=folder / "python3", module=module, function=function)
         files[f"../../../bin/{name}"] = text.encode()

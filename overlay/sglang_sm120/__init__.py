@@ -1,6 +1,7 @@
 """A step of our own for DeepSeek-V4 in SGLang: on consumer Blackwell (SM12x) behind its kernel plugin, and on a CPU.
 
-`plugin` says which passes the step takes, `step` is the model's forward, `ops` and `formats` know tensors and bytes.
+SGLang's patches and plugin loader come in through `hooks`; `plugin` is the contract's spec, `step` the model's forward
+and all that knows SGLang's classes, `ops` and `formats` know tensors and bytes.
 
 Environment variables (all of them):
 

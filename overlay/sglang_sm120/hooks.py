@@ -1,7 +1,7 @@
-"""Every name that a patch of the series imports; nothing else of this package is imported by one.
+"""The one door: every name of this package that SGLang's patches import or its plugin loader calls.
 
 SGLang imports this module first of all, in every process: at its top it imports neither torch nor SGLang, and what
-another module defines is imported when a patch asks for it.
+another module defines is imported when it is asked for.
 """
 
 from __future__ import annotations
@@ -10,40 +10,41 @@ from importlib import import_module
 from typing import Any
 
 from . import __version__ as _version
-from .default_on import settle_default, wanted_by_default
 
 _DEFINED_IN = {
+    "check": "startup",
+    "register": "plugin",
+    "install_on_cpu": "plugin",
+    "settle_default": "step.default_on",
+    "wanted_by_default": "step.default_on",
     "compress_decode_plan": "ops",
     "compress_prefill_plan": "ops",
-    "cpu_compression_metadata": "cpu",
-    "cpu_defaults": "cpu",
-    "install_on_cpu": "plugin",
-    "assign_draft_cache_locs": "cpu_speculation",
-    "assign_extend_cache_locs": "cpu_speculation",
-    "assign_req_to_token_pool": "cpu_speculation",
-    "build_chain_tree": "cpu_speculation",
-    "clear_unaccepted_c128_draft_states": "cpu_speculation",
-    "fill_bonus_tokens": "cpu_speculation",
-    "gather_spec_extras": "cpu_speculation",
-    "top_k_renorm_prob": "cpu_speculation",
-    "top_p_renorm_prob": "cpu_speculation",
-    "verify_chain_greedy": "cpu_speculation",
+    "cpu_compression_metadata": "step.cpu",
+    "cpu_defaults": "step.cpu",
+    "assign_draft_cache_locs": "step.cpu_speculation",
+    "assign_extend_cache_locs": "step.cpu_speculation",
+    "assign_req_to_token_pool": "step.cpu_speculation",
+    "build_chain_tree": "step.cpu_speculation",
+    "clear_unaccepted_c128_draft_states": "step.cpu_speculation",
+    "fill_bonus_tokens": "step.cpu_speculation",
+    "gather_spec_extras": "step.cpu_speculation",
+    "top_k_renorm_prob": "step.cpu_speculation",
+    "top_p_renorm_prob": "step.cpu_speculation",
+    "verify_chain_greedy": "step.cpu_speculation",
 }
 
-__all__ = [
-    "fp8_wo_a", "require_overlay", "sample_chain_target_only", "settle_default", "wanted_by_default", *_DEFINED_IN,
-]  # fmt: skip
+__all__ = ["fp8_wo_a", "require_overlay", "sample_chain_target_only", *_DEFINED_IN]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _DEFINED_IN:
-        raise AttributeError(f"{__name__} offers no {name} to patches.")
+        raise AttributeError(f"{__name__} offers no {name}.")
     return getattr(import_module(f".{_DEFINED_IN[name]}", __package__), name)
 
 
 def fp8_wo_a(o: Any, wo_a: Any) -> Any:
-    """`prepare.fp8_wo_a`, imported when it is called: SGLang imports the patched module for every model."""
-    from . import prepare
+    """`step.prepare.fp8_wo_a`, imported when it is called: SGLang imports the patched module for every model."""
+    from .step import prepare
 
     return prepare.fp8_wo_a(o, wo_a)
 
@@ -65,11 +66,11 @@ def require_overlay(version: str) -> None:
 
 
 def sample_chain_target_only(*, retrive_index: Any, **arguments: Any) -> None:
-    """`cpu_speculation.sample_chain_target_only`, called as SGLang calls `tree_speculative_sampling_target_only`.
+    """`step.cpu_speculation.sample_chain_target_only`, called as SGLang calls `tree_speculative_sampling_target_only`.
 
     What a chain does not need is dropped: next nodes and siblings, draft probabilities, `deterministic`.
     """
-    from . import cpu_speculation
+    from .step import cpu_speculation
 
     for name in ("retrive_next_token", "retrive_next_sibling", "draft_probs", "deterministic"):
         del arguments[name]

@@ -17,8 +17,8 @@ from sglang.kernels.plugin_kernels.nvidia import spec
 
 from . import registry
 from .limits import MAX_ROWS
-from .passes import Passes
-from .reasons import MODEL_TYPE, config_reasons, emulated, model_reasons, takes_prefill, unusable, why_left
+from .step.passes import Passes
+from .step.reasons import MODEL_TYPE, config_reasons, emulated, model_reasons, takes_prefill, unusable, why_left
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def build(model: torch.nn.Module, hf_config: Any, context: spec.BuildContext) ->
     from sglang.srt.mem_cache.allocation_sizing import get_req_to_token_extra_context_len
     from sglang.srt.runtime_context import get_exec, get_model, get_parallel, get_schedule
 
-    from .prepare import patched
+    from .step.prepare import patched
     from .step.target import Target
     from .warmup import warm_up
 
@@ -154,7 +154,7 @@ def check_graphs(graphs: Any, tokens: int) -> None:
 
 def build_draft(model: torch.nn.Module, hf_config: Any, context: spec.BuildContext) -> Built:
     """The draft of a server whose draft experts only the step can read; `build` has compiled for it."""
-    from .draft import Draft
+    from .step.draft import Draft
 
     return Built(Draft(model), context.widths, lambda *_: None)
 
@@ -223,7 +223,7 @@ def install_on_cpu(model: torch.nn.Module, hf_config: Any) -> None:
     from sglang.srt.kernel_plugins.nvidia.binding import MegakernelBinding
     from sglang.srt.runtime_context import get_parallel
 
-    from .draft import Draft
+    from .step.draft import Draft
     from .step.target import Target
 
     reasons = model_reasons(model, hf_config)

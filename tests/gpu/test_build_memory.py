@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sglang_sm120 import prepare as takes
 from sglang_sm120.checkpoint.config import model_config
+from sglang_sm120.step import prepare as takes
 
 LAYERS = 6
 MORE = 0.02

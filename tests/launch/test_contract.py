@@ -223,7 +223,7 @@ class TestForcedOnHopper:
 
     def test_as_the_steps_own_reasons_say(self, monkeypatch: pytest.MonkeyPatch):
         """What `reasons.py` asks of a server there is what the plan passes."""
-        from sglang_sm120 import reasons
+        from sglang_sm120.step import reasons
 
         monkeypatch.setattr(reasons, "emulated", lambda: True)
         monkeypatch.setattr(reasons, "takes_prefill", lambda: True)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch import Tensor
 
-from sglang_sm120 import cpu_speculation as twins
 from sglang_sm120 import hooks
+from sglang_sm120.step import cpu_speculation as twins
 
 PAGE = 256
 VOCAB = 50

@@ -28,14 +28,14 @@ from sglang.srt.models import deepseek_v4
 from sglang.srt.server_args import ServerArgs
 from standin import New, Server, Weights, stub_sglang
 
-from sglang_sm120 import plugin, reasons, registry, warmup
+from sglang_sm120 import plugin, registry, warmup
 from sglang_sm120.checkpoint.config import ReferenceConfig
 from sglang_sm120.limits import MAX_ROWS
-from sglang_sm120.passes import Passes
 from sglang_sm120.plugin import Built, Checked, check_graphs, install_on_cpu, why_left
-from sglang_sm120.prepare import prepare
 from sglang_sm120.speculation import MAX_DRAFT_TOKENS
-from sglang_sm120.step import target
+from sglang_sm120.step import reasons, target
+from sglang_sm120.step.passes import Passes
+from sglang_sm120.step.prepare import prepare
 from sglang_sm120.step.target import Target
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -327,7 +327,7 @@ def test_graphs_that_the_step_leaves_are_named(
 
 def test_the_first_pass_of_a_kind_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     passes = Passes()
-    with caplog.at_level(logging.INFO, logger="sglang_sm120.passes"):
+    with caplog.at_level(logging.INFO, logger="sglang_sm120.step.passes"):
         for rows in (3, 2):
             passes.take("decode", rows)
             passes.leave("decode", "it has no rows")
@@ -340,7 +340,7 @@ def test_the_first_pass_of_a_kind_is_logged(caplog: pytest.LogCaptureFixture) ->
 def test_passes_in_the_servers_metrics(tmp_path: Path) -> None:
     """In a process of its own, as a scheduler of a server with --enable-metrics."""
     line = (
-        "import torch; from sglang_sm120 import passes; "
+        "import torch; from sglang_sm120.step import passes; "
         "from sglang.srt.model_executor.runner_utils import capture_mode; "
         "one, other = passes.Passes(True), passes.Passes(False); "
         "[p.take('decode', 1) for p in (one, one, other)]; one.leave('extend', 'it is long'); "

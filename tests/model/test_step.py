@@ -14,8 +14,8 @@ from serving import MAX_EXCLUDED, CachedOracle, PromptOf
 from standin import New, Rank, Ranks, Server, Weights, stub_sglang
 from torch import Tensor
 
-from sglang_sm120.draft import Draft
 from sglang_sm120.formats import fp8_block
+from sglang_sm120.step.draft import Draft
 from sglang_sm120.step.target import Target
 from sglang_sm120_reference.oracle import LOGPROB_TOLERANCE, Result
 

@@ -150,7 +150,8 @@ def make_box(folder: Path) -> Box:
     (overlay / "hooks.py").write_text("def answer() -> int:\n    return 42\n")
     (overlay / "sglang.lock").symlink_to(Path("..") / ".." / "patches" / VERSION / "sglang.lock")
     shutil.copy(CHECKOUT / "overlay" / "sglang_sm120" / "startup.py", overlay)
-    (box.root / "pyproject.toml").write_text('[project.entry-points."sglang.srt.plugins"]\na = "b:c"\n')
+    entry_point = 'a = "sglang_sm120.hooks:answer"'
+    (box.root / "pyproject.toml").write_text(f'[project.entry-points."sglang.srt.plugins"]\n{entry_point}\n')
     box.write_series(core_01_first=FIRST, cpu_02_second=SECOND)
     return box
 

@@ -129,11 +129,61 @@ def test_an_import_over_several_lines_is_read(box: Box):
     assert "has no more" in lint(box)[1]
 
 
-def test_a_hook_that_no_patch_imports_is_named(box: Box):
+def test_a_hook_that_nobody_asks_for_is_named(box: Box):
     hooks = box.root / "overlay/sglang_sm120/hooks.py"
     hooks.write_text(hooks.read_text() + "\n\nclass Unused: ...\n\n\ndef _helper() -> None: ...\n")
     message = lint(box)[1]
-    assert "sglang_sm120.hooks offers Unused, which no patch imports" in message and "_helper" not in message
+    assert "sglang_sm120.hooks offers Unused, which neither a patch nor an entry point asks for" in message
+    assert "_helper" not in message
+
+
+@pytest.mark.parametrize(
+    ("target", "problem"),
+    [
+        ("sglang_sm120.hooks:answer", None),
+        ("sglang_sm120.hooks:more", "entry point a of sglang.srt.plugins: sglang_sm120.hooks has no more"),
+        ("sglang_sm120.plugin:answer", "names sglang_sm120.plugin, needed sglang_sm120.hooks alone"),
+    ],
+)
+def test_sglangs_plugin_loader_is_given_hooks(box: Box, target: str, problem: str | None):
+    project = box.root / "pyproject.toml"
+    project.write_text(project.read_text().replace("sglang_sm120.hooks:answer", target))
+    code, message = lint(box)
+    assert (code, message) == (0, "") if problem is None else code == 1 and problem in message
+
+
+@pytest.mark.parametrize("source", [None, "def other(): ...\n", "def more():\n    answer = 1\n", "answer = 42\n"])
+def test_a_hook_is_defined_where_it_says(box: Box, source: str | None):
+    package = box.root / "overlay/sglang_sm120"
+    (package / "hooks.py").write_text('_DEFINED_IN = {"answer": "step.cpu"}\n')
+    (package / "step").mkdir()
+    if source is not None:
+        (package / "step/cpu.py").write_text(source)
+    problem = "sglang_sm120.hooks says that sglang_sm120.step.cpu defines answer, which it does not"
+    assert (problem in lint(box)[1]) == (source != "answer = 42\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "source"),
+    [
+        ("from sglang.srt.utils import is_cpu", "sglang.srt.utils"),
+        ("def f():\n    import sglang.srt.utils", "sglang.srt.utils"),
+        ("import sglang as s", "sglang"),
+        ("from importlib import import_module\nimport_module('sglang.srt.utils')", "sglang.srt.utils"),
+        ("import sglang_sm120.ops\nfrom . import sglang", None),
+    ],
+)
+def test_what_knows_sglang_sits_in_the_step(box: Box, line: str, source: str | None):
+    package = box.root / "overlay/sglang_sm120"
+    for name in ("hooks", "registry", "ops/sinkhorn/triton", "plugin", "step/weights"):
+        file = package / f"{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "a") as text:
+            text.write(f"{line}\n")
+    code, message = lint(box)
+    named = [module for module in ("hooks", "registry", "ops.sinkhorn.triton", "plugin", "step.weights")
+             if f"sglang_sm120.{module} imports {source}: what knows SGLang belongs into sglang_sm120.step" in message]
+    assert named == ([] if source is None else ["hooks", "registry", "ops.sinkhorn.triton"])
 
 
 @pytest.mark.parametrize(("limit", "problem"), [("MAX_PATCHES", "2 patches"), ("MAX_ADDED_LINES", "add 6 lines")])

@@ -177,7 +177,7 @@ from sglang.srt.plugins import load_plugins
 load_plugins()
 from sglang.kernels.plugin_kernels.nvidia import spec
 from sglang.srt.kernel_plugins.nvidia import binding
-from sglang_sm120 import default_on
+from sglang_sm120.step import default_on
 found = spec.find_spec(architectures=["DeepseekV4ForCausalLM"], isa="sm_120")
 default_on.logger.warning = lambda *said: print("said", said[1])
 print(found[0], default_on.settle_default(None, [found[1]]), binding.plugin_reasons())

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from .. import ops
-from ..prepare import prepare
 from ..streams import IN_ORDER, Beside, prioritised
 from . import weights
 from .attention import attention
 from .experts import experts
 from .metadata import Pass
+from .prepare import prepare
 
 STREAMS = 4
 

@@ -1,4 +1,4 @@
-"""SGLang's modules as the tensors that the ops take, as they lie; `..prepare` replaces what has another form there."""
+"""SGLang's modules as the tensors that the ops take, as they lie; `prepare` replaces what has another form there."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ def register() -> None:
     """Keep the copy when a layer is processed, and have the plugin take the server as it would on SM12x."""
     from sglang.srt.layers.quantization.mxfp4_marlin_moe import Mxfp4MarlinMoEMethod
 
-    from sglang_sm120 import plugin, reasons
-    from sglang_sm120.step import weights
+    from sglang_sm120 import plugin
+    from sglang_sm120.step import reasons, weights
 
     names = weights.EXPERTS
     process = Mxfp4MarlinMoEMethod.process_weights_after_loading

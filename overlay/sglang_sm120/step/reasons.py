@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from . import registry
-from .formats import kv_page
-from .limits import MAX_ROWS
-from .speculation import require_kept
+from .. import registry
+from ..formats import kv_page
+from ..limits import MAX_ROWS
+from ..speculation import require_kept
 
 MODEL_TYPE = "deepseek_v4"
 
@@ -73,7 +73,7 @@ def config_reasons(cfg: Any, hf_config: Any) -> list[str]:
 
 def model_reasons(model: torch.nn.Module, hf_config: Any) -> list[str]:
     """Sentences that say what the loaded model or SGLang's classes lack of what the step reads."""
-    from .step import weights
+    from . import weights
 
     reasons = missing()
     if getattr(model, "num_fused_shared_experts", 0):
@@ -96,7 +96,7 @@ CORE = (
     "swa_page_indices", "swa_topk_lengths", "sparse_page_indices", "sparse_topk_lengths", "c4_topk_lengths_raw",
     "c4_sparse_page_indices", "c4_out_loc", "c128_out_loc",
 )  # fmt: skip
-"""What `step.metadata.Pass` reads of SGLang's pool, of a pass's metadata and of that metadata's core."""
+"""What `metadata.Pass` reads of SGLang's pool, of a pass's metadata and of that metadata's core."""
 
 
 def missing() -> list[str]:

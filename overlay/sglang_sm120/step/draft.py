@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from . import ops
+from .. import ops
+from . import weights
+from .metadata import Pass
 from .prepare import prepare
-from .step import weights
-from .step.metadata import Pass
-from .step.target import head, through
+from .target import head, through
 
 
 class Draft:

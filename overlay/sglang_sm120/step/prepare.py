@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from . import ops
-from .formats import experts as layout
-from .formats import fp8_block
-from .step import weights
+from .. import ops
+from ..formats import experts as layout
+from ..formats import fp8_block
+from . import weights
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from .limits import CPU_SERVER
-from .speculation import require_kept
+from ..limits import CPU_SERVER
+from ..speculation import require_kept
 
 logger = logging.getLogger(__name__)
 
