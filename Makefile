@@ -16,7 +16,7 @@ LOCK := $(SERIES)/requirements.lock
 # Any Python from 3.9 runs it; the site it works on may belong to another.
 PATCHSET := python3 patches/patchset.py
 
-.PHONY: help setup apply unapply status verify lint test test-sm120 test-gpu test-launch bench tune accuracy accuracy-cpu soak mutations demo small-model wheel image lock clean
+.PHONY: help setup apply unapply status verify port lint test test-sm120 test-gpu test-launch bench tune accuracy accuracy-cpu soak mutations demo small-model wheel image lock clean
 
 help:
 	@cat <<-'END'
@@ -36,6 +36,7 @@ help:
 	make soak     the trained small model under load on this machine, CPU or GPU: minutes of everything at once (docs/soak.md)
 	make mutations    which test catches which deliberate defect, into docs/mutations.md
 	make apply    patch the SGLang of this shell's python, else of .venv; of PYTHON=exe, of SITE=dir; so do unapply, status, verify
+	make port WHEEL=…   what another SGLang's wheel asks of the series: hunks, moved names, patches it makes needless
 	make lint     the rules of the series, ruff and mypy
 	make lock     resolve $(SERIES)/requirements.in again (needs uv)
 	make clean    remove .venv and caches
@@ -89,6 +90,9 @@ apply unapply status verify:
 	    chosen=python3
 	fi
 	exec $(PATCHSET) $@ --python "$$chosen"
+
+port:
+	@exec $(PATCHSET) port --wheel "$${WHEEL:-}"
 
 lint: setup
 	@$(VENV) patches/patchset.py lint

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Dict, List, Tuple
 
 import atomic
+import conditions
 import doors
 from series import LOCK, Refused, Series, Site, placed_series, released, run_patches, sha256
 
@@ -127,6 +128,12 @@ def touched(text: str) -> List[str]:
     return files
 
 
+def file_diffs(text: str) -> List[Tuple[str, str]]:
+    """Each file that a patch changes, with its part of the patch."""
+    parts = re.split(r"^(?=--- .*\n\+\+\+ )", text[_body_start(text) :], flags=re.MULTILINE)
+    return [(file, part) for part in parts for file in touched(part)]
+
+
 def diff(file: str, old: bytes, new: bytes) -> str:
     """A unified diff with three lines of context and no time stamps; empty when nothing changed."""
     before, after = (list(io.StringIO(data.decode("utf-8"), newline="\n")) for data in (old, new))
@@ -180,18 +187,18 @@ def _body_start(text: str) -> int:
     return found.start() if found else len(text)
 
 
-def _fields(text: str) -> Dict[str, str]:
+def fields(text: str) -> Dict[str, str]:
     """DEP-3: `Field: value`, continued by lines that begin with a space."""
-    fields: Dict[str, str] = {}
+    found: Dict[str, str] = {}
     name = None
     for line in header(text).splitlines():
         start = re.match(r"([A-Z][A-Za-z-]*):\s*(.*)", line)
         if start:
             name = start.group(1)
-            fields[name] = start.group(2)
+            found[name] = start.group(2)
         elif name and line.startswith(" "):
-            fields[name] += " " + line.strip()
-    return fields
+            found[name] += " " + line.strip()
+    return found
 
 
 def _added_lines(patch: Path) -> List[str]:
@@ -209,12 +216,16 @@ def _patch_problems(patch: Path, version: str) -> List[str]:
     problems = []
     if not re.fullmatch(r"\d\d-[a-z0-9]+(-[a-z0-9]+)*\.patch", patch.name):
         problems.append("name is not NN-kebab-name.patch")
-    fields = _fields(text)
-    problems += [f"header field {field} is missing or empty" for field in FIELDS if not fields.get(field, "").strip()]
-    description = fields.get("Description", "").strip()
+    given = fields(text)
+    problems += [f"header field {field} is missing or empty" for field in FIELDS if not given.get(field, "").strip()]
+    try:
+        conditions.parse(given.get(conditions.FIELD, ""))
+    except ValueError as error:
+        problems.append(f"{conditions.FIELD}: {error}")
+    description = given.get("Description", "").strip()
     if description and (not description.endswith(".") or re.search(r"[.!?]\s+[A-Z]", description)):
         problems.append("Description is not one sentence: a patch has one concern")
-    if version not in fields.get("Applies-To", version):
+    if version not in given.get("Applies-To", version):
         problems.append(f"Applies-To does not name {version}")
     try:
         files = PatchSet(text[_body_start(text) :])

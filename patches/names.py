@@ -56,6 +56,26 @@ def bound(body: List[ast.stmt]) -> Set[str]:
     return names
 
 
+def used(tree: ast.AST) -> Set[str]:
+    """The names that are read or bound anywhere in `tree`, attributes left out."""
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+
+
+def bound_anywhere(tree: ast.AST) -> Set[str]:
+    """The names that are bound in any scope of `tree`."""
+    names: Set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            names.add(node.id)
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.ExceptHandler)):
+            names.add(node.name or "")
+        elif isinstance(node, ast.arg):
+            names.add(node.arg)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names |= bound([node])
+    return names
+
+
 def imports(tree: ast.AST, package: str) -> Set[Import]:
     """What is imported of `package` anywhere in `tree`, by `import_module` with a literal name too."""
     found: Set[Import] = set()

@@ -3,11 +3,14 @@
 
     patchset.py status|apply|unapply|verify|refresh [--python EXE | --site DIR]
     patchset.py lint
+    patchset.py port --wheel FILE
 
 A site is the directory that holds `sglang/` and `sglang-<version>.dist-info/`. Its state is judged on the files
 the series touches alone: **clean** (every file has the hash of the wheel's RECORD), **applied** (every file has the
 `after` hash of sglang.lock), **outdated** (as the series that was placed with the overlay left it, which is not the
 checkout's), **dirty** (anything else). Exit status: 0 done, 1 refused or failed, 2 misuse.
+
+`port` says what another SGLang's wheel asks of the series, and ends with 1 when that is work.
 
 Needs Python 3.9, its standard library and GNU patch; `lint` also needs unidiff.
 """
@@ -28,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import atomic  # noqa: E402
 import authoring  # noqa: E402
 import distribution  # noqa: E402
+import port  # noqa: E402
 from series import (  # noqa: E402
     Misuse,
     Refused,
@@ -126,18 +130,21 @@ COMMANDS: Dict[str, Callable[[Site, Path], None]] = {
 
 def main(arguments: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(prog="patchset.py", description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("command", choices=[*COMMANDS, "lint"])
+    parser.add_argument("command", choices=[*COMMANDS, "lint", "port"])
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--site", metavar="DIR", help="the site directory that holds sglang")
     where.add_argument("--python", metavar="EXE", help="the interpreter whose sglang is meant (default: this one)")
     root = Path(__file__).resolve().parent.parent
     parser.add_argument("--root", metavar="DIR", type=Path, default=root,
                         help="the checkout with patches/ and overlay/ (default: this script's)")
+    parser.add_argument("--wheel", metavar="FILE", help="another SGLang's wheel, for port")
     given = parser.parse_args(arguments)
     try:
         if given.command == "lint":
             authoring.lint(given.root)
             return 0
+        if given.command == "port":
+            return 0 if port.report(given.root, given.wheel) else 1
         folder = _site_folder(given.site, given.python)
         with atomic.locked(folder):
             site = Site.open(folder)

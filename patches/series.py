@@ -213,12 +213,7 @@ def run_patches(
     patches: Tuple[Path, ...], contents: Dict[str, bytes], scratch: Path, reverse: bool = False
 ) -> Dict[str, bytes]:
     """Put `contents` through the patches with GNU patch at fuzz 0 in the empty folder `scratch`."""
-    tool = shutil.which("patch")
-    if tool is None:
-        raise Refused("GNU patch is not on PATH, needed to change sglang: install the package `patch`")
-    answer = subprocess.run([tool, "--version"], capture_output=True, text=True)
-    if not answer.stdout.startswith("GNU patch"):
-        raise Refused(f"{tool} is not GNU patch, needed to change sglang: install the package `patch`")
+    tool = gnu_patch()
     for name, data in contents.items():
         (scratch / name).parent.mkdir(parents=True, exist_ok=True)
         (scratch / name).write_bytes(data)
@@ -230,6 +225,17 @@ def run_patches(
             name, reason = "/".join(patch.parts[-2:]), " ".join((done.stdout + done.stderr).split())
             raise Refused(f"{name} does not apply at fuzz 0 ({reason[:300]}): nothing was changed")
     return {name: (scratch / name).read_bytes() for name in contents}
+
+
+def gnu_patch() -> str:
+    """Where GNU patch is; raises Refused when it is not on PATH."""
+    tool = shutil.which("patch")
+    if tool is None:
+        raise Refused("GNU patch is not on PATH, needed to change sglang: install the package `patch`")
+    answer = subprocess.run([tool, "--version"], capture_output=True, text=True)
+    if not answer.stdout.startswith("GNU patch"):
+        raise Refused(f"{tool} is not GNU patch, needed to change sglang: install the package `patch`")
+    return tool
 
 
 def sha256(data: Optional[bytes]) -> Optional[str]:

@@ -91,7 +91,7 @@ class Box:
     def run(self, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         """patchset.py on the site, isolated from every installed package, as on a machine with Python alone."""
         command = [sys.executable, "-I", "-S", str(PATCHSET), *arguments, "--root", str(self.root)]
-        if "lint" not in arguments and "--site" not in arguments and "--python" not in arguments:
+        if not {"lint", "port", "--site", "--python"} & set(arguments):
             command += ["--site", str(self.site)]
         return subprocess.run(command, capture_output=True, text=True, env=env)
 

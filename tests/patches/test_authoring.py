@@ -64,6 +64,27 @@ def test_a_rule_is_kept(box: Box, old: str, new: str, problem: str):
 
 
 @pytest.mark.parametrize(
+    ("check", "problem"),
+    [
+        ("sglang/a.py has a1b", None),
+        ("sglang/a.py:C.f lacks a1 = 1;\n sglang/sub/b.py has (two|three)", None),
+        ("sglang/a.py a1b", "'sglang/a.py a1b' is not FILE[:SYMBOL] has|lacks REGEX"),
+        ("other/a.py has a1b", "is not FILE"),
+        ("sglang/a.py has a1b; upstream mends it", "'upstream mends it' is not FILE"),
+        ("sglang/a.py lacks (a1b", "has no regular expression"),
+    ],
+)
+def test_a_drop_check_has_its_form(box: Box, check: str, problem: str | None):
+    first = FIRST.replace("Drop-When: never\n", f"Drop-When: never\nDrop-Check: {check}\n")
+    box.write_series(core_01_first=first, cpu_02_second=SECOND)
+    code, message = lint(box)
+    if problem is None:
+        assert (code, message) == (0, "")
+    else:
+        assert code == 1 and "core/01-first.patch: Drop-Check: " in message and problem in message
+
+
+@pytest.mark.parametrize(
     "body, problem",
     [
         ("--- a/sglang/a.py\n+++ b/sglang/a.py\n@@ -1,3 +1,4 @@\n a0 = 0\n", "does not parse"),

@@ -112,6 +112,11 @@ def test_apply_means_the_sglang_that_python_would_start(
         assert result.stdout.strip() == f"{[goal, '--python', chosen]}"
 
 
+def test_port_asks_for_a_wheel():
+    result = make(CHECKOUT, "port")
+    assert result.returncode == 2 and result.stderr.startswith("patchset: no wheel was named, needed the path")
+
+
 def test_the_lock_names_no_index_and_pins_everything():
     lines = (SERIES / "requirements.lock").read_text().splitlines()
     assert "make lock" in lines[0]
