@@ -25,6 +25,8 @@ from series import Misuse, Refused, Series, gnu_patch
 STATES = ("as is", "offset", "fuzz", "fails", "there")
 """Of a hunk. GNU patch moves it by lines (offset) or drops lines of its context (fuzz, which `apply` refuses); what
 it would only put in so, or not at all, may be there already."""
+# Those that came after Python 3.9 too.
+BUILTINS = {*dir(builtins), "aiter", "anext", "BaseExceptionGroup", "ExceptionGroup"}
 DROP_BY_HAND = re.compile(r"(?!never|the series is dropped)")
 
 
@@ -268,7 +270,7 @@ def _lost_to_patches(
         asked.update(new)
         lost += _lost(release, new)
         if file not in torn:
-            unbound = used(after) - used(before) - bound_anywhere(after) - set(dir(builtins))
+            unbound = used(after) - used(before) - bound_anywhere(after) - BUILTINS
             lost += [_moved(release, module_name(Path(), Path(file)), name, where) for name in sorted(unbound)]
     return lost
 

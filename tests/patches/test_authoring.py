@@ -167,8 +167,10 @@ def test_a_hook_that_nobody_asks_for_is_named(box: Box):
     ],
 )
 def test_sglangs_plugin_loader_is_given_hooks(box: Box, target: str, problem: str | None):
-    project = box.root / "pyproject.toml"
-    project.write_text(project.read_text().replace("sglang_sm120.hooks:answer", target))
+    project, hooks = box.root / "pyproject.toml", box.root / "overlay/sglang_sm120/hooks.py"
+    entries = project.read_text().replace("sglang_sm120.hooks:answer", target)
+    project.write_text(f'{entries}b = "sglang_sm120.hooks:check"\n[other]\nc = "d:e"\n')
+    hooks.write_text(hooks.read_text() + "def check(): ...\n")
     code, message = lint(box)
     assert (code, message) == (0, "") if problem is None else code == 1 and problem in message
 

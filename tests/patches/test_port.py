@@ -17,7 +17,7 @@ from series import Series
 
 NEWER = "9.9.10"
 # What the box's own release has become; None: the file is gone.
-Changes = Mapping[str, str | None]
+Changes = dict[str, str | None]
 
 
 def make_wheel(path: Path, files: Mapping[str, str], version: str = NEWER) -> Path:
@@ -116,17 +116,23 @@ def lazily():
     [
         ({}, []),
         (
-            {"sglang/a.py": A.replace("a5 = 5\n", ""), "sglang/d.py": "if True:\n    a5 = 5\n"},
+            of_a("a5 = 5\n", "") | {"sglang/d.py": "if 1:\n    a5 = 5\n", "sglang/e.py": "from sglang.d import a5\n"},
             ["sglang.a.a5 is gone, now in sglang.d"],
         ),
-        ({"sglang/a.py": A.replace("a6 = 6\n", "")}, ["sglang.a.a6 is gone"]),
-        ({"sglang/a.py": A.replace("a6 = 6\n", "from sglang.d import a6\n"), "sglang/d.py": "a6 = 6\n"}, []),
-        ({"sglang/a.py": A.replace("a6 = 6\n", "from sglang.d import *\n"), "sglang/d.py": "a6 = 6\n"}, []),
+        (of_a("a6 = 6\n", ""), ["sglang.a.a6 is gone"]),
+        (of_a("a6 = 6\n", "def f():\n    a6 = 6\n"), ["sglang.a.a6 is gone"]),
+        (of_a("a6 = 6\n", "try:\n    a6 = 6\nexcept ImportError:\n    pass\n"), []),
+        (of_a("a6 = 6\n", "try:\n    pass\nexcept ImportError:\n    a6 = 6\n"), []),
+        (of_a("a6 = 6\n", "if 0:\n    pass\nelse:\n    a6 = 6\n"), []),
+        (of_a("a6 = 6\n", "with f() as a6:\n    pass\n"), []),
+        (of_a("a6 = 6\n", "async def a6(): ...\n"), []),
+        (of_a("a6 = 6\n", "from sglang.d import a6\n") | {"sglang/d.py": "a6 = 6\n"}, []),
+        (of_a("a6 = 6\n", "from sglang.d import *\n") | {"sglang/d.py": "a6 = 6\n"}, []),
         (
-            {"sglang/a.py": A.replace("a6 = 6\n", "from sglang.d import *\n"), "sglang/d.py": "def f(a6): ...\n"},
+            of_a("a6 = 6\n", "from sglang.d import *\n") | {"sglang/d.py": "def f(a6): ...\n"},
             ["sglang.a.a6 is gone"],
         ),
-        ({"sglang/a.py": A.replace("a6 = 6\n", "def __getattr__(name): ...\n")}, []),
+        (of_a("a6 = 6\n", "def __getattr__(name): ...\n"), []),
         (
             {"sglang/sub/c.py": None, "sglang/c.py": FILES["sglang/sub/c.py"]},
             ["sglang.sub.c is gone, now in sglang.c", "sglang.sub.c.untouched is gone, now in sglang.c"],
@@ -148,7 +154,7 @@ def test_names_that_our_source_imports(box: Box, changes: Changes, lost: list[st
 
 def test_names_that_a_patch_imports_or_uses(box: Box):
     """What a hunk takes from lines that it does not bring along applies well, and fails when it runs."""
-    taken = "+from sglang.sub.c import untouched\n+a1b = [taken for untouched in (helper, a3)]"
+    taken = "+from sglang.sub.c import untouched\n+a1b = [taken for untouched in (helper, a3, len)]"
     box.write_series(core_01_first=FIRST.replace("+a1b = 12", taken).replace("+1,5", "+1,6"))
     with_helper = A.replace("a29 = 29\n", "def helper(): ...\ntaken = 1\n")
     assert ported(box, {"sglang/a.py": with_helper})[0] == 0
@@ -163,17 +169,22 @@ def test_names_that_a_patch_imports_or_uses(box: Box):
 
 
 GONE = "Drop-Check names sglang/sub/c.py:Count.up, which is gone"
-CHECK = "Drop-When: upstream counts itself\nDrop-Check: sglang/sub/c.py:Count.up has \\+= \\d\n"
+CHECK = (
+    "Drop-When: upstream counts itself\n"
+    "Drop-Check: sglang/sub/c.py:Count.up has \\+= \\d;\n sglang/sub/c.py lacks \"by hand\"\n"
+)
+NEEDLESS = "looks needless by its Drop-Check (upstream counts itself)"
 
 
 @pytest.mark.parametrize(
     ("text", "note"),
     [
         ("class Count:\n    def up(self):\n        self.n = 1\n", ""),
-        ("class Count:\n    def up(self):\n        self.n += 1\n", "looks needless by its Drop-Check (upstream counts itself)"),
+        ("class Count:\n    def up(self):\n        self.n += 1\n", NEEDLESS),
+        ('class Count:\n    def up(self):\n        self.n += 1\n"by hand"\n', ""),
         ("class Count:\n    def down(self):\n        self.n += 1\n", GONE),
         ("class Count:\n    def up(self): ...\n    def down(self):\n        self.n += 1\n", ""),
-        (None, GONE),
+        (None, f"{GONE}; Drop-Check names sglang/sub/c.py, which is gone"),
     ],
 )
 def test_a_drop_check(box: Box, text: str | None, note: str):
