@@ -1,7 +1,6 @@
 """A step of our own for DeepSeek-V4 in SGLang: on consumer Blackwell (SM12x) behind its kernel plugin, and on a CPU.
 
-SGLang's patches and plugin loader come in through `hooks`; `plugin` is the contract's spec, `step` the model's forward
-and all that knows SGLang's classes, `ops` and `formats` know tensors and bytes.
+SGLang comes in through `hooks`; `plugin` is its contract's spec, `step` the forward, `ops` and `formats` know bytes.
 
 Environment variables (all of them):
 

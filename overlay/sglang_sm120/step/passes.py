@@ -46,18 +46,13 @@ class Passes:
     def _count(self, by: str, mode: str, why: str) -> None:
         if not self._counts:
             return
+        from sglang.srt.model_executor.runner_utils.capture_mode import get_is_capture_mode
+
         passes, graphs = _counters()
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             graphs.labels(by=by, mode=mode).inc()
-        elif not _precedes_a_capture():
+        elif not get_is_capture_mode():  # else it only comes before the capture of a graph
             passes.labels(by=by, mode=mode, why=why).inc()
-
-
-def _precedes_a_capture() -> bool:
-    """Whether the pass only comes before the capture of a graph."""
-    from sglang.srt.model_executor.runner_utils.capture_mode import get_is_capture_mode
-
-    return bool(get_is_capture_mode())
 
 
 @cache
