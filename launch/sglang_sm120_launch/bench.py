@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import passes
+from .address import HOST, PORT
 from .errors import LaunchError
 from .stream import ask
 
@@ -77,7 +78,7 @@ def _positive(text: str) -> int:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of `bench`."""
-    parser.add_argument("--base-url", default="http://127.0.0.1:30000", help="the server (default: %(default)s)")
+    parser.add_argument("--base-url", default=f"http://{HOST}:{PORT}", help="the server (default: %(default)s)")
     parser.add_argument("--concurrency", type=_numbers, default="1,2,4,8,16,32,64", metavar="N,N,…",
                         help="requests in flight at a time (default: %(default)s)")  # fmt: skip
     parser.add_argument("--prompt-tokens", type=_numbers, default="4K,16K,64K", metavar="N,N,…",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sglang_sm120.checkpoint.config import FP8_BLOCK
+from sglang_sm120.limits import SM12X
+
 from .errors import LaunchError
 from .machine import Gpu, Machine
 from .model import Model
 
-SM12X = (120, 121)
-"""Compute capabilities that the step is made for."""
 SERVED = (90, 100, 103, *SM12X)
 """Compute capabilities for which SGLang has DeepSeek-V4 kernels."""
 SIZES = (8, 4, 2, 1)
@@ -118,7 +119,7 @@ def divides(model: Model, tp: int) -> bool:
     config = model.config
     inter, low_rank = config["moe_intermediate_size"], config["o_groups"] * config["o_lora_rank"]
     whole = config["num_attention_heads"] % tp == 0 and config["o_groups"] % tp == 0
-    return tp in SIZES and whole and inter % (tp * 128) == 0 and low_rank % (tp * 128) == 0
+    return tp in SIZES and whole and inter % (tp * FP8_BLOCK) == 0 and low_rank % (tp * FP8_BLOCK) == 0
 
 
 def _why(local: int, count: int, nodes: int) -> str:

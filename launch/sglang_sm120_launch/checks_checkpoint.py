@@ -13,9 +13,8 @@ from typing import Any
 
 from .checks import Finding
 from .errors import LaunchError
-from .model import checked, read_index, read_json, shard_header
+from .model import MODEL_TYPE, checked, read_index, read_json, shard_header
 
-MODEL_TYPE = "deepseek_v4"
 EXPERT = re.compile(r"(?:layers|mtp)\.\d+\.ffn\.experts\.\d+\.w[123]\.(weight|scale)")
 EXPERT_DTYPES = {"weight": "I8", "scale": "F8_E8M0"}
 """Two E2M1 values a byte, and one power of two per 32 of them."""

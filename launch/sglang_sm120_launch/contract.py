@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
+from sglang_sm120.limits import ENVIRONMENT, prefill_graphs, server_args
+
 from .settings import Value
 
 FEATURES: Mapping[str, Mapping[str, Value | None]] = {
@@ -30,27 +32,10 @@ FEATURES: Mapping[str, Mapping[str, Value | None]] = {
 }
 """Features of SGLang's contract, by name, that the step does not accept, and the flags that ask for each: one does with
 a number above the one here, or with anything else than the word here. A GPU that is partitioned is seen by no flag."""
-SERVED: Mapping[str, tuple[Value, ...]] = {
-    "cuda-graph-backend-decode": ("full", "disabled"),
-    "cuda-graph-backend-prefill": ("full", "breakable", "disabled"),
-    "enable-amd-monokernel": (False,),
-    "enable-deepseek-v4-fp4-indexer": (False,),
-    "enforce-shared-experts-fusion": (False,),
-    "ep-num-redundant-experts": (0,),
-    "expert-distribution-recorder-mode": (),
-    "fp8-gemm-backend": ("auto", "cutlass", "triton"),
-    "init-expert-location": ("trivial",),
-    "moe-a2a-backend": ("none",),
-    "moe-dense-tp-size": (),
-    "moe-runner-backend": ("auto", "flashinfer_mxfp4"),
-}
-"""Other flags that leave the step out with any value but these."""
-EXPERTS = ("triton",)
-"""In place of those of --moe-runner-backend on a card that is no SM12x."""
-SWITCHES = ("SGLANG_DSV4_FP4_DEQUANT", "SGLANG_OPT_USE_ONLINE_COMPRESS", "SGLANG_SHARED_EXPERT_TP1")
-"""Variables that leave the step out where they are on."""
 WO_A = "SGLANG_OPT_FP8_WO_A_GEMM"
-"""Another, which SGLang turns off by itself on SM12x."""
+"""A variable that leaves the step out where it is on, and that SGLang turns off by itself on SM12x."""
+SWITCHES = tuple(name for name, needed in ENVIRONMENT.items() if needed is False and name != WO_A)
+"""The others that do."""
 STATES = "SGLANG_DSV4_COMPRESS_STATE_DTYPE"
 PLUGINS = "SGLANG_PLUGINS"
 PLUGIN = "nvidia_megakernel"
@@ -72,6 +57,26 @@ def asked(feature: str, flags: Get) -> Iterator[str]:
             yield _written(name, value)
 
 
+def served(takes_prefill: bool, emulated: bool) -> dict[str, tuple[Value, ...]]:
+    """Other flags that leave the step out with any value but these; the arguments are those of `reasons`."""
+    named = {"fp8_gemm_runner_backend": "fp8-gemm-backend"}
+    found: dict[str, tuple[Value, ...]] = {
+        "cuda-graph-backend-decode": ("full", "disabled"),
+        "cuda-graph-backend-prefill": prefill_graphs(takes_prefill),
+        "enable-amd-monokernel": (False,),
+        "enable-deepseek-v4-fp4-indexer": (False,),
+    }
+    for field, values in server_args(emulated).items():
+        # None is a flag that was not given.
+        found[named.get(field, field.replace("_", "-"))] = tuple(value for value in values if value is not None)
+    if takes_prefill:
+        found["disable-prefill-cuda-graph"] = (True,)
+    if not emulated:
+        # SGLang's choice is the right one.
+        found["moe-runner-backend"] += ("auto",)
+    return found
+
+
 def reasons(
     flags: Get, variables: Callable[[str], str | None], *, takes_prefill: bool = False, emulated: bool = False
 ) -> list[str]:
@@ -84,23 +89,17 @@ def reasons(
     """
     found = ["SGLANG_SM120=0 is set"] if variables("SGLANG_SM120") == "0" else []
     found += [_refused(words) for feature in FEATURES for words in asked(feature, flags)]
-    served: dict[str, tuple[Value, ...]] = {**SERVED}
-    switches: tuple[str, ...] = SWITCHES
-    if takes_prefill:
-        served |= {"cuda-graph-backend-prefill": ("disabled",), "disable-prefill-cuda-graph": (True,)}
-    if emulated:
-        served["moe-runner-backend"] = EXPERTS
-        switches += (WO_A,)
+    switches = (*SWITCHES, WO_A) if emulated else SWITCHES
     found += [
         _refused(_written(name, value))
-        for name, values in served.items()
+        for name, values in served(takes_prefill, emulated).items()
         if (value := flags(name)) is not None and value not in values
     ]
     watchdog = flags("watchdog-timeout")
     if isinstance(watchdog, int | float) and 0 < watchdog < SHORTEST_WATCHDOG:
         found.append(f"--watchdog-timeout {watchdog:g} leaves SGLang's waits too little time")
     found += [_refused(f"{name}={value}") for name in switches if (value := variables(name) or "").lower() in ON]
-    if (dtype := variables(STATES)) not in (None, "float32"):
+    if (dtype := variables(STATES)) not in (None, ENVIRONMENT[STATES]):
         found.append(_refused(f"{STATES}={dtype}"))
     if (plugins := variables(PLUGINS)) and PLUGIN not in (one.strip() for one in plugins.split(",")):
         found.append(f"{PLUGINS}={plugins} does not list {PLUGIN}")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .address import HOST, PORT
 from .checks import CACHE_VARIABLE, Finding, Status, machine_checks
 from .checks_checkpoint import checkpoint_checks
 from .checks_software import software_checks
@@ -25,8 +26,8 @@ ORDER: tuple[Status, ...] = ("ok", "warn", "fail")
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of `doctor`."""
     parser.add_argument("--model", type=Path, metavar="DIR", help="also check the checkpoint in this directory")
-    parser.add_argument("--host", default="127.0.0.1", help="address the server will listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=30000, help="port the server will listen on (default: %(default)s)")
+    parser.add_argument("--host", default=HOST, help="address the server will listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=PORT, help="port the server will listen on (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON (schema: docs/doctor.md)")
 
 

@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
 
+from sglang_sm120.limits import PAGE
+
 from . import memory
 from .errors import LaunchError
-from .memory import PAGE, Pools
+from .memory import Pools
 from .model import Model
 
 GIB = 1 << 30
@@ -223,7 +225,7 @@ class _Try:
         left = room.usable - sum(self.loaded.values()) - sum(taken.values())
         most = self._pools(self._tokens(left))
         if room.sm12x and room.step != "all":
-            taken["window pages again (SGLang's prefill)"] = memory.split_pages(most, config)
+            taken["window pages again (SGLang's prefill)"] = memory.split_pages(most)
         taken["token tables"] = memory.bookkeeping(most, self.requests, context, room.draft_tokens)
         return taken
 

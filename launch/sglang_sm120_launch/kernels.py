@@ -7,9 +7,10 @@ import json
 import os
 import re
 
+from sglang_sm120.limits import SM12X
+
 from .errors import LaunchError
 
-SM12X = ("sm120", "sm121")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
         rows = table(kind)
     except ProviderError as error:
         raise LaunchError(str(error)) from None
-    apart = kind in SM12X and os.environ.get("SGLANG_SM120_PREFILL") != "overlay"
+    apart = kind in {f"sm{sm}" for sm in SM12X} and os.environ.get("SGLANG_SM120_PREFILL") != "overlay"
     prefill = {row.op: SPECS[row.op].prefill for row in rows if row.chosen and apart}
     if arguments.json:
         print(json.dumps([row._asdict() | {"prefill": prefill.get(row.op)} for row in rows], indent=2))

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sglang_sm120.limits import PAGE, RING, WINDOW, page_bytes
+
 from .machine import MIB
 from .model import Model
 
-PAGE = 256
-"""Tokens per page; SGLang sets it for DeepSeek-V4."""
 PAGES_PER_REQUEST = 2
 """Window pages a decoding request can hold: its 128-token window may straddle a page boundary."""
 WINDOW_RATIO = 0.1
@@ -98,17 +98,7 @@ def step_weights(model: Model, tp: int, device: str) -> dict[str, int]:
 
 def ring(ratio: int, mtp: bool) -> int:
     """Slots of the compressor's state: of each page of the window for ratio 4, of each request for ratio 128."""
-    return (8 if ratio == 4 else 128) * (2 if mtp else 1)
-
-
-def _entry(config: Mapping[str, Any], tokens: int) -> float:
-    """Bytes of one entry in a page of `tokens` entries; SGLang pads a page to a multiple of 576 bytes."""
-    return _page(config, tokens) / tokens
-
-
-def _page(config: Mapping[str, Any], tokens: int) -> int:
-    rope = config["qk_rope_head_dim"]
-    return -(-tokens * (config["head_dim"] - rope + 2 * rope + 8) // 576) * 576
+    return (RING if mtp else WINDOW)[ratio]
 
 
 def _ratios(config: Mapping[str, Any]) -> list[int]:
@@ -127,9 +117,9 @@ def bytes_per_full_token(config: Mapping[str, Any], window_ratio: float, mtp: bo
     index, head = config["index_head_dim"], config["head_dim"]
     state = window_ratio * ring(4, mtp) / PAGE * 16
     counted = {
-        "window": window_ratio * _entry(config, PAGE) * len(ratios),
-        "c4": _entry(config, PAGE // 4) / 4 * c4,
-        "c128": _entry(config, PAGE // 128) / 128 * c128,
+        "window": window_ratio * page_bytes(PAGE) / PAGE * len(ratios),
+        "c4": page_bytes(PAGE // 4) / PAGE * c4,
+        "c128": page_bytes(PAGE // 128) / PAGE * c128,
         "indexer": (index + index // 128 * 4) / 4 * c4,
         "c4 state": state * head * c4,
         "indexer state": state * index * c4,
@@ -172,7 +162,7 @@ def pool_bytes(config: Mapping[str, Any], pools: Pools, mtp: bool) -> dict[str, 
 
     def kv(entries: int, tokens: int) -> int:
         # A page of the allocator's more than asked for: slot 0 is a dummy.
-        return -(-(entries + PAGE) // tokens) * _page(config, tokens)
+        return -(-(entries + PAGE) // tokens) * page_bytes(tokens)
 
     indexed = -(-(pools.c128 * 32 + PAGE) // (PAGE // 4)) * (PAGE // 4)
     return {
@@ -234,9 +224,9 @@ def prefill_scores(chunk: int, context: int) -> int:
     return chunk * pages * (PAGE // 4 * 4 + 4 + 2 * 4)
 
 
-def split_pages(pools: Pools, config: Mapping[str, Any]) -> int:
+def split_pages(pools: Pools) -> int:
     """SGLang's copy of one layer's window pages in pages of 64 tokens, which FlashInfer's attention reads."""
-    return -(-(pools.swa + PAGE) // 64) * _page(config, 64)
+    return -(-(pools.swa + PAGE) // 64) * page_bytes(64)
 
 
 def graph_bytes(config: Mapping[str, Any], tp: int, sizes: tuple[int, ...], draft_tokens: int) -> int:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from .errors import LaunchError
 
 FLASH = "deepseek-ai/DeepSeek-V4-Flash"
+MODEL_TYPE = "deepseek_v4"
 INDEX = "model.safetensors.index.json"
 _NEEDED = (
     "hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "q_lora_rank", "o_lora_rank", "o_groups",
@@ -146,8 +147,8 @@ def checked(config: dict[str, Any], path: str, file: Path) -> dict[str, Any]:
         LaunchError: it is another model's, damaged, or of a checkpoint that is quantised otherwise.
     """
     kind = config.get("model_type")
-    if kind != "deepseek_v4":
-        raise LaunchError(f"{path} is a model of type {kind}, needed deepseek_v4: this launcher serves nothing else.")
+    if kind != MODEL_TYPE:
+        raise LaunchError(f"{path} is a model of type {kind}, needed {MODEL_TYPE}: this launcher serves nothing else.")
     missing = [key for key in _NEEDED if key not in config]
     if missing:
         raise LaunchError(f"{file} lacks {', '.join(missing)}: download it again.")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-STEP = "sglang_sm120:passes"
-GRAPHS = "sglang_sm120:graphs"
+from sglang_sm120.limits import GRAPHS, PASSES
+
 REPLAYS = "sglang:cuda_graph_passes"
 
 
@@ -22,7 +22,7 @@ def read(page: str) -> dict[str, float] | None:
     for family in text_string_to_metric_families(page):
         for sample in family.samples:
             labels = sample.labels
-            if sample.name == f"{STEP}_total":
+            if sample.name == f"{PASSES}_total":
                 why = f": {labels['why']}" if labels["why"] else ""
                 key = f"{labels['by']} {labels['mode']}{why}"
             elif sample.name == f"{GRAPHS}_total":

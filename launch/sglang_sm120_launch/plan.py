@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, replace
 
-from sglang_sm120.limits import CPU_SERVER
+from sglang_sm120.limits import CPU_SERVER, SM12X, takes_prefill
 
 from . import contract, memory, predict, values
-from .cards import SM12X, choose, divides
+from .cards import choose, divides
 from .comms import comms
 from .errors import LaunchError
 from .fit import Fit, Room, Step, fit
@@ -176,12 +176,10 @@ def _prefill(request: Request, emulated: bool) -> Step:
     Raises:
         LaunchError: SGLANG_SM120_PREFILL has a value that ends the server.
     """
-    value = request.variable("SGLANG_SM120_PREFILL") or ""
-    if value not in ("", "sglang", "overlay"):
-        raise LaunchError(f"SGLANG_SM120_PREFILL is {value!r} and needs sglang or overlay.")
-    if value == "sglang" and emulated:
-        raise LaunchError("SGLANG_SM120_PREFILL is sglang, whose prefill needs SM12x: leave out SGLANG_SM120_FORCE.")
-    return "all" if value == "overlay" or emulated else "decode"
+    try:
+        return "all" if takes_prefill(request.variable("SGLANG_SM120_PREFILL"), emulated) else "decode"
+    except ValueError as refusal:
+        raise LaunchError(str(refusal)) from None
 
 
 def _on_cpu(machine: Machine, model: Model, request: Request) -> _Decided:

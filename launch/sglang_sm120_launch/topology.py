@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, replace
 
+from .address import PORT
 from .errors import LaunchError
 from .plan import Plan, make_plan
 from .request import Wanted
@@ -15,7 +16,6 @@ from .settings import Value, env, flag
 
 RENDEZVOUS_PORT = 20000
 BOOTSTRAP_PORT = 8998
-SERVER_PORT = 30000
 ROUTER_PORT = 8000
 
 
@@ -64,7 +64,7 @@ def _two_nodes(hosts: list[str], wanted: Wanted) -> list[Node]:
             "node-rank": (rank, "the first node answers requests"),
         }
         if rank == 0:
-            extra |= {"host": ("0.0.0.0", "clients are on other machines"), "port": (SERVER_PORT, "SGLang's default")}
+            extra |= {"host": ("0.0.0.0", "clients are on other machines"), "port": (PORT, "SGLang's default")}
         made.append(_node(f"node {rank}", host, _with(plan, extra)))
     return made
 
@@ -78,7 +78,7 @@ def _prefill_decode(hosts: list[str], wanted: Wanted) -> list[Node]:
             "disaggregation-transfer-backend": ("mooncake", "moves the cache; needs mooncake-transfer-engine"),
             "disaggregation-bootstrap-port": (BOOTSTRAP_PORT, "where decode finds prefill; SGLang's default"),
             "host": ("0.0.0.0", "the router is on another machine"),
-            "port": (SERVER_PORT, "SGLang's default"),
+            "port": (PORT, "SGLang's default"),
         }
         base = plan
         if wanted.machine.rdma:
@@ -89,8 +89,8 @@ def _prefill_decode(hosts: list[str], wanted: Wanted) -> list[Node]:
             base = replace(plan, settings=(tcp, *plan.settings))
         made.append(_node(mode, host, _with(base, extra)))
     router = ["python", "-m", "sglang_router.launch_router", "--pd-disaggregation"]
-    router += ["--prefill", f"http://{hosts[0]}:{SERVER_PORT}", str(BOOTSTRAP_PORT)]
-    router += ["--decode", f"http://{hosts[1]}:{SERVER_PORT}", "--host", "0.0.0.0", "--port", str(ROUTER_PORT)]
+    router += ["--prefill", f"http://{hosts[0]}:{PORT}", str(BOOTSTRAP_PORT)]
+    router += ["--decode", f"http://{hosts[1]}:{PORT}", "--host", "0.0.0.0", "--port", str(ROUTER_PORT)]
     return [*made, Node("router", "either host; package sglang-router", router, None)]
 
 

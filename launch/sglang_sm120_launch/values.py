@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from sglang_sm120.speculation import MAX_DRAFT_TOKENS
+from sglang_sm120.limits import EAGLE, MAX_DRAFT_TOKENS, PAGE
 
 from .address import PORT, grpc, port_problem
 from .errors import LaunchError
 from .fit import Given
-from .memory import PAGE
 from .model import Model
 from .settings import Value
 
 DRAFT_TOKENS = 4
-EAGLE = ("EAGLE", "NEXTN")
-"""SGLang's two names for drafts by the MTP layer."""
 DRAFTS = ("speculative-num-steps", "speculative-eagle-topk", "speculative-num-draft-tokens")
 PLANNED: Mapping[str, tuple[Value, ...]] = {
     "attention-backend": ("dsv4", "compressed"),

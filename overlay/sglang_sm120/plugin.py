@@ -15,7 +15,7 @@ import msgspec
 import torch
 from sglang.kernels.plugin_kernels.nvidia import spec
 
-from . import registry
+from . import limits, registry
 from .limits import MAX_ROWS
 from .step.passes import Passes
 from .step.reasons import MODEL_TYPE, config_reasons, emulated, model_reasons, takes_prefill, unusable, why_left
@@ -164,27 +164,11 @@ SPEC = spec.MegakernelSpec(
     api_version=1,
     requires=spec.Requirements(
         # SGLANG_SM120_FORCE=1 is for tests on a Hopper card.
-        isas=frozenset({"sm_120", "sm_121"} | ({"sm_90"} if registry.forced() else set())),
+        isas=frozenset({f"sm_{sm}" for sm in limits.SM12X} | ({"sm_90"} if registry.forced() else set())),
         tp_sizes=frozenset(),
-        server_args={
-            "enforce_shared_experts_fusion": frozenset({False}),
-            "ep_num_redundant_experts": frozenset({0}),
-            "expert_distribution_recorder_mode": frozenset({None}),
-            "fp8_gemm_runner_backend": frozenset({"auto", "cutlass", "triton"}),
-            "init_expert_location": frozenset({"trivial"}),
-            "moe_a2a_backend": frozenset({"none"}),
-            "moe_dense_tp_size": frozenset({None}),
-            # What SGLang takes on SM12x for MXFP4 experts.
-            "moe_runner_backend": frozenset({"triton" if emulated() else "flashinfer_mxfp4"}),
-        },
+        server_args={name: frozenset(values) for name, values in limits.server_args(emulated()).items()},
         hf_config={"model_type": MODEL_TYPE},
-        env={
-            "SGLANG_OPT_FP8_WO_A_GEMM": False,
-            "SGLANG_OPT_USE_ONLINE_COMPRESS": False,
-            "SGLANG_SHARED_EXPERT_TP1": False,
-            "SGLANG_DSV4_COMPRESS_STATE_DTYPE": "float32",
-            "SGLANG_DSV4_FP4_DEQUANT": False,
-        },
+        env=limits.ENVIRONMENT,
     ),
     features=frozenset(
         {

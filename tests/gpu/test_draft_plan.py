@@ -8,7 +8,7 @@ from cases.common import Maker
 from cases.compress_prefill_plan import mapping
 
 from sglang_sm120 import ops
-from sglang_sm120.speculation import MAX_DRAFT_TOKENS, RING
+from sglang_sm120.limits import MAX_DRAFT_TOKENS, RING
 
 REQUESTS = 48
 

@@ -66,7 +66,7 @@ def test_what_the_spec_requires(flags: Flags):
     required["cuda_graph_backend_decode"] = SPEC.requires.decode_graph_backends
     for field, accepted in required.items():
         # "auto" becomes one of the others; None is a flag that was not given.
-        assert {*contract.SERVED[options[field]]} - {"auto"} == accepted - {"auto", None}, field
+        assert {*contract.served(False, False)[options[field]]} - {"auto"} == accepted - {"auto", None}, field
     assert {*SPEC.requires.env} <= {*contract.VARIABLES}
 
 
@@ -153,7 +153,8 @@ def test_several_nodes_are_named_once():
 SERVED: list[dict[str, Any]] = [
     {"flags": {name: value}} for flags in contract.FEATURES.values() for name, value in flags.items()
     if value is not None and value != ()
-] + [{"flags": {name: value}} for name, values in contract.SERVED.items() for value in values]  # fmt: skip
+]  # fmt: skip
+SERVED += [{"flags": {name: value}} for name, values in contract.served(False, False).items() for value in values]
 SERVED += [
     {"flags": {"cuda-graph-backend-prefill": "full"}},
     {"flags": {"offload-group-size": -1}}, {"flags": {"watchdog-timeout": 10.0}}, {"flags": {"ep-size": 2}},

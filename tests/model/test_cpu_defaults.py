@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from sglang.srt.model_executor.cuda_graph_config import default_cuda_graph_config
 
 from local_server import LocalServer, ServerError
-from sglang_sm120.speculation import MAX_DRAFT_TOKENS, require_kept
+from sglang_sm120.limits import MAX_DRAFT_TOKENS, require_kept
 from sglang_sm120.step import cpu
 
 ROOT = Path(__file__).parents[2]

@@ -30,9 +30,8 @@ from standin import New, Server, Weights, stub_sglang
 
 from sglang_sm120 import plugin, registry, warmup
 from sglang_sm120.checkpoint.config import ReferenceConfig
-from sglang_sm120.limits import MAX_ROWS
+from sglang_sm120.limits import MAX_DRAFT_TOKENS, MAX_ROWS
 from sglang_sm120.plugin import Built, Checked, check_graphs, install_on_cpu, why_left
-from sglang_sm120.speculation import MAX_DRAFT_TOKENS
 from sglang_sm120.step import reasons, target
 from sglang_sm120.step.passes import Passes
 from sglang_sm120.step.prepare import prepare

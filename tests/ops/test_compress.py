@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sglang_sm120 import ops
 from sglang_sm120.formats import indexer_page, kv_page
 from sglang_sm120.formats.compress_plan import CompressPlan, DecodePlan, WritePlan
-from sglang_sm120.speculation import MAX_DRAFT_TOKENS
+from sglang_sm120.limits import MAX_DRAFT_TOKENS
 
 DIM = 128
 CPU = torch.device("cpu")

@@ -22,6 +22,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..limits import WINDOW, drafts_kept
+
 __all__ = ["MAX_TOKENS", "CompressPlan", "DecodePlan", "Ring", "WritePlan"]
 
 MAX_TOKENS = 65_536
@@ -113,15 +115,12 @@ class Ring(NamedTuple):
     @property
     def window(self) -> int:
         """Tokens that one compressed entry is made of; ratio 4 overlaps with the block before."""
-        return 2 * self.ratio if self.ratio == 4 else self.ratio
+        return WINDOW[self.ratio]
 
     @property
     def drafts(self) -> int:
-        """Last tokens of a step that may be drafts, of which only the first are accepted; 0 in the smallest ring.
-
-        One is always accepted, so the first token that a later entry needs lies window - 2 before the step's.
-        """
-        return self.size - self.window + 2 if self.size > self.window else 0
+        """Last tokens of a step that may be drafts, of which only the first are accepted; 0 in the smallest ring."""
+        return drafts_kept(self.ratio, self.size)
 
     def row(self, request: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """Ring rows int64 of tokens at position int [N] of request int [N]."""

@@ -15,6 +15,9 @@ from __future__ import annotations
 
 import torch
 
+from ..limits import KV_FOOTER as FOOTER
+from ..limits import KV_ROW as ROW
+from ..limits import page_bytes
 from . import e8m0
 from ._pool import kept, planar, split
 
@@ -24,16 +27,9 @@ DIM = 512
 NOPE = 448
 ROPE = 64
 GROUP = 64
-ROW = NOPE + 2 * ROPE
-FOOTER = 8
 TOKEN = ROW + FOOTER
 FP8_MAX = 448.0
 MIN_AMAX = 1e-4
-
-
-def page_bytes(page_size: int) -> int:
-    """Bytes of one page of `page_size` tokens, padding included."""
-    return -(-page_size * TOKEN // ROW) * ROW
 
 
 def quantise(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

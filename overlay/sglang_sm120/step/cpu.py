@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from ..limits import CPU_SERVER
-from ..speculation import require_kept
+from ..limits import CPU_SERVER, EAGLE, require_kept
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +41,7 @@ def cpu_defaults(server_args: Any) -> dict[str, object]:
         raise ValueError("SGLANG_USE_CPU_ENGINE is 1, whose packed weights the step cannot read: unset it.")
     require_kept(server_args.speculative_num_draft_tokens)
     algorithm = server_args.speculative_algorithm
-    if (algorithm or "EAGLE").upper() not in ("EAGLE", "NEXTN"):
+    if (algorithm or EAGLE[0]).upper() not in EAGLE:
         raise ValueError(f"speculative_algorithm is {algorithm}, but a CPU serves EAGLE only: use it or leave it out.")
     if server_args.speculative_use_rejection_sampling:
         raise ValueError("--speculative-use-rejection-sampling needs a GPU: leave it out, EAGLE samples without it.")

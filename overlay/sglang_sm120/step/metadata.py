@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..limits import PAGE
 from ..streams import IN_ORDER, Beside
 
-INDEX_PAGE = 64
-"""Entries of an indexer page: one of 64 for each page of 256 tokens."""
+INDEX_PAGE = PAGE // 4
+"""Entries of an indexer page, whose ratio is 4."""
 
 
 class Keys(NamedTuple):

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ..limits import GRAPHS, PASSES
+
 logger = logging.getLogger(__name__)
 
 
@@ -61,6 +63,6 @@ def _counters() -> tuple[Any, Any]:
     from prometheus_client import Counter as Metric
 
     return (
-        Metric("sglang_sm120:passes_total", "Passes outside of CUDA graphs, by whose forward.", ["by", "mode", "why"]),
-        Metric("sglang_sm120:graphs_total", "CUDA graphs captured, by whose forward.", ["by", "mode"]),
+        Metric(f"{PASSES}_total", "Passes outside of CUDA graphs, by whose forward.", ["by", "mode", "why"]),
+        Metric(f"{GRAPHS}_total", "CUDA graphs captured, by whose forward.", ["by", "mode"]),
     )

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from .. import registry
+from .. import limits, registry
 from ..formats import kv_page
 from ..limits import MAX_ROWS
-from ..speculation import require_kept
 
 MODEL_TYPE = "deepseek_v4"
 
@@ -43,14 +42,9 @@ def takes_prefill() -> bool:
     """Whether SGLANG_SM120_PREFILL gives prefill on a GPU to the step too; by default it is SGLang's.
 
     Raises:
-        ValueError: the variable has another value than sglang or overlay, or sglang where the step must take prefill.
+        ValueError: as `limits.takes_prefill`.
     """
-    value = os.environ.get("SGLANG_SM120_PREFILL", "")
-    if value not in ("", "sglang", "overlay"):
-        raise ValueError(f"SGLANG_SM120_PREFILL is {value!r} and needs sglang or overlay.")
-    if value == "sglang" and emulated():
-        raise ValueError("SGLANG_SM120_PREFILL is sglang, whose prefill needs SM12x: leave out SGLANG_SM120_FORCE.")
-    return value == "overlay" or emulated()
+    return limits.takes_prefill(os.environ.get("SGLANG_SM120_PREFILL"), emulated())
 
 
 def config_reasons(cfg: Any, hf_config: Any) -> list[str]:
@@ -59,15 +53,15 @@ def config_reasons(cfg: Any, hf_config: Any) -> list[str]:
     if cfg.enable_deepseek_v4_fp4_indexer:
         reasons.append("the indexer's keys are FP4 (--enable-deepseek-v4-fp4-indexer) and the step reads FP8")
     try:
-        require_kept(cfg.speculative_num_draft_tokens)
+        limits.require_kept(cfg.speculative_num_draft_tokens)
     except ValueError as error:
         reasons.append(str(error))
     prefill = cfg.cuda_graph_config.prefill.backend
-    if takes_prefill() and prefill != "disabled":
-        reasons.append("prefill runs in CUDA graphs of SGLang's own layers: give --disable-prefill-cuda-graph")
-    elif prefill == "tc_piecewise":
-        # `prepare.fp8_wo_a` finds a weight's scales by its address.
-        reasons.append("prefill is traced by torch.compile, which has no addresses: leave --cuda-graph-backend-prefill")
+    if prefill not in limits.prefill_graphs(takes_prefill()):
+        reasons.append(
+            "prefill runs in CUDA graphs of SGLang's own layers: give --disable-prefill-cuda-graph" if takes_prefill()
+            else "prefill is traced by torch.compile, which has no addresses: leave --cuda-graph-backend-prefill"
+        )  # fmt: skip
     return reasons
 
 
