@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import random
 import re
-import signal
 import socket
 import subprocess
-import sys
-import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
-import httpx
+from sglang_sm120_launch.address import GRPC_OFFSET
+from sglang_sm120_launch.child import Child
 
-PR_SET_PDEATHSIG = 1
 PLAIN = ("extend", "decode")
 EAGLE = (*PLAIN, "extend", "target_verify", "draft_extend_v2")
 """Modes of the passes of a server on a CPU, one word for each model that has passes of it; with EAGLE the target and
@@ -29,21 +25,16 @@ class ServerError(RuntimeError):
 
 
 def free_port() -> int:
-    """A TCP port on the loopback interface that was free a moment ago; SGLang also claims the one 10,000 above."""
+    """A TCP port on the loopback interface that was free a moment ago; SGLang also claims the one GRPC_OFFSET above."""
     for port in random.sample(range(20000, 32000), 100):
         try:
-            for number in (port, port + 10000):
+            for number in (port, port + GRPC_OFFSET):
                 with socket.socket() as s:
                     s.bind(("127.0.0.1", number))
         except OSError:
             continue
         return port
     raise ServerError("No free TCP port was found between 20000 and 32000: stop other servers on this machine.")
-
-
-def _stop_with_parent() -> None:
-    """Ask Linux to terminate this process when its parent dies, even by SIGKILL; SGLang then stops its own children."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class LocalServer:
@@ -73,33 +64,24 @@ class LocalServer:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = Path(log)
-        self._command = [
-            sys.executable, *launcher,
-            "--model-path", str(checkpoint), "--host", "127.0.0.1", "--port", str(self.port), *args,
-        ]  # fmt: skip
-        self._env = os.environ | dict(env or {})
+        arguments = ("--model-path", str(checkpoint), "--host", "127.0.0.1", "--port", str(self.port), *args)
+        self._start = partial(Child, arguments, env or {}, launcher=launcher)
         self._ready_seconds = ready_seconds
-        self._process: subprocess.Popen[bytes] | None = None
+        self._child: Child | None = None
 
     @property
     def pid(self) -> int:
-        assert self._process is not None, "LocalServer.pid is read inside `with`"
-        return self._process.pid
+        assert self._child is not None, "LocalServer.pid is read inside `with`"
+        return self._child.pid
 
     def __enter__(self) -> LocalServer:
         with self.log.open("wb") as log:
-            # A session of its own: the schedulers it spawns stay in its process group.
-            self._process = subprocess.Popen(
-                self._command,
-                env=self._env,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=_stop_with_parent,
-            )
+            self._child = self._start(output=log)
         try:
-            self._wait_until_healthy()
+            if not self._child.is_healthy_within(self._ready_seconds, self.url):
+                late = f"was not healthy after {self._ready_seconds:.0f} s; log:"
+                found = late if self.alive() else "exited with its log ending in:"
+                raise ServerError(f"The server {found}\n{self.log_tail()}")
         except BaseException:
             self.stop()
             raise
@@ -112,7 +94,7 @@ class LocalServer:
 
     def alive(self) -> bool:
         """Whether the launched process still runs."""
-        return self._process is not None and self._process.poll() is None
+        return self._child is not None and self._child.status() is None
 
     def wait(self, seconds: float) -> int:
         """Wait until the launched process ends by itself; its exit status.
@@ -120,53 +102,16 @@ class LocalServer:
         Raises:
             ServerError: it still runs after `seconds`.
         """
-        assert self._process is not None, "LocalServer.wait is called inside `with`"
+        assert self._child is not None, "LocalServer.wait is called inside `with`"
         try:
-            return self._process.wait(seconds)
+            return self._child.wait(seconds)
         except subprocess.TimeoutExpired:
             raise ServerError(f"The server still runs after {seconds:.0f} s, and was to end by itself.") from None
 
     def stop(self, grace_seconds: float = 2) -> None:
-        """Terminate the process group, by force after `grace_seconds`; returns when all of it is gone.
-
-        SGLang's children end at once; its first process then sleeps five seconds, for crash reports, and kills itself.
-        """
-        if self._process is None:
-            return
-        group = self._process.pid
-        for sig, seconds in ((signal.SIGTERM, grace_seconds), (signal.SIGKILL, 10.0)):
-            try:
-                os.killpg(group, sig)
-            except ProcessLookupError:
-                break
-            if self._wait_group_gone(group, seconds):
-                break
-        self._process.wait()
-
-    def _wait_group_gone(self, group: int, seconds: float) -> bool:
-        assert self._process is not None
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            self._process.poll()
-            try:
-                os.killpg(group, 0)
-            except ProcessLookupError:
-                return True
-            time.sleep(0.1)
-        return False
-
-    def _wait_until_healthy(self) -> None:
-        deadline = time.monotonic() + self._ready_seconds
-        while time.monotonic() < deadline:
-            if not self.alive():
-                raise ServerError(f"The server exited with its log ending in:\n{self.log_tail()}")
-            try:
-                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
-                    return
-            except httpx.HTTPError:
-                pass
-            time.sleep(0.5)
-        raise ServerError(f"The server was not healthy after {self._ready_seconds:.0f} s; log:\n{self.log_tail()}")
+        """Terminate the process group, by force after `grace_seconds`; returns when all of it is gone."""
+        if self._child is not None:
+            self._child.stop(grace_seconds)
 
     def require_step(self, modes: Sequence[str]) -> None:
         """Whether the step of sglang_sm120 took this server's passes; on a CPU, where it is to take every one.

@@ -1,4 +1,4 @@
-"""The server as a child process: it ends with the launcher, and stopping it stops exactly its process group."""
+"""A server as a child process: it ends with its parent, and stopping it stops exactly its process group."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
+import httpx
 import psutil
 
 PR_SET_PDEATHSIG = 1
@@ -25,15 +27,24 @@ def _end_with_parent() -> None:
 
 
 class Child:
-    """`python -m sglang.launch_server` with its output on this process's own."""
+    """A server with these arguments and, beside this process's own, these variables.
 
-    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
-        # A session of its own: Ctrl-C reaches the launcher alone, and the processes that SGLang spawns stay in its
-        # group.
+    Args:
+        output: takes its stdout and stderr, which else are this process's.
+        launcher: what Python runs.
+    """
+
+    def __init__(
+        self, arguments: Sequence[str], environment: Mapping[str, str], output: IO[bytes] | None = None,
+        launcher: Sequence[str] = ("-m", "sglang.launch_server"),
+    ) -> None:  # fmt: skip
+        # A session of its own: Ctrl-C reaches its parent alone, and the processes that it spawns stay in its group.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "sglang.launch_server", *arguments],
+            [sys.executable, *launcher, *arguments],
             env={**os.environ, **environment},
             stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output and subprocess.STDOUT,
             start_new_session=True,
             preexec_fn=_end_with_parent,
         )
@@ -47,9 +58,22 @@ class Child:
         """The exit status of the server; None while it runs."""
         return self._process.poll()
 
-    def wait(self) -> int:
-        """Wait until the server ends by itself; its exit status."""
-        return self._process.wait()
+    def wait(self, seconds: float | None = None) -> int:
+        """Wait until the server ends by itself; its exit status. Raises `subprocess.TimeoutExpired`."""
+        return self._process.wait(seconds)
+
+    def is_healthy_within(self, seconds: float, url: str) -> bool:
+        """Whether the server, which is reached at `url`, serves within `seconds`; False at once when it has ended."""
+        deadline = time.monotonic() + seconds
+        while self.status() is None and time.monotonic() < deadline:
+            try:
+                # SGLang answers 503 until its own warm-up request has been served.
+                if httpx.get(f"{url}/health", timeout=30, trust_env=False, verify=False).status_code == 200:
+                    return True
+            except httpx.HTTPError:
+                pass
+            time.sleep(0.5)
+        return False
 
     def remember(self) -> None:
         """Take note of the server's own processes (ranks, detokenizer), to see later whether one is gone."""
@@ -86,7 +110,10 @@ class Child:
                 self._process.wait(seconds)
 
     def stop(self, grace_seconds: float = 5.0) -> None:
-        """Terminate the process group, by force after `grace_seconds`; returns when all of it is gone."""
+        """Terminate the process group, by force after `grace_seconds`; returns when all of it is gone.
+
+        SGLang's children end at once; its first process then sleeps five seconds, for crash reports, and kills itself.
+        """
         for number, seconds in ((signal.SIGTERM, grace_seconds), (signal.SIGKILL, 10.0)):
             try:
                 os.killpg(self.pid, number)
