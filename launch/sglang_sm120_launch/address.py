@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
 
-from .settings import Value
+from .settings import Get
 
 HOST, PORT = "127.0.0.1", 30000
 """SGLang's own defaults."""
@@ -14,9 +13,6 @@ GRPC_OFFSET = 10000
 
 URL_FILE = "SGLANG_SM120_URL_FILE"
 """Variable that names a file into which `serve` writes the server's URL, for a health check beside it."""
-
-Get = Callable[[str], Value | None]
-"""The value of a flag, None where it is not set."""
 
 
 def grpc(value: Get) -> bool:

@@ -32,7 +32,7 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         if chosen is not None:
             # Imported only now, so that `doctor` runs where torch and SGLang cannot be imported.
-            module = importlib.import_module(f"{__package__}.{chosen}")
+            module = importlib.import_module(f"{__package__}.commands.{chosen}")
             module.configure(chosen_parser)
             chosen_parser.set_defaults(run=module.run)
         arguments, unknown = parser.parse_known_args(words)
@@ -57,7 +57,3 @@ def main(words: Sequence[str] | None = None) -> int:
         # The reader (`| head`) has left; what it read is complete.
         sys.stderr.close()
         return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

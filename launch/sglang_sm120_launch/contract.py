@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from sglang_sm120.limits import ENVIRONMENT, prefill_graphs, server_args
 
-from .settings import Value
+from .settings import Get, Value
 
 FEATURES: Mapping[str, Mapping[str, Value | None]] = {
     "CONTEXT_PARALLEL": {"attn-cp-size": 1, "dcp-size": 1, "enable-prefill-cp": False},
@@ -44,9 +44,6 @@ ON = ("1", "true", "yes", "y")
 """What SGLang reads as on, in any case."""
 SHORTEST_WATCHDOG = 10
 """Seconds; with a shorter one SGLang's waits have too little time."""
-
-Get = Callable[[str], Value | None]
-"""What the user gave for a flag, None where nothing."""
 
 
 def asked(feature: str, flags: Get) -> Iterator[str]:

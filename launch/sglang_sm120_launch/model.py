@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,8 +97,9 @@ class Model:
         if file is not None and file.is_file():
             config = checked(read_json(file), path, file)
         elif path == FLASH:
-            text = resources.files("sglang_sm120").joinpath("model-config.json").read_text(encoding="utf-8")
-            config = json.loads(text)
+            from sglang_sm120.checkpoint.config import model_config
+
+            config = model_config()
         else:
             raise LaunchError(f"{folder} has no config.json: give the directory of a DeepSeek-V4 checkpoint.")
         expected = _from_config(config, str(file))

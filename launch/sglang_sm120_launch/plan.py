@@ -1,4 +1,4 @@
-"""`sglang-sm120 plan`: which flags and variables SGLang should get for a model on a machine, each with its reason.
+"""Which flags and variables SGLang should get for a model on a machine, each with its reason.
 
 `make_plan` is a pure function. Reading the machine, the model and the config, and checking flags against the installed
 SGLang, happens around it, in `request.py`; printing in `show.py`.
@@ -6,7 +6,6 @@ SGLang, happens around it, in `request.py`; printing in `show.py`.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass, replace
 
 from sglang_sm120.limits import CPU_SERVER, SM12X, takes_prefill
@@ -114,9 +113,13 @@ def _on_cuda(machine: Machine, model: Model, request: Request) -> _Decided:
     gpu, tp = cards.gpu, cards.tp
     sm12x, forced = gpu.sm in SM12X, request.variable("SGLANG_SM120_FORCE") == "1"
     emulated = forced and not sm12x
-    prefill, absent = _prefill(request, emulated), [f"{gpu.name} is none of SM12x"]
+    try:
+        prefill = takes_prefill(request.variable("SGLANG_SM120_PREFILL"), emulated)
+    except ValueError as refusal:
+        raise LaunchError(str(refusal)) from None
+    absent = [f"{gpu.name} is none of SM12x"]
     if sm12x or forced:
-        absent = _without_step(request, machine, takes_prefill=prefill == "all", emulated=emulated)
+        absent = _without_step(request, machine, takes_prefill=prefill, emulated=emulated)
     draft = values.draft_tokens(request)
     lines = [(f"memory of {gpu.name}", cards.memory_mib * MIB), ("CUDA context and driver", -memory.CONTEXT)]
     if cards.used_mib:
@@ -125,10 +128,9 @@ def _on_cuda(machine: Machine, model: Model, request: Request) -> _Decided:
         lines.append(("NCCL", -memory.NCCL))
     if gpu.unified:
         lines.append(("operating system (unified memory)", -HOST_SHARE))
-    step: Step = "none" if absent else prefill
-    room = Room(
-        gpu.name, tuple(lines), sum(size for _, size in lines), tp, step, draft, sm12x=sm12x, patched=request.patched
-    )  # fmt: skip
+    step: Step = "none" if absent else "all" if prefill else "decode"
+    usable = sum(size for _, size in lines)
+    room = Room(gpu.name, tuple(lines), usable, tp, step, draft, sm12x=sm12x, patched=request.patched)
     preferred = 4096 if sm12x else 8192
     found = fit(model, room, values.given(request, model), preferred)
     settings = [
@@ -168,18 +170,6 @@ def _require_served(request: Request) -> None:
     """Raise LaunchError for what SGLang itself refuses for this model."""
     for words in contract.asked("DETERMINISTIC_INFERENCE", request.value):
         raise LaunchError(f"{words} was given, and SGLang 0.5.23 refuses it for DeepSeek-V4: leave it out.")
-
-
-def _prefill(request: Request, emulated: bool) -> Step:
-    """Which passes the step takes where it serves.
-
-    Raises:
-        LaunchError: SGLANG_SM120_PREFILL has a value that ends the server.
-    """
-    try:
-        return "all" if takes_prefill(request.variable("SGLANG_SM120_PREFILL"), emulated) else "decode"
-    except ValueError as refusal:
-        raise LaunchError(str(refusal)) from None
 
 
 def _on_cpu(machine: Machine, model: Model, request: Request) -> _Decided:
@@ -231,26 +221,3 @@ def _require_driver(machine: Machine) -> None:
             f"Driver {machine.driver} serves CUDA {machine.cuda} and the pinned PyTorch needs CUDA "
             f"{CUDA[0]}.{CUDA[1]}: install driver {DRIVER} or newer."
         )
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `plan`."""
-    from . import request, topology
-
-    request.configure(parser)
-    topology.configure(parser)
-    parser.add_argument("--json", action="store_true", help="print the plan as one JSON object")
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Print a plan; 0."""
-    from . import request, show, topology
-
-    wanted = request.read(arguments)
-    if arguments.topology:
-        nodes = [node.checked(wanted) for node in topology.nodes(arguments.topology, arguments.hosts, wanted)]
-        print(show.topology_json(nodes) if arguments.json else show.topology_text(nodes))
-        return 0
-    plan = wanted.check(make_plan(wanted.machine, wanted.model, wanted.request))
-    print(show.as_json(plan) if arguments.json else show.as_text(plan))
-    return 0

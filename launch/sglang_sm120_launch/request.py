@@ -120,6 +120,6 @@ def _indices(text: str) -> tuple[int, ...]:
 
 def _visible(text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
+        return _indices(text)
+    except argparse.ArgumentTypeError:
         raise LaunchError(f"CUDA_VISIBLE_DEVICES is {text!r}: give card numbers, or use --gpus instead.") from None

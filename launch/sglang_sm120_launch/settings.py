@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -13,6 +13,8 @@ SECRET = re.compile(r"api-key$|password$")
 HIDDEN = "********"
 
 Value = bool | int | float | str | tuple[int, ...] | tuple[str, ...]
+Get = Callable[[str], Value | None]
+"""The value of a flag by its name, None where it is not set."""
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import textwrap
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from .plan import Plan
 from .settings import hidden, shell
-
-if TYPE_CHECKING:
-    from .plan import Plan
-    from .topology import Node
 
 REASON_WIDTH = 72
 GIB = 1 << 30
@@ -22,10 +19,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
     return {
         "model": plan.model,
         "evidence": plan.evidence,
-        "settings": [
-            {"kind": entry.kind, "name": entry.name, "value": entry.value, "reason": entry.reason}
-            for entry in map(hidden, plan.settings)
-        ],
+        "settings": [vars(entry) for entry in map(hidden, plan.settings)],
         "budget_bytes": [{"what": what, "bytes": size} for what, size in fit.lines],
         "other_budget": fit.other_budget,
         "pools": vars(fit.pools),
@@ -63,12 +57,9 @@ def _settings(plan: Plan) -> list[str]:
     lines = []
     for name, value, entry in rows:
         reason = textwrap.wrap(entry.reason, REASON_WIDTH) or [""]
-        if len(value) > widest:
-            lines.append(f"  {name:<{names}}  {value}")
-            lines += [f"  {'':<{names}}  {'':<{widest}}  {line}" for line in reason]
-        else:
-            lines.append(f"  {name:<{names}}  {value:<{widest}}  {reason[0]}")
-            lines += [f"  {'':<{names}}  {'':<{widest}}  {line}" for line in reason[1:]]
+        beside = [] if len(value) > widest else [reason.pop(0)]
+        lines.append("  ".join([f"  {name:<{names}}", f"{value:<{widest}}", *beside]))
+        lines += [f"  {'':<{names}}  {'':<{widest}}  {line}" for line in reason]
     return lines
 
 
@@ -88,28 +79,3 @@ def _budget(plan: Plan) -> list[str]:
         f"Requests x tokens of context that fit at once: {context}.", 116, initial_indent="  ", subsequent_indent="  "
     )
     return lines
-
-
-def topology_json(nodes: list[Node]) -> str:
-    """A list of nodes; the router's plan is null."""
-    return json.dumps(
-        [
-            {
-                "name": node.name,
-                "where": node.where,
-                "command": node.command,
-                "plan": as_dict(node.plan) if node.plan else None,
-            }
-            for node in nodes
-        ],
-        indent=2,
-    )
-
-
-def topology_text(nodes: list[Node]) -> str:
-    """The first node's plan in full, then every node's command."""
-    plans = [node.plan for node in nodes if node.plan]
-    parts = [as_text(plans[0]).rsplit("Command:", 1)[0].rstrip(), ""]
-    for node in nodes:
-        parts += [f"{node.name} ({node.where}):", "  " + shell(node.command), ""]
-    return "\n".join(parts).rstrip()

@@ -6,13 +6,15 @@ Both use SGLang's own means: `--nnodes`, `--disaggregation-mode`, and the packag
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import dataclass, replace
 
+from . import show
 from .address import PORT
 from .errors import LaunchError
 from .plan import Plan, make_plan
 from .request import Wanted
-from .settings import Value, env, flag
+from .settings import Value, env, flag, shell
 
 RENDEZVOUS_PORT = 20000
 BOOTSTRAP_PORT = 8998
@@ -106,3 +108,17 @@ def _with(plan: Plan, extra: dict[str, tuple[Value, str]]) -> Plan:
 
 def _node(name: str, where: str, plan: Plan) -> Node:
     return Node(name, where, plan.command(), plan)
+
+
+def as_json(nodes: list[Node]) -> str:
+    """A list of nodes; the router's plan is null."""
+    return json.dumps([{**vars(node), "plan": node.plan and show.as_dict(node.plan)} for node in nodes], indent=2)
+
+
+def as_text(nodes: list[Node]) -> str:
+    """The first node's plan in full, then every node's command."""
+    plans = [node.plan for node in nodes if node.plan]
+    parts = [show.as_text(plans[0]).rsplit("Command:", 1)[0].rstrip(), ""]
+    for node in nodes:
+        parts += [f"{node.name} ({node.where}):", "  " + shell(node.command), ""]
+    return "\n".join(parts).rstrip()

@@ -13,21 +13,17 @@ PAGE = 256
 """Tokens of context per page; SGLang sets it for DeepSeek-V4, whose pools hold PAGE / ratio entries a page."""
 KV_ROW, KV_FOOTER = 576, 8
 """Bytes of one token's keys in a page, and of their scales (`formats.kv_page`)."""
-
-WINDOW = {4: 8, 128: 128}
-"""Tokens that one compressed entry is made of, by ratio, and slots of the ring that keeps the last ones' projections
-for the compressor (`formats.compress_plan.Ring`); ratio 4 overlaps with the block before."""
-RING = {4: 16, 128: 256}
-"""Slots of the ring while drafts are verified, by ratio (SGLang's `get_compress_state_ring_size`)."""
+WINDOW, RING = {4: 8, 128: 128}, {4: 16, 128: 256}
+"""By ratio: tokens that one compressed entry is made of (4 overlaps with the block before), so many the compressor's
+ring keeps (`formats.compress_plan.Ring`), and its slots while drafts are verified, as SGLang sizes it."""
 
 
 def drafts_kept(ratio: int, slots: int) -> int:
     """Draft tokens of one verification that a ring can take back; 0 in the smallest.
 
-    A verification writes all of its tokens, and the next one starts behind the accepted ones: what was accepted has to
-    be in the ring, and what was rejected must not have overwritten what is older and still needed. One token is always
-    accepted, so the first that a later entry needs lies WINDOW - 2 before the verification's start. With more SGLang
-    0.5.23 reads stale ones after a rejection and says nothing.
+    What was accepted has to be in the ring, and what was rejected must not have overwritten what is older and still
+    needed. One token is always accepted, so the first that a later entry needs lies WINDOW - 2 before the
+    verification's start. With more SGLang 0.5.23 reads stale ones after a rejection and says nothing.
     """
     return slots - WINDOW[ratio] + 2 if slots > WINDOW[ratio] else 0
 
@@ -35,27 +31,6 @@ def drafts_kept(ratio: int, slots: int) -> int:
 MAX_DRAFT_TOKENS = min(drafts_kept(ratio, slots) for ratio, slots in RING.items())
 EAGLE = ("EAGLE", "NEXTN")
 """SGLang's two names for drafts by the MTP layer."""
-
-_SERVER_ARGS: Mapping[str, tuple[Any, ...]] = {
-    "enforce_shared_experts_fusion": (False,),
-    "ep_num_redundant_experts": (0,),
-    "expert_distribution_recorder_mode": (None,),
-    "fp8_gemm_runner_backend": ("auto", "cutlass", "triton"),
-    "init_expert_location": ("trivial",),
-    "moe_a2a_backend": ("none",),
-    "moe_dense_tp_size": (None,),
-    # What SGLang takes on SM12x for MXFP4 experts.
-    "moe_runner_backend": ("flashinfer_mxfp4",),
-}
-ENVIRONMENT: Mapping[str, Any] = {
-    "SGLANG_DSV4_COMPRESS_STATE_DTYPE": "float32",
-    "SGLANG_DSV4_FP4_DEQUANT": False,
-    "SGLANG_OPT_FP8_WO_A_GEMM": False,
-    "SGLANG_OPT_USE_ONLINE_COMPRESS": False,
-    "SGLANG_SHARED_EXPERT_TP1": False,
-}
-"""SGLang's variables that leave the step out with any other value."""
-
 CPU_SERVER: dict[str, Any] = {
     "max_total_tokens": 32768,
     "max_running_requests": 8,
@@ -64,7 +39,14 @@ CPU_SERVER: dict[str, Any] = {
 }
 """SGLang's settings on a CPU where the user gave none: a laptop's worth of cache (SGLang would size it by all free
 memory), and a core that is free while no request is there."""
-
+ENVIRONMENT: Mapping[str, Any] = {
+    "SGLANG_DSV4_COMPRESS_STATE_DTYPE": "float32",
+    "SGLANG_DSV4_FP4_DEQUANT": False,
+    "SGLANG_OPT_FP8_WO_A_GEMM": False,
+    "SGLANG_OPT_USE_ONLINE_COMPRESS": False,
+    "SGLANG_SHARED_EXPERT_TP1": False,
+}
+"""SGLang's variables that leave the step out with any other value."""
 PASSES, GRAPHS = "sglang_sm120:passes", "sglang_sm120:graphs"
 """Counters of the metrics page: passes outside of CUDA graphs, and graphs, by whose forward."""
 
@@ -78,22 +60,29 @@ def server_args(emulated: bool) -> Mapping[str, tuple[Any, ...]]:
     """Fields of SGLang's `ServerArgs` that leave the step out with any value but these.
 
     Args:
-        emulated: SGLANG_SM120_FORCE=1 has the step serve on a card that is no SM12x.
+        emulated: SGLANG_SM120_FORCE=1 has the step serve on a card that is no SM12x, where it takes every pass.
     """
-    return {**_SERVER_ARGS, "moe_runner_backend": ("triton",)} if emulated else _SERVER_ARGS
+    return {
+        "enforce_shared_experts_fusion": (False,),
+        "ep_num_redundant_experts": (0,),
+        "expert_distribution_recorder_mode": (None,),
+        "fp8_gemm_runner_backend": ("auto", "cutlass", "triton"),
+        "init_expert_location": ("trivial",),
+        "moe_a2a_backend": ("none",),
+        "moe_dense_tp_size": (None,),
+        # What SGLang takes on SM12x for MXFP4 experts.
+        "moe_runner_backend": ("triton" if emulated else "flashinfer_mxfp4",),
+    }
 
 
 def prefill_graphs(takes_prefill: bool) -> tuple[str, ...]:
-    """Backends of SGLang's prefill graphs beside which the step serves."""
-    # SGLang's graphs hold its own layers; torch.compile traces weights, whose addresses `prepare.fp8_wo_a` needs.
+    """Backends of SGLang's prefill graphs, of its own layers, beside which the step serves."""
+    # torch.compile traces weights, whose addresses `prepare.fp8_wo_a` needs.
     return ("disabled",) if takes_prefill else ("full", "breakable", "disabled")
 
 
 def takes_prefill(value: str | None, emulated: bool) -> bool:
-    """Whether the step takes prefill on a GPU too, by SGLANG_SM120_PREFILL; without it prefill is SGLang's.
-
-    Args:
-        emulated: as in `server_args`; the step then takes every pass.
+    """Whether the step takes prefill on a GPU too, by SGLANG_SM120_PREFILL; `emulated` as in `server_args`.
 
     Raises:
         ValueError: the variable has another value than sglang or overlay, or sglang where the step must take prefill.
@@ -106,11 +95,7 @@ def takes_prefill(value: str | None, emulated: bool) -> bool:
 
 
 def require_kept(draft_tokens: int | None) -> None:
-    """Check a server's `--speculative-num-draft-tokens`, or one tier's under `--speculative-adaptive`; None is off.
-
-    Raises:
-        ValueError: a rejection could not be taken back.
-    """
+    """Raise ValueError for more `--speculative-num-draft-tokens` than a rejection can take back; None is off."""
     if draft_tokens is not None and draft_tokens > MAX_DRAFT_TOKENS:
         raise ValueError(
             f"speculative_num_draft_tokens is {draft_tokens}, but DeepSeek-V4's compressor can take back "

@@ -21,7 +21,8 @@ from PIL import Image, ImageColor
 
 from local_server import LocalServer
 from sglang_sm120.checkpoint.config import ReferenceConfig
-from sglang_sm120_launch import bench, compare, passes, picture
+from sglang_sm120_launch import passes, picture
+from sglang_sm120_launch.commands import bench, compare
 from sglang_sm120_launch.errors import LaunchError
 from sglang_sm120_launch.stream import Stream, ask
 from sglang_sm120_reference.write import write_checkpoint
@@ -294,7 +295,7 @@ def test_the_benchmark_asks_so(events: tuple[Any, ...], status: int, error: str,
 
 def test_the_picture_names_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     headings = []
-    monkeypatch.setattr(picture, "draw", lambda heading, panels, path: headings.append(heading))
+    monkeypatch.setattr(bench, "draw", lambda heading, panels, path: headings.append(heading))
     bench.picture(result({**point(4096, 1, 1.0), "completed": 1}), tmp_path / "a.png")
     bench.picture(result(point(4096, 1, 1.0)), tmp_path / "a.png")
     assert "1 of 2 requests failed" in headings[0] and "failed" not in headings[1]

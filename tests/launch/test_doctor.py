@@ -22,9 +22,10 @@ import jsonschema
 import psutil
 import pytest
 
-from sglang_sm120_launch import checks, checks_software, doctor
+from sglang_sm120_launch import checks, checks_software
 from sglang_sm120_launch.checks import Finding, machine_checks
 from sglang_sm120_launch.checks_checkpoint import checkpoint_checks
+from sglang_sm120_launch.commands import doctor
 from sglang_sm120_launch.machine import Gpu, Machine
 from sglang_sm120_launch.model import INDEX
 from sglang_sm120_reference.write import write_checkpoint
@@ -415,7 +416,7 @@ class Blocked:
 
 sys.meta_path.insert(0, Blocked())
 import argparse
-from sglang_sm120_launch import doctor
+from sglang_sm120_launch.commands import doctor
 parser = argparse.ArgumentParser()
 doctor.configure(parser)
 code = doctor.run(parser.parse_args(sys.argv[1:]))

@@ -13,7 +13,7 @@ import pytest
 
 import sglang_sm120.ops
 from sglang_sm120 import registry
-from sglang_sm120_launch import kernels
+from sglang_sm120_launch.commands import kernels
 from sglang_sm120_launch.errors import LaunchError
 
 CHECKOUT = Path(__file__).resolve().parents[2]

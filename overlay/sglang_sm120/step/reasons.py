@@ -39,11 +39,7 @@ def emulated() -> bool:
 
 @functools.cache
 def takes_prefill() -> bool:
-    """Whether SGLANG_SM120_PREFILL gives prefill on a GPU to the step too; by default it is SGLang's.
-
-    Raises:
-        ValueError: as `limits.takes_prefill`.
-    """
+    """`limits.takes_prefill` of this process."""
     return limits.takes_prefill(os.environ.get("SGLANG_SM120_PREFILL"), emulated())
 
 

@@ -18,10 +18,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import passes
-from .address import HOST, PORT
-from .errors import LaunchError
-from .stream import ask
+import httpx
+from tqdm import tqdm
+
+from .. import passes
+from ..address import HOST, PORT
+from ..errors import LaunchError
+from ..picture import Panel, draw
+from ..stream import ask
 
 SCHEMA = 1
 """Version of the JSON file; `compare` refuses another."""
@@ -35,27 +39,11 @@ DATASET = "sglang-sm120"
 """Under which name SGLang's benchmark finds the prompts."""
 SERVER = (
     "version", "device", "tp_size", "pp_size", "dp_size", "context_length", "chunked_prefill_size",
-    "mem_fraction_static",
-    "max_running_requests", "max_total_num_tokens", "cuda_graph_config", "disable_radix_cache",
-    "enable_nvidia_megakernel",
-    "moe_runner_backend", "attention_backend", "kv_cache_dtype", "speculative_algorithm", "speculative_num_steps",
-    "speculative_num_draft_tokens",
+    "mem_fraction_static", "max_running_requests", "max_total_num_tokens", "cuda_graph_config", "disable_radix_cache",
+    "enable_nvidia_megakernel", "moe_runner_backend", "attention_backend", "kv_cache_dtype", "speculative_algorithm",
+    "speculative_num_steps", "speculative_num_draft_tokens",
 )  # fmt: skip
 """What is kept of /server_info: settings that change the figures."""
-
-
-class _Stopped(Exception):
-    """Why the measurement cannot go on."""
-
-
-class Server(NamedTuple):
-    """A running server: its root URL, the name it serves, its tokenizer, the longest sequence, and its settings."""
-
-    url: str
-    name: str
-    tokenizer: str
-    longest: int | None
-    settings: dict[str, Any]
 
 
 def _numbers(text: str) -> list[int]:
@@ -85,13 +73,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
                         help="lengths of prompts as the server counts them (default: %(default)s)")  # fmt: skip
     parser.add_argument("--output-tokens", type=_positive, default="256", metavar="N",
                         help="tokens to generate for each request (default: %(default)s)")  # fmt: skip
-    parser.add_argument(
-        "--rounds",
-        type=_positive,
-        default="2",
-        metavar="N",
-        help="requests at each point are this many times its concurrency (default: %(default)s)",
-    )
+    rounds = "requests at each point are this many times its concurrency (default: %(default)s)"
+    parser.add_argument("--rounds", type=_positive, default="2", metavar="N", help=rounds)
     parser.add_argument("--tokenizer", metavar="PATH|ID", help="where the server's own is not readable from here")
     parser.add_argument("--seed", type=int, default=1, help="of the prompts (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("bench.json"), metavar="FILE.json",
@@ -99,28 +82,56 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure every point, write the JSON file after each and the picture at the end; 1 when a request failed."""
+    """Measure every point; 1 when a request failed."""
     out: Path = arguments.out
     if out.suffix != ".json" or not out.absolute().parent.is_dir():
         raise LaunchError(f"--out {out} cannot be written: name a file that ends in .json in an existing folder.")
     server = find_server(arguments.base_url, arguments.tokenizer)
-    points = [(p, c) for p in arguments.prompt_tokens for c in arguments.concurrency]
-    room = None if server.longest is None else server.longest - arguments.output_tokens
-    fitting = [(p, c) for p, c in points if room is None or p <= room]
+    return measure_all(
+        server, arguments.prompt_tokens, arguments.concurrency, arguments.output_tokens, arguments.rounds,
+        arguments.seed, out,
+    )  # fmt: skip
+
+
+class _Stopped(Exception):
+    """Why the measurement cannot go on."""
+
+
+class Server(NamedTuple):
+    """A running server: its root URL, the name it serves, its tokenizer, the longest sequence, and its settings."""
+
+    url: str
+    name: str
+    tokenizer: str
+    longest: int | None
+    settings: dict[str, Any]
+
+
+def measure_all(
+    server: Server, prompt_tokens: Sequence[int], concurrency: Sequence[int], output_tokens: int, rounds: int,
+    seed: int, out: Path,
+) -> int:  # fmt: skip
+    """Measure every point, write the JSON file after each and the picture at the end; 1 when a request failed.
+
+    Raises:
+        LaunchError: no point fits into the server's context.
+    """
+    room = None if server.longest is None else server.longest - output_tokens
+    fitting = [(p, c) for p in prompt_tokens for c in concurrency if room is None or p <= room]
     if not fitting:
         raise LaunchError(
             f"No point fits: the server's context is {server.longest} tokens, the shortest prompt and its answer need "
-            f"{min(arguments.prompt_tokens) + arguments.output_tokens}: give shorter --prompt-tokens."
+            f"{min(prompt_tokens) + output_tokens}: give shorter --prompt-tokens."
         )
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "model": server.name,
         "server": server.settings,
-        "output_tokens": arguments.output_tokens,
-        "rounds": arguments.rounds,
-        "seed": arguments.seed,
-        "too_long": [p for p in arguments.prompt_tokens if room is not None and p > room],
+        "output_tokens": output_tokens,
+        "rounds": rounds,
+        "seed": seed,
+        "too_long": [p for p in prompt_tokens if room is not None and p > room],
         "complete": False,
         "passes": None,
         "points": [],
@@ -128,14 +139,12 @@ def run(arguments: argparse.Namespace) -> int:
     before = _passes(server.url)
     for length in result["too_long"]:
         print(f"left out: prompts of {length} tokens, the server's context is {server.longest}")
-    measure = _measure(server, arguments.output_tokens, arguments.rounds, arguments.seed)
-    from tqdm import tqdm
-
-    with tqdm(total=sum(c for _, c in fitting) * arguments.rounds, unit="req", dynamic_ncols=True) as bar:
-        for prompt_tokens, concurrency in fitting:
-            bar.set_description(f"{prompt_tokens} tokens x {concurrency}")
+    measure = _measure(server, output_tokens, rounds, seed)
+    with tqdm(total=sum(c for _, c in fitting) * rounds, unit="req", dynamic_ncols=True) as bar:
+        for length, count in fitting:
+            bar.set_description(f"{length} tokens x {count}")
             try:
-                point = measure(prompt_tokens, concurrency)
+                point = measure(length, count)
             except (_Stopped, KeyboardInterrupt) as stop:
                 bar.close()
                 kept = f"Measured before and kept in {out}: {len(result['points'])} of {len(fitting)} points."
@@ -174,8 +183,6 @@ def find_server(url: str, tokenizer: str | None = None) -> Server:
 
 
 def _passes(url: str) -> dict[str, float] | None:
-    import httpx
-
     try:
         page = httpx.get(f"{url}/metrics", headers=_key(), timeout=30)
         return passes.read(page.text) if page.status_code == 200 else None
@@ -184,8 +191,6 @@ def _passes(url: str) -> dict[str, float] | None:
 
 
 def _get(url: str, path: str) -> Any:
-    import httpx
-
     try:
         answer = httpx.get(url + path, headers=_key(), timeout=30)
         answer.raise_for_status()
@@ -231,8 +236,6 @@ def counter(server: Server) -> Callable[[str], int]:
     Raises:
         LaunchError: (the function) the server does not say.
     """
-    import httpx
-
     def count(text: str) -> int:
         body = {"model": server.name, "messages": [{"role": "user", "content": text}]}
         try:
@@ -284,14 +287,9 @@ def _measure(server: Server, output_tokens: int, rounds: int, seed: int) -> Call
             log = Path(scratch) / "log"
             # The chat backend sends messages, so that the server applies its template.
             settings = get_benchmark_args(
-                base_url=server.url,
-                backend="sglang-oai-chat",
-                dataset_name=DATASET,
-                tokenizer=server.tokenizer,
-                num_prompts=number,
-                seed=seed,
-                max_concurrency=concurrency,
-            )
+                base_url=server.url, backend="sglang-oai-chat", dataset_name=DATASET, tokenizer=server.tokenizer,
+                num_prompts=number, seed=seed, max_concurrency=concurrency,
+            )  # fmt: skip
             settings.prompts = prompts
             settings.model, settings.served_model_name = server.tokenizer, server.name
             settings.extra_request_body = json.dumps({"stream_options": {"include_usage": True}})
@@ -348,8 +346,6 @@ def _write(path: Path, result: Mapping[str, Any]) -> None:
 
 def picture(result: Mapping[str, Any], path: Path) -> None:
     """Throughput, time to first token and time per output token against concurrency, a line for each length."""
-    from .picture import Panel, draw
-
     def series(value: Callable[[Mapping[str, Any]], float]) -> dict[str, Sequence[tuple[float, float]]]:
         lines: dict[str, list[tuple[float, float]]] = {}
         for point in result["points"]:
@@ -359,15 +355,10 @@ def picture(result: Mapping[str, Any], path: Path) -> None:
         return dict(lines)
 
     across = "concurrent requests"
+    first = series(lambda p: p["ttft_ms"]["median"])
     panels = [
         Panel("Output throughput", across, "tokens / s, all requests", series(lambda p: p["output_tokens_per_s"])),
-        Panel(
-            "Time to first token (TTFT)",
-            across,
-            "ms, median, log scale",
-            series(lambda p: p["ttft_ms"]["median"]),
-            log=True,
-        ),
+        Panel("Time to first token (TTFT)", across, "ms, median, log scale", first, log=True),
         Panel("Time per output token (TPOT)", across, "ms, median", series(lambda p: p["tpot_ms"]["median"])),
     ]
     server = result["server"]

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .address import HOST, PORT
-from .checks import CACHE_VARIABLE, Finding, Status, machine_checks
-from .checks_checkpoint import checkpoint_checks
-from .checks_software import software_checks
-from .errors import LaunchError
-from .machine import Machine
+from ..address import HOST, PORT
+from ..checks import CACHE_VARIABLE, Finding, Status, machine_checks
+from ..checks_checkpoint import checkpoint_checks
+from ..checks_software import software_checks
+from ..errors import LaunchError
+from ..machine import Machine
 
 SCHEMA = 1
 """Version of the JSON report, described in docs/doctor.md: raised when a reader of the old one would go wrong."""

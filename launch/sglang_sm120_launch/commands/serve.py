@@ -8,44 +8,23 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 import httpx
 
-from . import request, show
-from .address import HOST, PORT, URL_FILE, listen_problem, url
-from .child import Child
-from .errors import LaunchError
-from .plan import Plan, make_plan
-from .progress import Progress
+from .. import request, show
+from ..address import HOST, PORT, URL_FILE, listen_problem, url
+from ..child import Child
+from ..errors import LaunchError
+from ..plan import Plan, make_plan
+from ..progress import Progress
 
 LOOK_SECONDS = 2.0
 PROMPT = "What is 6 times 7?"
 IDS = list(range(1, 9))
 TOKENS = 16
 REQUEST_SECONDS = 600.0
-
-
-class Stopped(BaseException):
-    """SIGINT or SIGTERM has reached the launcher; `number` is the signal's."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-
-class Failed(Exception):
-    """The server did not come up, ended by itself or made no token; the message is one sentence."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The first request: tokens of the prompt, tokens generated, seconds it took."""
-
-    prompt: int
-    generated: int
-    seconds: float
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -72,41 +51,63 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serve until stopped: 128 + the signal's number when told to stop, 1 when the server failed."""
+    """Print the plan and serve it until stopped."""
     wanted = request.read(arguments)
     if wanted.flags.known is None:
         raise LaunchError("SGLang is not installed beside this launcher: run `make setup` and `make apply`.")
     if arguments.machine is not None and not arguments.dry_run:
         raise LaunchError("--machine describes another machine and serve starts on this one: use it with --dry-run.")
     plan = wanted.check(make_plan(wanted.machine, wanted.model, wanted.request))
-    _say(show.as_text(plan))
+    print(show.as_text(plan), flush=True)
     if arguments.dry_run:
         return 0
     if arguments.watch and plan.value("enable-metrics") is not True:
         raise LaunchError("--watch reads token counters and the config leaves out enable-metrics: add it to `auto`.")
+    stall = arguments.stall_limit if arguments.watch else None
+    return serve(plan, arguments.start_limit, arguments.drain_limit, stall)
+
+
+class Stopped(BaseException):
+    """SIGINT or SIGTERM has reached the launcher; `number` is the signal's."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+class Failed(Exception):
+    """The server did not come up, ended by itself or made no token; the message is one sentence."""
+
+
+def serve(plan: Plan, start_limit: float, drain_limit: float, stall_limit: float | None) -> int:
+    """Serve until stopped: 128 + the signal's number when told to stop, 1 when the server failed.
+
+    Args:
+        start_limit, drain_limit, stall_limit: seconds that the server may take to start, to answer what is in flight
+            at its end, and to make no token; None: it is not watched.
+    """
     _require_free_port(plan)
     if file := os.environ.get(URL_FILE):
         Path(file).write_text(url(plan.value), encoding="utf-8")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:
-        return _serve(plan, arguments)
+        return _serve(plan, start_limit, drain_limit, stall_limit)
     except Stopped as stopped:
         return 128 + stopped.number
 
 
-def _serve(plan: Plan, arguments: argparse.Namespace) -> int:
+def _serve(plan: Plan, start_limit: float, drain_limit: float, stall_limit: float | None) -> int:
     began = time.monotonic()
     child = Child(plan.arguments(), plan.environment())
     try:
         if plan.value("node-rank") in (None, 0):
-            _wait_until_ready(child, plan, began + arguments.start_limit)
-            _say(f"ready: {url(plan.value)} after {time.monotonic() - began:.0f} s")
+            _wait_until_ready(child, plan, start_limit)
+            print(f"ready: {url(plan.value)} after {time.monotonic() - began:.0f} s", flush=True)
             if plan.value("disaggregation-mode") in (None, "null"):
-                _say(_sentence(first_request(plan)))
-            _say(f"evidence for this configuration: {plan.evidence}")
-            if arguments.watch:
-                watch(child, plan, arguments.stall_limit)
+                print(first_request(plan), flush=True)
+            print(f"evidence for this configuration: {plan.evidence}", flush=True)
+            if stall_limit is not None:
+                watch(child, plan, stall_limit)
         raise Failed(f"The server ended with status {child.wait()}: its last lines above say why.")
     except Failed as failure:
         print(f"sglang-sm120: {failure}", file=sys.stderr)
@@ -114,7 +115,7 @@ def _serve(plan: Plan, arguments: argparse.Namespace) -> int:
     except Stopped:
         # A second signal ends the wait.
         with contextlib.suppress(Stopped):
-            child.drain(arguments.drain_limit)
+            child.drain(drain_limit)
         raise
     finally:
         # A further Ctrl-C must not leave processes behind.
@@ -123,18 +124,15 @@ def _serve(plan: Plan, arguments: argparse.Namespace) -> int:
         child.stop()
 
 
-def first_request(plan: Plan) -> Answer:
-    """Ask for a few tokens and time them.
+def first_request(plan: Plan) -> str:
+    """Ask for a few tokens; a sentence that says how long they took.
 
     Raises:
         Failed: the server answered with an error, or not at all.
     """
     # A server without a tokenizer takes token ids alone.
     prompt = {"input_ids": IDS} if plan.value("skip-tokenizer-init") is True else {"text": PROMPT}
-    body = {
-        **prompt,
-        "sampling_params": {"max_new_tokens": TOKENS, "temperature": 0, "ignore_eos": True},
-    }
+    body = {**prompt, "sampling_params": {"max_new_tokens": TOKENS, "temperature": 0, "ignore_eos": True}}
     key = plan.value("api-key")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     began = time.monotonic()
@@ -149,7 +147,11 @@ def first_request(plan: Plan) -> Answer:
     except (httpx.HTTPError, ValueError, KeyError) as error:
         found = f"status {response.status_code}" if response is not None else type(error).__name__
         raise Failed(f"The server is up and did not answer its first request ({found}): its log says why.") from None
-    return Answer(meta["prompt_tokens"], meta["completion_tokens"], time.monotonic() - began)
+    generated, seconds = meta["completion_tokens"], time.monotonic() - began
+    return (
+        f"first request: {meta['prompt_tokens']} prompt tokens, {generated} generated in {seconds:.2f} s "
+        f"({generated / seconds:.1f} tokens/s)"
+    )
 
 
 def watch(child: Child, plan: Plan, stall_limit: float) -> None:
@@ -176,17 +178,11 @@ def watch(child: Child, plan: Plan, stall_limit: float) -> None:
         time.sleep(LOOK_SECONDS)
 
 
-def _wait_until_ready(child: Child, plan: Plan, deadline: float) -> None:
-    while time.monotonic() < deadline:
-        if child.status() is not None:
-            raise Failed(f"The server ended with status {child.status()} before it was ready: its log above says why.")
-        try:
-            # SGLang answers 503 until its own warm-up request has been served.
-            if httpx.get(f"{url(plan.value)}/health", timeout=30, trust_env=False, verify=False).status_code == 200:
-                return
-        except httpx.HTTPError:
-            pass
-        time.sleep(0.5)
+def _wait_until_ready(child: Child, plan: Plan, seconds: float) -> None:
+    if child.is_healthy_within(seconds, url(plan.value)):
+        return
+    if child.status() is not None:
+        raise Failed(f"The server ended with status {child.status()} before it was ready: its log above says why.")
     raise Failed("The server was not ready within --start-limit seconds: its log above says what it was doing.")
 
 
@@ -196,17 +192,5 @@ def _require_free_port(plan: Plan) -> None:
         raise LaunchError(f"{host}:{port} cannot be listened on ({problem}): stop what uses it or give another --port.")
 
 
-def _sentence(answer: Answer) -> str:
-    speed = answer.generated / answer.seconds
-    return (
-        f"first request: {answer.prompt} prompt tokens, {answer.generated} generated in {answer.seconds:.2f} s "
-        f"({speed:.1f} tokens/s)"
-    )
-
-
 def _stop(number: int, frame: FrameType | None) -> None:
     raise Stopped(number)
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import passes
+from .. import passes
+from ..errors import LaunchError
 from .bench import SCHEMA
-from .errors import LaunchError
 
 SETTINGS = ("model", "output_tokens", "rounds", "server")
 """Keys of a run that make its figures what they are; where two runs differ in them, the reader is told."""
@@ -28,42 +28,45 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print a line for each point that both runs have; 0."""
-    a, b = load(arguments.a), load(arguments.b)
+    print("\n".join(lines(load(arguments.a), load(arguments.b))))
+    return 0
+
+
+def lines(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
+    """For reading: a line for each point that both runs have, and how the runs differ otherwise.
+
+    Raises:
+        LaunchError: they have no point in common.
+    """
     points_a, points_b = _points(a), _points(b)
     shared = sorted(points_a.keys() & points_b.keys())
     if not shared:
         raise LaunchError(
-            f"{arguments.a} and {arguments.b} have no point in common: run `bench` with the same --prompt-tokens and "
-            "--concurrency."
+            "The runs have no point in common: run `bench` with the same --prompt-tokens and --concurrency."
         )
     for name, run in (("A", a), ("B", b)):
         if not run["complete"]:
-            print(f"{name} is incomplete: it was ended before its last point")
+            yield f"{name} is incomplete: it was ended before its last point"
         failed, asked = (sum(point[key] for point in run["points"]) for key in ("completed", "requests"))
         if failed < asked:
-            print(f"{name} had failures: {asked - failed} of {asked} requests")
-        for line in passes.lines(run.get("passes")):
-            print(f"{name}: {line}")
-    for name in SETTINGS:
-        if a[name] != b[name]:
-            print(f"{name} differs: {_difference(a[name], b[name])}")
-    print("ratios B / A; throughput above 1 and times below 1 mean that B is faster")
-    print(f"{'prompt':>8} {'conc.':>6} {'output tok/s':>22} {'TTFT median ms':>26} {'TPOT median ms':>26}")
+            yield f"{name} had failures: {asked - failed} of {asked} requests"
+        yield from (f"{name}: {line}" for line in passes.lines(run.get("passes")))
+    yield from (f"{name} differs: {_difference(a[name], b[name])}" for name in SETTINGS if a[name] != b[name])
+    yield "ratios B / A; throughput above 1 and times below 1 mean that B is faster"
+    yield f"{'prompt':>8} {'conc.':>6} {'output tok/s':>22} {'TTFT median ms':>26} {'TPOT median ms':>26}"
     for key in shared:
-        cells = [
+        rates, *times = (
             _ratio(one(points_a[key]), one(points_b[key]))
             for one in (
                 lambda point: point["output_tokens_per_s"],
                 lambda point: point["ttft_ms"]["median"],
                 lambda point: point["tpot_ms"]["median"],
             )
-        ]
-        print(f"{key[0]:>8} {key[1]:>6} {cells[0]:>22} {cells[1]:>26} {cells[2]:>26}")
+        )
+        yield f"{key[0]:>8} {key[1]:>6} {rates:>22} {times[0]:>26} {times[1]:>26}"
     for name, points, others in (("A", points_a, points_b), ("B", points_b, points_a)):
-        alone = sorted(points.keys() - others.keys())
-        if alone:
-            print(f"only in {name}: {', '.join(f'{p} x {c}' for p, c in alone)}")
-    return 0
+        if alone := sorted(points.keys() - others.keys()):
+            yield f"only in {name}: {', '.join(f'{p} x {c}' for p, c in alone)}"
 
 
 def load(path: Path) -> dict[str, Any]:
