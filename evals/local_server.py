@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from sglang_sm120_launch.address import GRPC_OFFSET
-from sglang_sm120_launch.child import Child
+from sglang_sm120_launch.child import SGLANG, Child
 
 PLAIN = ("extend", "decode")
 EAGLE = (*PLAIN, "extend", "target_verify", "draft_extend_v2")
@@ -43,7 +43,7 @@ class LocalServer:
     Args:
         checkpoint: model directory.
         args: further SGLang flags, as on the command line.
-        launcher: what Python runs, `-m sglang.launch_server` unless given.
+        launcher: what Python runs in SGLang's place.
         env: variables to set for the server beside this process's own.
         log: file that receives the server's stdout and stderr.
         ready_seconds: how long start-up may take before it counts as failed.
@@ -57,7 +57,7 @@ class LocalServer:
         checkpoint: Path,
         *args: str,
         log: Path,
-        launcher: Sequence[str] = ("-m", "sglang.launch_server"),
+        launcher: Sequence[str] = SGLANG,
         env: Mapping[str, str] | None = None,
         ready_seconds: float = 240,
     ) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from .address import listen_problem, port_problem
+from .comms import SHM_MIB as SHM_LEAST_MIB
 from .machine import IOMMU, Machine
 
 Status = Literal["ok", "warn", "fail"]
@@ -26,8 +27,8 @@ SERVED = (120, 121)
 FIRST_CUDA = (12, 8)
 """The first CUDA that knows SM120: https://docs.nvidia.com/cuda/cuda-toolkit-release-notes."""
 GIB = 1 << 30
-SHM_MIB, SHM_LEAST_MIB = 16 * 1024, 1024
-"""/dev/shm that two ranks of NCCL and SGLang's broadcast buffers are known to run with, and what they fail below."""
+SHM_MIB = 16 * 1024
+"""/dev/shm that two ranks of NCCL and SGLang's broadcast buffers are known to run with; they fail below the least."""
 USED_MIB = 1024
 OPEN_FILES = 65535
 """What SGLang raises its own limit to, as far as the hard limit allows."""

@@ -17,6 +17,8 @@ from typing import IO
 import httpx
 import psutil
 
+SGLANG = ("-m", "sglang.launch_server")
+"""What Python runs."""
 PR_SET_PDEATHSIG = 1
 STACK_SECONDS = 10.0
 
@@ -31,12 +33,12 @@ class Child:
 
     Args:
         output: takes its stdout and stderr, which else are this process's.
-        launcher: what Python runs.
+        launcher: runs in SGLang's place.
     """
 
     def __init__(
         self, arguments: Sequence[str], environment: Mapping[str, str], output: IO[bytes] | None = None,
-        launcher: Sequence[str] = ("-m", "sglang.launch_server"),
+        launcher: Sequence[str] = SGLANG,
     ) -> None:  # fmt: skip
         # A session of its own: Ctrl-C reaches its parent alone, and the processes that it spawns stay in its group.
         self._process = subprocess.Popen(
