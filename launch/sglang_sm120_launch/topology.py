@@ -67,7 +67,7 @@ def _two_nodes(hosts: list[str], wanted: Wanted) -> list[Node]:
         }
         if rank == 0:
             extra |= {"host": ("0.0.0.0", "clients are on other machines"), "port": (PORT, "SGLang's default")}
-        made.append(_node(f"node {rank}", host, _with(plan, extra)))
+        made.append(_node(f"node {rank}", host, plan, extra))
     return made
 
 
@@ -89,7 +89,7 @@ def _prefill_decode(hosts: list[str], wanted: Wanted) -> list[Node]:
         else:
             tcp = env("MC_FORCE_TCP", "1", "no RDMA device is up: mooncake moves the cache over TCP")
             base = replace(plan, settings=(tcp, *plan.settings))
-        made.append(_node(mode, host, _with(base, extra)))
+        made.append(_node(mode, host, base, extra))
     router = ["python", "-m", "sglang_router.launch_router", "--pd-disaggregation"]
     router += ["--prefill", f"http://{hosts[0]}:{PORT}", str(BOOTSTRAP_PORT)]
     router += ["--decode", f"http://{hosts[1]}:{PORT}", "--host", "0.0.0.0", "--port", str(ROUTER_PORT)]
@@ -99,14 +99,11 @@ def _prefill_decode(hosts: list[str], wanted: Wanted) -> list[Node]:
 _MAKERS = {"2n": _two_nodes, "1p1d": _prefill_decode}
 
 
-def _with(plan: Plan, extra: dict[str, tuple[Value, str]]) -> Plan:
-    """The plan with further flags; one the user has given keeps the user's value."""
+def _node(name: str, where: str, plan: Plan, extra: dict[str, tuple[Value, str]]) -> Node:
+    """A server of this plan with further flags; one the user has given keeps the user's value."""
     given = {entry.name for entry in plan.settings if entry.kind == "flag"}
     added = [flag(name, value, reason) for name, (value, reason) in extra.items() if name not in given]
-    return replace(plan, settings=(*plan.settings, *added))
-
-
-def _node(name: str, where: str, plan: Plan) -> Node:
+    plan = replace(plan, settings=(*plan.settings, *added))
     return Node(name, where, plan.command(), plan)
 
 

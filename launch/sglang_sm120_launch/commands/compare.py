@@ -28,22 +28,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print a line for each point that both runs have; 0."""
-    print("\n".join(lines(load(arguments.a), load(arguments.b))))
+    a, b = load(arguments.a), load(arguments.b)
+    if not _points(a).keys() & _points(b).keys():
+        raise LaunchError(
+            f"{arguments.a} and {arguments.b} have no point in common: run `bench` with the same --prompt-tokens and "
+            "--concurrency."
+        )
+    print("\n".join(lines(a, b)))
     return 0
 
 
 def lines(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
-    """For reading: a line for each point that both runs have, and how the runs differ otherwise.
-
-    Raises:
-        LaunchError: they have no point in common.
-    """
+    """For reading: a line for each point that both runs have, and how the runs differ otherwise."""
     points_a, points_b = _points(a), _points(b)
-    shared = sorted(points_a.keys() & points_b.keys())
-    if not shared:
-        raise LaunchError(
-            "The runs have no point in common: run `bench` with the same --prompt-tokens and --concurrency."
-        )
     for name, run in (("A", a), ("B", b)):
         if not run["complete"]:
             yield f"{name} is incomplete: it was ended before its last point"
@@ -54,7 +51,7 @@ def lines(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"{name} differs: {_difference(a[name], b[name])}" for name in SETTINGS if a[name] != b[name])
     yield "ratios B / A; throughput above 1 and times below 1 mean that B is faster"
     yield f"{'prompt':>8} {'conc.':>6} {'output tok/s':>22} {'TTFT median ms':>26} {'TPOT median ms':>26}"
-    for key in shared:
+    for key in sorted(points_a.keys() & points_b.keys()):
         rates, *times = (
             _ratio(one(points_a[key]), one(points_b[key]))
             for one in (
