@@ -14,8 +14,9 @@ PACKAGE = distribution.NAME
 HOOKS = f"{PACKAGE}.hooks"
 # The group of entry points that SGLang's plugin loader reads.
 PLUGINS = "sglang.srt.plugins"
-# What knows SGLang's classes: the step, the contract's spec, and its CUDA kernels as providers of ops.
-OUTLOOKS = (f"{PACKAGE}.step", f"{PACKAGE}.plugin", f"{PACKAGE}.sglang_kernels")
+# What knows SGLang's classes: the step and the contract's spec; and in an op's folder, its CUDA kernel as a provider.
+OUTLOOKS = (f"{PACKAGE}.step", f"{PACKAGE}.plugin")
+KERNEL = re.compile(re.escape(f"{PACKAGE}.ops.") + r"\w+\.sglang")
 IMPORT = re.compile(r"^[ ]*(?:from\s+(\S+)\s+import\s+(\([^)]*\)|.+)|import\s+(.+))$", re.MULTILINE)
 
 
@@ -23,7 +24,7 @@ def problems(root: Path, added: Dict[str, List[str]]) -> List[str]:
     """What is wrong in the checkout `root`, whose patches add these lines (patch -> lines).
 
     Patches import hooks and SGLang's own alone; SGLang's plugin loader is given hooks; hooks offers what one of these
-    asks for, and has it from where it says; no module of the overlay beside OUTLOOKS imports SGLang.
+    asks for, and has it from where it says; no module of the overlay imports SGLang but OUTLOOKS and KERNEL.
     """
     overlay = root / distribution.PACKAGES[PACKAGE]
     lazy, own = _offered(overlay)
@@ -61,7 +62,8 @@ def _outside(overlay: Path) -> List[str]:
     found = []
     for file in sorted((overlay / PACKAGE).rglob("*.py")):
         module = module_name(overlay, file)
-        if not any(module == place or module.startswith(f"{place}.") for place in OUTLOOKS):
+        looks_out = any(module == place or module.startswith(f"{place}.") for place in OUTLOOKS)
+        if not looks_out and not KERNEL.fullmatch(module):
             found += [f"{module} imports {source}: what knows SGLang belongs into {OUTLOOKS[0]}"
                       for source in sorted({source for source, _ in imports(ast.parse(file.read_bytes()), "sglang")})]
     return found

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from .formats import indexer_page, kv_page
+from .limits import PAGE
 
-C4_PAGE, C128_PAGE, WINDOW_PAGE = 64, 2, 256
-"""Entries per page of the three caches at SGLang's page size of 256 tokens."""
+C4_PAGE, C128_PAGE, WINDOW_PAGE = PAGE // 4, PAGE // 128, PAGE
+"""Entries per page of the three caches."""
 Arguments = dict[str, Any]
 Calls = Iterator[tuple[str, Arguments]]
 

@@ -178,7 +178,8 @@ class Runner:
         self._sources, self._folder, self._known, self._model = sources, folder, known, model
         self._end = time.monotonic() + 60 * minutes
         tests = (ROOT / "tests" / name for name in ("conftest.py", "ops", "model", "sm120", "gpu"))
-        self._tests = _digest(ROOT / "patches/0.5.23/requirements.lock", ROOT / "evals/local_server.py", *tests)
+        server = (ROOT / "evals/local_server.py", ROOT / "launch/sglang_sm120_launch/child.py")
+        self._tests = _digest(ROOT / "patches/0.5.23/requirements.lock", *server, *tests)
 
     def units(self, sources: Path, tests: Tests) -> Outcome:
         """`outcome_of`, unless it is known."""

@@ -14,7 +14,6 @@ from sglang_sm120.limits import SM12X
 from ..errors import LaunchError
 
 
-
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of `kernels`."""
     parser.add_argument("--device", metavar="KIND", help="another device kind: cpu, sm120, sm90 … (default: this one)")
