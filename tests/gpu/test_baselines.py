@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import ast
+from importlib import import_module
+from pkgutil import iter_modules
 
 import pytest
 from foreign import bind, calls, definition, functions, imported
 
 import baselines
+from sglang_sm120 import ops
 
 pytestmark = pytest.mark.needs_no_gpu
-FUNCTIONS = functions(baselines)
+MODULES = [import_module(f"baselines.{module.name}") for module in iter_modules(baselines.__path__)]
+FUNCTIONS = {name: function for module in MODULES for name, function in functions(module).items()}
 FOREIGN_USERS = [name for name, function in FUNCTIONS.items() if imported(function)]
 
 
 def test_the_functions_are_found() -> None:
+    assert {module.__name__.rpartition(".")[2] for module in MODULES} <= set(ops.SPECS)
+    assert sum(len(functions(module)) for module in MODULES) == len(FUNCTIONS), "two functions of one name"
+    assert {"marlin", "tilelang", "torch"} <= set(baselines.names())
     called = {dotted for name in FOREIGN_USERS for dotted, _ in calls(FUNCTIONS[name])}
     assert len(FOREIGN_USERS) >= 15 and len(called) >= 18
     assert {"deep_gemm.fp8_gemm_nt", "sglang.kernels.ops.layernorm.mhc.mhc_fused_post_pre"} <= called
