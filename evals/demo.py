@@ -11,10 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import signal
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -41,6 +45,15 @@ RECORDS = {
 }  # fmt: skip
 FILLER = "she want right think like get did his much than does oil too came come follow way each their most".split()
 ASKED = ("small", "year")
+TELL_SECONDS = 5
+NEXT = """
+What to try next:
+  make small-model DIR=../small-model
+  .venv/bin/python -m sglang.launch_server --model-path ../small-model --device cpu
+                        the same server, for your own requests to http://127.0.0.1:30000/v1
+  make accuracy-cpu     the same model asked 64 questions with known answers
+  .venv/bin/sglang-sm120 doctor
+                        what this machine lacks for DeepSeek-V4-Flash; README.md has the way for two cards"""
 
 
 def _say(text: str) -> None:
@@ -57,22 +70,43 @@ def haystack(words: int = 2400) -> str:
     return "".join(f" {word}" for word in text)
 
 
+@contextmanager
+def _telling(log: Path) -> Iterator[None]:
+    """Inside, a line every few seconds: how long it has taken, and what the server said last."""
+    began, over = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        while not over.wait(TELL_SECONDS):
+            text = log.read_text(errors="replace") if log.exists() else ""
+            said = re.findall(r"^\[[^\]]*\] (.+)$", text, re.MULTILINE)
+            _say(f"  {time.monotonic() - began:3.0f} s  {said[-1][:90] if said else 'importing SGLang'}")
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        over.set()
+        teller.join()
+
+
 def _answer(client: OpenAI, model: str, messages: list[ChatCompletionMessageParam]) -> tuple[str, int]:
-    """(the greedy answer, tokens of the prompt); it must be the same when streamed."""
+    """(the greedy answer, tokens of the prompt), streamed as it comes; it must be the same in one piece."""
+    start, pieces = time.monotonic(), []
+    print("streamed:", end="", flush=True)
+    for chunk in client.chat.completions.create(
+        model=model, messages=messages, max_tokens=8, temperature=0, stream=True
+    ):
+        if chunk.choices:
+            pieces.append(chunk.choices[0].delta.content or "")
+            print(pieces[-1], end="", flush=True)
+    _say(f"   ({len(pieces)} chunks, {time.monotonic() - start:.1f} s)")
     start = time.monotonic()
     chat = client.chat.completions.create(model=model, messages=messages, max_tokens=8, temperature=0)
     assert chat.usage is not None
     answer = chat.choices[0].message.content or ""
     _say(f"chat completion ({chat.usage.prompt_tokens} + {chat.usage.completion_tokens} tokens, "
          f"{time.monotonic() - start:.1f} s): {answer!r}")  # fmt: skip
-    pieces = [
-        chunk.choices[0].delta.content or ""
-        for chunk in client.chat.completions.create(
-            model=model, messages=messages, max_tokens=8, temperature=0, stream=True
-        )
-        if chunk.choices
-    ]
-    _say(f"streamed completion ({len(pieces)} chunks): {''.join(pieces)!r}")
     if "".join(pieces) != answer:
         raise ServerError("The streamed completion differs from the plain one, though both were greedy.")
     return answer, chat.usage.prompt_tokens
@@ -139,7 +173,10 @@ def main(argv: list[str] | None = None) -> int:
             unpack(packed, checkpoint)
             _say("Starting python -m sglang.launch_server --device cpu … (about a minute)")
             start = time.monotonic()
-            with LocalServer(checkpoint, "--device", "cpu", log=log) as server:
+            server = LocalServer(checkpoint, "--device", "cpu", log=log)
+            with ExitStack() as stack:
+                with _telling(log):
+                    stack.enter_context(server)
                 _say(f"Server ready at {server.url} after {time.monotonic() - start:.0f} s.")
                 _show_requests(server.url)
                 server.require_step(PLAIN)
@@ -147,6 +184,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"make demo failed: {error}", file=sys.stderr)
             return 1
     _say("Server stopped. The demo worked.")
+    _say(NEXT)
     return 0
 
 
