@@ -113,7 +113,7 @@ print(json.dumps(found[1]))
     ),
     "kernels": (
         """
-from sglang_sm120_launch import kernels
+from sglang_sm120_launch.commands import kernels
 import argparse
 kernels.run(argparse.Namespace(device="sm120", json=True))
 """,
