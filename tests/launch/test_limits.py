@@ -9,7 +9,8 @@ import sys
 import pytest
 from golden_plans import HERE
 
-from sglang_sm120 import limits, reasons
+from sglang_sm120 import limits
+from sglang_sm120.step import reasons
 from sglang_sm120_launch import checks, model
 from sglang_sm120_launch.model import Model
 
