@@ -451,13 +451,14 @@ def run(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
 
 def test_report_of_this_machine(whole: Path, capsys: pytest.CaptureFixture[str]):
     """The JSON fits its schema, and its checks are those of the page; the table says the same."""
-    code, text = run("--json", "--port", str(free_port()), "--model", str(whole), capsys=capsys)
+    port = str(free_port())
+    code, text = run("--json", "--port", port, "--model", str(whole), capsys=capsys)
     report = json.loads(text)
     jsonschema.validate(report, schema())
     assert code == (1 if report["status"] == "fail" else 0)
     names = [check["name"] for check in report["checks"]]
     assert names == re.findall(r"^\| `([a-z0-9-]+)` \|", PAGE, re.MULTILINE)
-    _, table = run(capsys=capsys)
+    _, table = run("--port", port, capsys=capsys)
     for check in report["checks"]:
         if check["name"] not in ("checkpoint", "experts"):
             assert f"{check['status']:<4}  {check['name']:<13}  " in table
