@@ -180,7 +180,7 @@ small-model: setup
 # Without the network: setuptools and build are in the lock.
 wheel: setup
 	@rm -rf build
-	trap 'rm -rf build overlay/*.egg-info' EXIT
+	trap 'rm -rf build overlay/*.egg-info *.egg-info' EXIT
 	$(VENV) -m build --quiet --wheel --no-isolation --outdir dist .
 	version=$$(sed -n 's/^__version__ = "\(.*\)"$$/\1/p' overlay/sglang_sm120/__init__.py)
 	wheel=dist/sglang_sm120-$$version-py3-none-any.whl
@@ -216,5 +216,5 @@ lock:
 	} > $(LOCK)
 
 clean:
-	@rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist
+	@rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info
 	find overlay patches launch reference evals bench tests -name __pycache__ -type d -prune -exec rm -rf {} +

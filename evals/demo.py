@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import re
 import signal
 import sys
 import tempfile
@@ -46,6 +45,13 @@ RECORDS = {
 FILLER = "she want right think like get did his much than does oil too came come follow way each their most".split()
 ASKED = ("small", "year")
 TELL_SECONDS = 5
+PHASES = (
+    ("server_args=", "starting the scheduler, which imports SGLang again"),
+    ("Load weight begin", "loading the model"),
+    ("DSV4 pool sizes", "taking memory for the cache"),
+    ("Uvicorn running", "warming up: the first request"),
+)
+"""What SGLang's log has when it is at each."""
 NEXT = """
 What to try next:
   make small-model DIR=../small-model
@@ -72,14 +78,14 @@ def haystack(words: int = 2400) -> str:
 
 @contextmanager
 def _telling(log: Path) -> Iterator[None]:
-    """Inside, a line every few seconds: how long it has taken, and what the server said last."""
+    """Inside, a line every few seconds: how long it has taken, and what the server's log says that it is at."""
     began, over = time.monotonic(), threading.Event()
 
     def tell() -> None:
         while not over.wait(TELL_SECONDS):
             text = log.read_text(errors="replace") if log.exists() else ""
-            said = re.findall(r"^\[[^\]]*\] (.+)$", text, re.MULTILINE)
-            _say(f"  {time.monotonic() - began:3.0f} s  {said[-1][:90] if said else 'importing SGLang'}")
+            reached = [phase for mark, phase in PHASES if mark in text]
+            _say(f"  {time.monotonic() - began:3.0f} s  {reached[-1] if reached else 'importing SGLang'}")
 
     teller = threading.Thread(target=tell, daemon=True)
     teller.start()

@@ -146,7 +146,8 @@ def _on_cuda(machine: Machine, model: Model, request: Request) -> _Decided:
     sentences = [*cards.notes, *notes(machine, tp)]
     if absent:
         sentences.append(f"SGLang's own forward serves every pass: {', '.join(absent)}.")
-    return settings, found, sentences, None if absent else predict.sentence(model, gpu.name, tp)
+    predicted = None if absent else predict.sentence(model, gpu.name, tp, found.requests, speculates=draft > 0)
+    return settings, found, sentences, predicted
 
 
 def _without_step(request: Request, machine: Machine, *, takes_prefill: bool, emulated: bool) -> list[str]:

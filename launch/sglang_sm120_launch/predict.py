@@ -56,13 +56,18 @@ def step_ms(model: Model, card: str, tp: int) -> dict[int, float]:
     }
 
 
-def sentence(model: Model, card: str, tp: int) -> str | None:
-    """The prediction in words; None for a card of unknown bandwidth."""
+def sentence(model: Model, card: str, tp: int, requests: int, *, speculates: bool) -> str | None:
+    """The prediction for up to so many requests in words; None for a card of unknown bandwidth."""
     found = step_ms(model, card, tp)
     if not found:
         return None
-    told = ", ".join(f"{found[rows]:.1f} ms for {rows} ({rows * 1000 / found[rows]:.0f} tokens/s)" for rows in TOLD)
+    told = ", ".join(
+        f"{found[rows]:.1f} ms for {rows} ({rows * 1000 / found[rows]:.0f} tokens/s)"
+        for rows in TOLD
+        if rows <= requests
+    )
+    plain = " without speculation" if speculates else ""
     return (
-        f"Predicted, not measured: a decode step takes {told} requests of little context, by the bytes it reads and "
-        f"what an H200 showed (docs/launcher.md, Prediction)."
+        f"Predicted, not measured: a decode step{plain} takes {told} requests of little context, by the bytes it reads "
+        f"and what an H200 showed (docs/launcher.md, Prediction)."
     )

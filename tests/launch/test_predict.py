@@ -39,8 +39,10 @@ def test_what_is_told(flash: Model):
     two = predict.step_ms(flash, card, 2)
     # Two cards of 1 / 2.7 of the bandwidth: longer than the H200's step, less than 2.7 / 2 times it and the sums.
     assert 5.2 < two[1] < 5.2 * 2.7 / 2 + 2 * 43 * predict.SUM_MS
-    told = predict.sentence(flash, card, 2)
+    told = predict.sentence(flash, card, 2, 8, speculates=True)
     assert told is not None and f"{two[1]:.1f} ms for 1 ({1000 / two[1]:.0f} tokens/s)" in told
+    assert "without speculation" in told and "for 8 (" in told and "for 32" not in told
+    assert "speculation" not in str(predict.sentence(flash, card, 2, 64, speculates=False))
     # Another card by a name that begins alike.
     for other in ("NVIDIA GeForce RTX 5090 Laptop GPU", "NVIDIA RTX PRO 6000 Blackwell Server Edition"):
-        assert predict.sentence(flash, other, 2) is None
+        assert predict.sentence(flash, other, 2, 8, speculates=False) is None
