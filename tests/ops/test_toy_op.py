@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,14 +61,25 @@ SPEC = Spec(
 ''',
 }
 PATHS = ("launch", "reference", "evals", "bench", "tests/ops", "tests/sm120")
-START = """
-import json, sys
+# Runs every question in one process, which imports torch once: what each prints, or how it fails.
+CHILD = """
+import contextlib, io, json, sys, traceback
 from sglang_sm120 import compilation
-if {compiles}:
+compiles, folder, questions = json.load(sys.stdin)
+if compiles:
     compilation.use_target(120)
 from sglang_sm120 import ops
-ops.__path__.append({folder!r})
+ops.__path__.append(folder)
 ops.load()
+found = {}
+for tool, question in questions.items():
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        try:
+            exec(question, {"ops": ops, "compilation": compilation, "json": json})
+        except Exception:
+            print(json.dumps({"failed": traceback.format_exc()}))
+    found[tool] = json.loads(said.getvalue())
+print(json.dumps(found))
 """
 COMPILING = {
     "gate and its table": (
@@ -122,16 +134,26 @@ kernels.run(argparse.Namespace(device="sm120", json=True))
 }
 
 
-@pytest.mark.parametrize("tool", [*COMPILING, *RUNNING])
-def test_a_tool_finds_it(tool: str, tmp_path: Path) -> None:
-    (tmp_path / "toy").mkdir()
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("ops")
+    (folder / "toy").mkdir()
     for name, text in TOY.items():
-        (tmp_path / "toy" / name).write_text(text, encoding="utf-8")
-    ask, expected = (COMPILING | RUNNING)[tool]
-    code = START.format(compiles=tool in COMPILING, folder=str(tmp_path)) + ask
-    path = os.pathsep.join(str(ROOT / folder) for folder in PATHS)
-    env = os.environ | {"PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
+        (folder / "toy" / name).write_text(text, encoding="utf-8")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / place) for place in PATHS)}
+    found: dict[str, Any] = {}
+    for compiles, asked in ((True, COMPILING), (False, RUNNING)):
+        given = json.dumps([compiles, str(folder), {tool: question for tool, (question, _) in asked.items()}])
+        command = [sys.executable, "-c", CHILD]
+        done = subprocess.run(command, input=given, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found |= json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("tool", [*COMPILING, *RUNNING])
+def test_a_tool_finds_it(tool: str, answers: dict[str, Any]) -> None:
+    _, expected = (COMPILING | RUNNING)[tool]
+    found = answers[tool]
+    assert not isinstance(found, dict), found["failed"]
     assert expected == found or expected in found
