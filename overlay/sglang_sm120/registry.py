@@ -119,7 +119,10 @@ class Op(Generic[P, R]):
                     "make its signature equal the reference's."
                 )
             if unknown := set(_named(accepts) if accepts else ()) - set(self._parameters):
-                raise ProviderError(f"accepts of provider {name} of op {self.name} names {sorted(unknown)}, not its.")
+                raise ProviderError(
+                    f"accepts of provider {name} of op {self.name} takes {', '.join(sorted(unknown))}, which the op "
+                    f"does not; it may take {', '.join(self._parameters)}."
+                )
             for kinds in (runs_on, default_on):
                 _matches(kinds, "cpu")
             self.providers[name] = Provider(name, function, runs_on, default_on, accepts)

@@ -130,6 +130,11 @@ def test_a_provider_asked_for_that_refuses_raises(monkeypatch: pytest.MonkeyPatc
         op(X)
 
 
+def test_accepts_may_only_look_at_what_the_op_takes() -> None:
+    with pytest.raises(ProviderError, match="double takes size, which the op does not; it may take x, times"):
+        make(accepts=lambda x, size: None)
+
+
 def test_signatures_must_agree() -> None:
     op = make()
     with pytest.raises(ProviderError, match="make its signature equal"):

@@ -198,13 +198,14 @@ def test_a_hook_is_defined_where_it_says(box: Box, source: str | None):
 )
 def test_what_knows_sglang_sits_in_the_step(box: Box, line: str, source: str | None):
     package = box.root / "overlay/sglang_sm120"
-    for name in ("hooks", "registry", "ops/sinkhorn/triton", "plugin", "step/weights"):
+    for name in ("hooks", "registry", "ops/sinkhorn/triton", "ops/sinkhorn/sglang", "plugin", "step/weights"):
         file = package / f"{name}.py"
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(file, "a") as text:
             text.write(f"{line}\n")
     code, message = lint(box)
-    named = [module for module in ("hooks", "registry", "ops.sinkhorn.triton", "plugin", "step.weights")
+    modules = ("hooks", "registry", "ops.sinkhorn.triton", "ops.sinkhorn.sglang", "plugin", "step.weights")
+    named = [module for module in modules
              if f"sglang_sm120.{module} imports {source}: what knows SGLang belongs into sglang_sm120.step" in message]
     assert named == ([] if source is None else ["hooks", "registry", "ops.sinkhorn.triton"])
 
