@@ -1,4 +1,4 @@
-"""Tables for docs/ from recorded runs: `python bench/tables.py FILE…`, each bench.jsonl or decode_step.json."""
+"""Tables for results/ from recorded runs: `python bench/tables.py FILE…`, each bench.jsonl or decode_step.json."""
 
 from __future__ import annotations
 
