@@ -165,7 +165,6 @@ def bench(
     op: str, tp: int, rows: int, context: int, machine: dict[str, float], chosen: list[str], out: IO[str]
 ) -> list[dict[str, Any]]:
     """Write one line per call of `op`, and return them."""
-    function = registry.ops()[op].providers["triton"].function
     spec, calls = ops.SPECS[op], list(enumerate(ops.calls(op, model_config(), tp, rows, context)))
     listed = [(position, call.label, False) for position, call in calls]
     if "linear" in spec.tunables and rows > 1:
@@ -182,7 +181,7 @@ def bench(
             row["failed"] = problem
         else:
             sets = rotation(call, nth)
-            us = microseconds([partial(function, **arguments) for arguments in sets])
+            us = microseconds([partial(registry.ops()[op].by, "triton", **arguments) for arguments in sets])
             moved, flops = spec.traffic(call.arguments)
             row |= {"time_us": round(us, 2), "bytes": moved, "flops": flops}
             row["copy_share"] = round(moved / us * 1e6 / machine["copy_bytes_per_s"], 3)

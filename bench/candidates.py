@@ -40,7 +40,7 @@ def asked(call: Call, sms: int) -> dict[tuned.Key, Any]:
     """The heuristic's choice by each table key that a call looks up, on meta tensors."""
     table = _Asked()
     with kernels.rehearse(kernels.Rehearsal(lambda *_: None, sms)), tuned.using(table):
-        registry.ops()[call.op].providers["triton"].function(**call.arguments)
+        registry.ops()[call.op].by("triton", **call.arguments)
     return dict(table)
 
 

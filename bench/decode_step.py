@@ -80,11 +80,10 @@ def known_kernels(batches: list[int], context: int, folder: Path) -> dict[str, d
     with torch.profiler.profile() as profiler:
         for batch in batches:
             for op in ops.with_triton():
-                function = registry.ops()[op].providers["triton"].function
                 for call in calls_of(op, 1, batch, context, 0):
                     torch.cuda.synchronize()
                     with torch.profiler.record_function(f"op:{op}"):
-                        function(**call.arguments)
+                        registry.ops()[op].by("triton", **call.arguments)
                         torch.cuda.synchronize()
     trace = folder / "ops.trace.json.gz"
     profiler.export_chrome_trace(str(trace))

@@ -53,14 +53,14 @@ def plan(wanted: list[Case], sms: int) -> Plan:
     found = Plan()
     for case in wanted:
         call = list(ops.calls(case.op, model_config(), case.tp, case.rows, case.context))[case.position]
-        function = registry.ops()[case.op].providers["triton"].function
+        op = registry.ops()[case.op]
         for key, tried in case.tried.items():
             for config in tried:
                 table = {key: config}
                 launched: list[tuple[Any, ...]] = []
                 rehearsal = kernels.Rehearsal(lambda *launch, to=launched: to.append(launch), sms)
                 with kernels.rehearse(rehearsal), tuned.using(table):
-                    function(**call.arguments)
+                    op.by("triton", **call.arguments)
                 found.needs[key, config] = {variant_key(*launch) for launch in launched}
                 job = Job(model_config(), case.op, case.tp, ((case.rows, case.context),), sms, table=table)
                 for variant in sorted(found.needs[key, config]):
@@ -109,19 +109,19 @@ def sweep(case: Case, usable: Callable[[tuned.Key, Any], bool], until: float) ->
     nth = partial(bench.nth_call, case.op, case.tp, case.rows, case.context, case.position)
     call = nth(0)
     sets = bench.rotation(call, nth)
-    function = registry.ops()[case.op].providers["triton"].function
+    op = registry.ops()[case.op]
     problem = checker(call)
     wrong: list[str] = []
     tried = 0
 
     def timed(table: tuned.Table) -> float:
         with tuned.using(table):
-            return bench.microseconds([partial(function, **arguments) for arguments in sets])
+            return bench.microseconds([partial(op.by, "triton", **arguments) for arguments in sets])
 
     def trial(table: tuned.Table) -> float | None:
         try:
             with tuned.using(table):
-                why = problem(function(**call.arguments))
+                why = problem(op.by("triton", **call.arguments))
             if why is None:
                 return timed(table)
         except Exception as error:

@@ -115,15 +115,15 @@ def rehearse_job(job: Job, compile: Callable[[Any, tuple[Any, ...], dict[str, An
     """`compile(kernel, args, options, label)` for each launch of `job`'s calls; return scratch bytes by owner."""
     from . import ops
 
-    provider = registry.ops()[job.op].providers["triton"]
+    op = registry.ops()[job.op]
     rehearsal = kernels.Rehearsal(lambda *_: None, sms=job.sms)
     for rows, context in job.steps:
         for call in ops.calls(job.op, job.config, job.tp, rows, context):
             label = f"{call.label} tp{job.tp} rows{rows} context{context}"
             rehearsal.compile = partial(_with_label, compile, label)
             with kernels.rehearse(rehearsal), tuned.using(job.table):
-                if provider.refusal(call.arguments) is None:
-                    provider.function(**call.arguments)
+                if op.refusal("triton", **call.arguments) is None:
+                    op.by("triton", **call.arguments)
     return rehearsal.scratch
 
 

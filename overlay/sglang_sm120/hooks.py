@@ -33,8 +33,6 @@ _DEFINED_IN = {
     "verify_chain_greedy": "step.cpu_speculation",
 }
 
-__all__ = ["fp8_wo_a", "require_overlay", "sample_chain_target_only", *_DEFINED_IN]
-
 
 def __getattr__(name: str) -> Any:
     if name not in _DEFINED_IN:

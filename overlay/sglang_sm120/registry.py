@@ -2,8 +2,10 @@
 
     @Op
     def sinkhorn(mixes, scale, base, iters, eps): ...                      # torch: the contract
+    @sinkhorn.checked
+    def _check(a): ...                                                     # why no provider takes a call, or None
     @sinkhorn.provider("triton", runs_on="sm80+", default_on="sm120 sm121")
-    def sinkhorn_triton(mixes, scale, base, iters, eps): ...
+    def _triton(a): ...                                                    # a.mixes, a.scale, …
 
 Which provider serves an op is decided once per device kind, in this order:
 `SGLANG_SM120_PROVIDER` ("torch", or "sinkhorn=torch,sparse_mla=triton"), then the provider whose `default_on`
@@ -17,23 +19,11 @@ import inspect
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
-
-__all__ = [
-    "TORCH",
-    "Op",
-    "Provider",
-    "ProviderError",
-    "Row",
-    "device_kind",
-    "ops",
-    "reset",
-    "runs_on",
-    "table",
-]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -46,20 +36,25 @@ class ProviderError(ValueError):
     """A provider that does not exist, does not run here, or refuses its arguments."""
 
 
+class Arguments(SimpleNamespace):
+    """A call's arguments by the names of the op's reference, which says what they are, with its defaults; checked."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"{name!r} is no argument of the op, which has {', '.join(vars(self))}.")
+
+
+Check = Callable[[Arguments], str | None]
+"""None, or a sentence that says why not."""
+
+
 class Provider(NamedTuple):
-    """One implementation of an op. `accepts` takes those of the op's arguments that it names; None, or why not."""
+    """One implementation of an op. `accepts` says why this one does not take a call."""
 
     name: str
-    function: Callable
+    function: Callable[[Arguments], Any]
     runs_on: str
     default_on: str
-    accepts: Callable[..., str | None] | None
-
-    def refusal(self, arguments: Mapping[str, Any]) -> str | None:
-        """Why the provider does not take a call with these arguments, or None."""
-        if self.accepts is None:
-            return None
-        return self.accepts(**{name: arguments[name] for name in _named(self.accepts) if name in arguments})
+    accepts: Check
 
 
 class Choice(NamedTuple):
@@ -89,59 +84,86 @@ class Op(Generic[P, R]):
         functools.update_wrapper(self, reference)
         self.name = reference.__name__
         self.reference = reference
-        self.providers = {TORCH: Provider(TORCH, reference, "cpu sm0+", "", None)}
-        self._parameters = _named(reference)
+        self._signature = inspect.signature(reference)
+        parameters = self._signature.parameters.values()
+        self._positional = tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY)
+        self._defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        self._check: Check = _nothing
+        self.providers = {TORCH: Provider(TORCH, self._by_reference, "cpu sm0+", "", _nothing)}
         if self.name in _ops:
             raise ProviderError(f"op {self.name} is already registered; give the second one another name.")
         _ops[self.name] = self
 
+    def checked(self, check: Check) -> Check:
+        """Register what every provider's calls must fulfil, the reference's too; else they raise ValueError."""
+        self._check = check
+        return check
+
     def provider(
-        self,
-        name: str,
-        *,
-        runs_on: str,
-        default_on: str = "",
-        accepts: Callable[..., str | None] | None = None,
-    ) -> Callable[[Callable], Callable]:
-        """Register another implementation, whose signature equals the reference's (a `plan=None` apart).
+        self, name: str, *, runs_on: str, default_on: str = "", accepts: Check | None = None
+    ) -> Callable[[Callable[[Arguments], Any]], Callable[[Arguments], Any]]:
+        """Register another implementation, which is given the arguments by name.
 
         runs_on and default_on list device kinds, separated by spaces: `cpu`, `sm120`, or `sm80+` for that
         CUDA capability and above.
         """
 
-        def register(function: Callable) -> Callable:
+        def register(function: Callable[[Arguments], Any]) -> Callable[[Arguments], Any]:
             if name in self.providers:
                 raise ProviderError(f"op {self.name} already has a provider {name}; give this one another name.")
-            expected, found = _parameters(self.reference), _parameters(function)
-            if expected != found:
-                raise ProviderError(
-                    f"provider {name} of op {self.name} takes {found} and needs {expected}; "
-                    "make its signature equal the reference's."
-                )
-            if unknown := set(_named(accepts) if accepts else ()) - set(self._parameters):
-                raise ProviderError(
-                    f"accepts of provider {name} of op {self.name} takes {', '.join(sorted(unknown))}, which the op "
-                    f"does not; it may take {', '.join(self._parameters)}."
-                )
             for kinds in (runs_on, default_on):
                 _matches(kinds, "cpu")
-            self.providers[name] = Provider(name, function, runs_on, default_on, accepts)
+            self.providers[name] = Provider(name, function, runs_on, default_on, accepts or _nothing)
             reset()
             return function
 
         return register
 
+    def bind(self, *args: P.args, **kwargs: P.kwargs) -> Arguments:
+        """A call's arguments.
+
+        Raises:
+            TypeError: they are not the reference's.
+            ValueError: the op's check says why no provider takes them.
+        """
+        first = dict(zip(self._positional, args, strict=False))
+        values = {**self._defaults, **first, **kwargs}
+        if len(first) < len(args) or first.keys() & kwargs or values.keys() != self._signature.parameters.keys():
+            self._signature.bind(*args, **kwargs)  # says what is missing or too many
+        found = Arguments(**values)
+        if why := self._check(found):
+            raise ValueError(f"{self.name}: {why}")
+        return found
+
+    def by(self, name: str, *args: P.args, **kwargs: P.kwargs) -> R:
+        """The call by the provider `name`, wherever the arguments are.
+
+        Raises:
+            ProviderError: it refuses them.
+        """
+        found, provider = self.bind(*args, **kwargs), self.providers[name]
+        if why := provider.accepts(found):
+            raise ProviderError(f"provider {name} of op {self.name} refuses: {why}")
+        return provider.function(found)
+
+    def refusal(self, name: str, *args: P.args, **kwargs: P.kwargs) -> str | None:
+        """Why the provider `name` does not take this call, or None."""
+        return self.providers[name].accepts(self.bind(*args, **kwargs))
+
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        choice = _choose(self.name, _kind_of(args, kwargs))
+        found = self.bind(*args, **kwargs)
+        choice = _choose(self.name, _kind_of(found))
         provider = choice.provider
-        if provider.accepts is not None:
-            refusal = provider.refusal({**dict(zip(self._parameters, args, strict=False)), **kwargs})
-            if refusal is not None:
-                if choice.asked:
-                    raise ProviderError(f"provider {provider.name} of op {self.name} refuses: {refusal}")
-                _log_refusal(self.name, provider.name, refusal)
-                return self.reference(*args, **kwargs)
-        return provider.function(*args, **kwargs)
+        if why := provider.accepts(found):
+            if choice.asked:
+                raise ProviderError(f"provider {provider.name} of op {self.name} refuses: {why}")
+            _log_refusal(self.name, provider.name, why)
+            provider = self.providers[TORCH]
+        return provider.function(found)
+
+    def _by_reference(self, a: Arguments) -> R:
+        reference: Callable[..., R] = self.reference
+        return reference(**vars(a))
 
 
 def ops() -> dict[str, Op]:
@@ -187,8 +209,12 @@ def device_kind(device: torch.device) -> str:
     return f"sm{major}{minor}"
 
 
-def _kind_of(args: tuple, kwargs: dict) -> str:
-    for value in (*args, *kwargs.values()):
+def _nothing(_: Arguments) -> str | None:
+    return None
+
+
+def _kind_of(a: Arguments) -> str:
+    for value in vars(a).values():
         if isinstance(value, torch.Tensor) and value.is_cuda:
             return device_kind(value.device)
     return "cpu"
@@ -264,18 +290,3 @@ def _matches(kinds: str, kind: str) -> bool:
         floor, plus = match.groups()
         found |= entry == kind or (plus == "+" and kind.startswith("sm") and int(kind[2:]) >= int(floor))
     return found
-
-
-@functools.cache
-def _named(function: Callable) -> tuple[str, ...]:
-    return tuple(inspect.signature(function).parameters)
-
-
-def _parameters(function: Callable) -> list[str]:
-    """Parameters as text without annotations, so that signatures compare by names, kinds and defaults."""
-    parameters = inspect.signature(function).parameters.values()
-    return [
-        f"{p.kind.description} {p.replace(annotation=p.empty)}"
-        for p in parameters
-        if not (p.name == "plan" and p.default is None)
-    ]

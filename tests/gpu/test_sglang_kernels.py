@@ -17,27 +17,27 @@ MODULES = [
     import_module(f"sglang_sm120.ops.{name}.sglang") for name in ops.SPECS if "sglang" in registry.ops()[name].providers
 ]
 FUNCTIONS = {name: function for module in MODULES for name, function in functions(module).items()}
-POSITIONS = {"eps": "eps", "freqs_cis": "freqs_cis", "positions": "positions"}
+POSITIONS = {"eps": "a.eps", "freqs_cis": "a.freqs_cis", "positions": "a.positions"}
 # Provider: what each parameter of the function that it calls gets.
 GIVEN = {
     "k_norm_rope_store": {
-        "kv": "kv", "kv_weight": "weight", "out_loc": "slots", "kvcache": "pages", "page_size": "page_size",
+        "kv": "a.kv", "kv_weight": "a.weight", "out_loc": "a.slots", "kvcache": "a.pages", "page_size": "a.page_size",
     } | POSITIONS,
     "indexer_q": {
-        "q_input": "q", "weight": "weight", "weight_scale": "weight_scale", "freqs_cis": "freqs_cis",
-        "positions": "positions",
+        "q_input": "a.q", "weight": "a.weight", "weight_scale": "a.weight_scale", "freqs_cis": "a.freqs_cis",
+        "positions": "a.positions",
     },
-    "hash_topk": {"router_logits": "router_logits", "input_ids": "input_ids", "tid2eid": "tid2eid"},
-    "silu_mul_clamp": {"input": "gate_up", "output": "out", "swiglu_limit": "limit"},
+    "hash_topk": {"router_logits": "a.router_logits", "input_ids": "a.input_ids", "tid2eid": "a.tid2eid"},
+    "silu_mul_clamp": {"input": "a.gate_up", "output": "out", "swiglu_limit": "a.limit"},
     "compress": {
-        "kv_score_buffer": "kv_score_buffer", "kv_score_input": "kv_score_input", "ape": "ape",
-        "plan": "sglangs_plan(ratio, plans, is_decode)", "compress_ratio": "ratio", "head_dim": "head_dim",
-        "out": "out",
+        "kv_score_buffer": "a.kv_score_buffer", "kv_score_input": "a.kv_score_input", "ape": "a.ape",
+        "plan": "sglangs_plan(a.ratio, a.plans, a.is_decode)", "compress_ratio": "a.ratio", "head_dim": "a.head_dim",
+        "out": "a.out",
     },
     "compress_norm_rope_store": {
-        "kv": "kv", "plan": "sglangs_plan(ratio, (plan,) if is_decode else (plan, plan), is_decode)",
-        "norm_weight": "norm_weight", "norm_eps": "eps", "freq_cis": "freqs_cis", "out_loc": "out_slots",
-        "kvcache": "pages", "page_size": "page_size",
+        "kv": "a.kv", "plan": "sglangs_plan(a.ratio, (a.plan,) if a.is_decode else (a.plan, a.plan), a.is_decode)",
+        "norm_weight": "a.norm_weight", "norm_eps": "a.eps", "freq_cis": "a.freqs_cis", "out_loc": "a.out_slots",
+        "kvcache": "a.pages", "page_size": "a.page_size",
     },
 }  # fmt: skip
 

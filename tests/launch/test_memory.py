@@ -268,12 +268,11 @@ def test_scratch_holds_what_the_kernels_take(config: dict[str, Any], tp: int):
     def taken(rows: int, context: int) -> int:
         total = 0
         for name, op in registry.ops().items():
-            provider = op.providers.get("triton")
             rehearsal = kernels.Rehearsal(lambda *_: None)
-            for call in ops.calls(name, config, tp, rows, context) if provider else ():
+            for call in ops.calls(name, config, tp, rows, context) if "triton" in op.providers else ():
                 with kernels.rehearse(rehearsal):
-                    if provider.refusal(call.arguments) is None:
-                        provider.function(**call.arguments)
+                    if op.refusal("triton", **call.arguments) is None:
+                        op.by("triton", **call.arguments)
             total += sum(rehearsal.scratch.values())
         return total
 

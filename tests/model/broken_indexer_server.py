@@ -7,24 +7,15 @@ import sys
 import torch
 
 from sglang_sm120 import ops
+from sglang_sm120.registry import Arguments
 
 
 @ops.indexer_topk.provider("off_by_one_block", runs_on="cpu", default_on="")
-def off_by_one_block(
-    q: torch.Tensor,
-    weights: torch.Tensor,
-    pages: torch.Tensor,
-    page_table: torch.Tensor,
-    lengths: torch.Tensor,
-    k: int,
-    page_size: int = 64,
-    out: torch.Tensor | None = None,
-    raw_out: torch.Tensor | None = None,
-) -> torch.Tensor:
+def off_by_one_block(a: Arguments) -> torch.Tensor:
     """Score every entry with the key of its predecessor."""
-    logits = ops.indexer_logits(q, weights, pages, page_table, lengths, page_size)
+    logits = ops.indexer_logits(a.q, a.weights, a.pages, a.page_table, a.lengths, a.page_size)
     shifted = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
-    return ops.topk_slots(shifted, lengths, page_table, k, page_size, out, raw_out)
+    return ops.topk_slots(shifted, a.lengths, a.page_table, a.k, a.page_size, a.out)
 
 
 if __name__ == "__main__":

@@ -235,23 +235,20 @@ def indexer_logits(q, weights, pages, page_table, lengths, page_size=64):
     return out(y)
 
 
-def topk_slots(logits, lengths, page_table, k, page_size=64, out=None, raw_out=None):
+def topk_slots(logits, lengths, page_table, k, page_size=64, out=None):
     rows = logits.shape[0]
-    slots, entries = (np.full((rows, k if out is None else out.shape[1]), -1) for _ in range(2))
+    slots = np.full((rows, k if out is None else out.shape[1]), -1)
     for t, length in enumerate(lengths.tolist()):
         order = sorted(range(length), key=lambda i: (-float(logits[t, i]), i))
         for i, entry in enumerate(sorted(order[:k])):
-            entries[t, i] = entry
             slots[t, i] = int(page_table[t, entry // page_size]) * page_size + entry % page_size
     result = torch.from_numpy(slots).int()
-    if raw_out is not None:
-        raw_out.copy_(torch.from_numpy(entries))
     return result if out is None else out.copy_(result)
 
 
-def indexer_topk(q, weights, pages, page_table, lengths, k, page_size=64, out=None, raw_out=None):
+def indexer_topk(q, weights, pages, page_table, lengths, k, page_size=64, out=None):
     logits = indexer_logits(q, weights, pages, page_table, lengths, page_size)
-    return topk_slots(logits, lengths, page_table, k, page_size, out, raw_out)
+    return topk_slots(logits, lengths, page_table, k, page_size, out)
 
 
 def k_norm_rope_store(kv, weight, eps, freqs_cis, positions, slots, pages, page_size):

@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from sglang_sm120 import ops, registry
+from sglang_sm120 import ops
 from sglang_sm120.formats import e8m0, fp8_block, indexer_page, kv_page, mxfp4
 
 
@@ -71,9 +71,9 @@ def test_mxfp4_moe_reads_up_first_and_swizzled_scales() -> None:
     expected = torch.zeros(1, 128)
     # Up 18, gate 16: silu(16) = 16 - 2e-6, times 18 = 288, times 2 and the routed weight 1/4.
     expected[0, 100] = 144
-    for provider in registry.ops()["mxfp4_moe"].providers.values():
-        y = provider.function(x, torch.tensor([[0, -1]]), torch.tensor([[0.25, 9.0]]), w13, s13, w2, s2, None)
-        torch.testing.assert_close(y.float(), expected, msg=provider.name)
+    for provider in ops.mxfp4_moe.providers:
+        y = ops.mxfp4_moe.by(provider, x, torch.tensor([[0, -1]]), torch.tensor([[0.25, 9.0]]), w13, s13, w2, s2, None)
+        torch.testing.assert_close(y.float(), expected, msg=provider)
 
 
 def test_fp8_block() -> None:

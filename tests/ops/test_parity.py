@@ -84,7 +84,7 @@ def test_every_op_has_cases_and_a_naive_twin() -> None:
 @pytest.mark.parametrize(("name", "provider", "case"), list(parameters()))
 def test_parity(name: str, provider: str, case: Case, seed: int) -> None:
     op = registry.ops()[name]
-    function = op.providers[provider].function
+    function = partial(op.by, provider)
     inputs, got = run(case, seed, function)
     _, expected = run(case, seed, getattr(naive, name) if provider == registry.TORCH else op.reference)
     got, expected = tensors(got), tensors(expected)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
 
 from sglang_sm120 import ops as _ops  # noqa: F401  (so that an op's name in the environment can be checked)
 from sglang_sm120 import registry
-from sglang_sm120.registry import Op, ProviderError
+from sglang_sm120.registry import Arguments, Op, ProviderError
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +31,7 @@ def make(default_on: str = "", runs_on: str = "cpu sm80+", accepts=None) -> Op:
         return "torch"
 
     @double.provider("fake", runs_on=runs_on, default_on=default_on, accepts=accepts)
-    def double_fake(x: torch.Tensor, times: int = 2, plan: object = None) -> str:
+    def double_fake(a: Arguments) -> str:
         return "fake"
 
     return double
@@ -115,7 +116,7 @@ def test_selection_happens_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_default_provider_that_refuses_is_replaced_and_logged_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    op = make(default_on="cpu", accepts=lambda x, times=2: None if times == 2 else "times must be 2")
+    op = make(default_on="cpu", accepts=lambda a: None if a.times == 2 else "times must be 2")
     with caplog.at_level(logging.WARNING):
         assert op(X) == "fake"
         assert op(X, times=3) == op(X, 3) == "torch"
@@ -124,33 +125,48 @@ def test_a_default_provider_that_refuses_is_replaced_and_logged_once(
 
 
 def test_a_provider_asked_for_that_refuses_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    op = make(accepts=lambda x, times=2: "x is too small")
+    op = make(accepts=lambda _: "x is too small")
     monkeypatch.setenv("SGLANG_SM120_PROVIDER", "fake")
     with pytest.raises(ProviderError, match="provider fake of op double refuses: x is too small"):
         op(X)
 
 
-def test_accepts_may_only_look_at_what_the_op_takes() -> None:
-    with pytest.raises(ProviderError, match="double takes size, which the op does not; it may take x, times"):
-        make(accepts=lambda x, size: None)
+def test_a_call_by_name_chooses_the_provider_and_lets_it_refuse() -> None:
+    op = make(accepts=lambda a: None if a.times == 2 else "times must be 2")
+    assert (op.by("fake", X), op.by("torch", X, 3)) == ("fake", "torch")
+    assert (op.refusal("fake", X), op.refusal("fake", X, times=3)) == (None, "times must be 2")
+    with pytest.raises(ProviderError, match="provider fake of op double refuses: times must be 2"):
+        op.by("fake", X, 3)
 
 
-def test_signatures_must_agree() -> None:
-    op = make()
-    with pytest.raises(ProviderError, match="make its signature equal"):
-        op.provider("renamed", runs_on="cpu")(lambda y, times=2: None)
-    with pytest.raises(ProviderError, match="make its signature equal"):
-        op.provider("other-default", runs_on="cpu")(lambda x, times=3: None)
-    with pytest.raises(ProviderError, match="make its signature equal"):
+def test_arguments_are_the_references() -> None:
+    @Op
+    def scaled(x: int, y: int = 2, *, z: int = 3) -> int:
+        return x + 10 * y + 100 * z
 
-        @op.provider("keyword", runs_on="cpu")
-        def keyword(x: torch.Tensor, *, times: int = 2) -> None: ...
+    assert vars(scaled.bind(1)) == {"x": 1, "y": 2, "z": 3}
+    assert vars(scaled.bind(1, z=5, y=4)) == {"x": 1, "y": 4, "z": 5}
+    assert scaled(1, 4, z=5) == 541
+    wrong = [((), {}), ((1, 2, 3), {}), ((1,), {"x": 1}), ((1,), {"w": 1}), ((), {"y": 1, "w": 1})]
+    for args, kwargs in wrong:
+        with pytest.raises(TypeError):
+            scaled.bind(*args, **kwargs)
+    with pytest.raises(AttributeError, match="'w' is no argument of the op, which has y, z, x"):
+        scaled.bind(1).w  # noqa: B018
+
+
+def test_what_the_op_checks_no_provider_is_asked() -> None:
+    op = make(default_on="cpu")
+    op.checked(lambda a: None if a.times > 0 else f"times is {a.times} and needs to be positive.")
+    for call in (op, partial(op.by, "torch"), partial(op.by, "fake")):
+        with pytest.raises(ValueError, match="^double: times is 0 and needs to be positive.$"):
+            call(X, 0)
 
 
 def test_names_are_unique() -> None:
     op = make()
     with pytest.raises(ProviderError, match="already has a provider fake"):
-        op.provider("fake", runs_on="cpu")(lambda x, times=2: None)
+        op.provider("fake", runs_on="cpu")(lambda _: None)
     with pytest.raises(ProviderError, match="op double is already registered"):
         make()
 

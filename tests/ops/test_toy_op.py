@@ -31,6 +31,7 @@ import triton.language as tl
 
 from sglang_sm120 import kernels
 from sglang_sm120.ops._pdl_triton import wait
+from sglang_sm120.registry import Arguments
 
 from . import toy
 
@@ -43,9 +44,9 @@ def _double(x, y, n, BLOCK: tl.constexpr):
 
 
 @toy.provider("triton", runs_on="cpu sm90+", default_on="sm120 sm121")
-def toy_triton(x: torch.Tensor) -> torch.Tensor:
-    y = torch.empty_like(x)
-    kernels.launch(_double, (triton.cdiv(x.numel(), 64),), x, y, x.numel(), BLOCK=64)
+def toy_triton(a: Arguments) -> torch.Tensor:
+    y = torch.empty_like(a.x)
+    kernels.launch(_double, (triton.cdiv(a.x.numel(), 64),), a.x, y, a.x.numel(), BLOCK=64)
     return y
 ''',
     "spec.py": '''

@@ -268,11 +268,10 @@ def test_no_accepted_configuration_gives_wrong_results(op: str, kernel: str | No
         if op == "indexer_logits":
             pool = make.indexer_pool(64 * pages)
             arguments = {"q": make.fp8(rows, 16, 128), "weights": make.normal(rows, 16), "pages": pool, **table}
-    function = registry.ops()[op].providers["triton"].function
     expected = registry.ops()[op].reference(**arguments)
     recorder = Recorder(rng, kernel)
     with tuned.using(recorder):
-        got = function(**arguments)
+        got = registry.ops()[op].by("triton", **arguments)
     assert recorder.given, "no table was asked"
     if op == "topk_slots":
         assert torch.equal(got, expected), recorder.given

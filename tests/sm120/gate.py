@@ -95,7 +95,7 @@ def uncovered(registered: Mapping[str, registry.Op[..., Any]]) -> list[str]:
             continue
         for tp, step in itertools.product(TPS, ((ROWS[0], CONTEXTS[0]), (ROWS[-1], CONTEXTS[-1]))):
             for call in _calls(name, tp, *step):
-                refusal = op.providers["triton"].refusal(call.arguments)
+                refusal = op.refusal("triton", **call.arguments)
                 if refusal is not None:
                     problems.append(f"op {name} refuses {call.label} at TP {tp}, {step[0]} rows: {refusal}")
     return problems

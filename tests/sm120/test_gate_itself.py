@@ -201,7 +201,7 @@ def test_the_registry_is_covered_before_anything_is_planted() -> None:
         ("planted", "triton", None, "no calls in its spec"),
         ("hash_topk", "triton", None, "no calls in its spec"),
         ("sinkhorn", "cutlass", None, "provider cutlass"),
-        ("sinkhorn", "triton", lambda mixes: "not today.", "not today."),
+        ("sinkhorn", "triton", lambda _: "not today.", "not today."),
     ],
 )
 def test_a_provider_that_is_not_compiled_fails_the_gate(

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_sm120 import compilation, kernels, ops, registry, warmup
+from sglang_sm120 import compilation, kernels, ops, warmup
 from sglang_sm120.checkpoint.config import model_config
 from sglang_sm120.limits import MAX_ROWS
 from sglang_sm120.ops._pdl_triton import SMALL_GRID
@@ -114,12 +114,12 @@ def _fewest_programs(sms: int) -> int:
     """Of the last kernel before each of SGLang's compressor kernels, in every pass that the step takes on SM12x."""
     last: list[int] = []
     kernels.launch = lambda kernel, grid, *args, **options: last.append(math.prod(grid))
-    function, fewest = registry.ops()["bf16_linear_fp32"].providers["triton"].function, []
+    fewest = []
     for rows in range(1, MAX_ROWS + 1):
         for call in ops.calls("bf16_linear_fp32", model_config(), 2, rows, 65_536):
             if "compressor" in call.label:
                 with kernels.rehearse(kernels.Rehearsal(lambda *launch: None, sms)):
-                    function(**call.arguments)
+                    ops.bf16_linear_fp32.by("triton", **call.arguments)
                 fewest.append(last[-1])
     return min(fewest)
 

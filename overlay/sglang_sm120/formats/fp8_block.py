@@ -11,8 +11,6 @@ import torch
 
 from . import e8m0
 
-__all__ = ["BLOCK", "NotBlocks", "dequantise", "quantise", "requantise"]
-
 BLOCK = 128
 """Rows and columns that share one scale."""
 
@@ -36,14 +34,21 @@ def quantise(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (w.float() / _expand(e8m0.to_float(scale), n, k)).to(torch.float8_e4m3fn), scale
 
 
+def refusal(w8: torch.Tensor, scale: torch.Tensor) -> str | None:
+    """Why `scale` [..., ceil(N/128), ceil(K/128)] cannot be the scales of w8 [..., N, K], or None."""
+    *groups, n, k = w8.shape
+    needed = [*groups, -(-n // BLOCK), -(-k // BLOCK)]
+    if list(scale.shape) == needed:
+        return None
+    return f"FP8 weight {list(w8.shape)} has scales {list(scale.shape)} and needs {needed}."
+
+
 def dequantise(w8: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """(float8_e4m3fn [N, K], scale fp32|float8_e8m0fnu [ceil(N/128), ceil(K/128)]) to fp32 [N, K]."""
-    n, k = w8.shape
-    blocks = (-(-n // BLOCK), -(-k // BLOCK))
-    if tuple(scale.shape) != blocks:
-        raise ValueError(f"FP8 weight [{n}, {k}] has scales {list(scale.shape)} and needs {list(blocks)}.")
+    if why := refusal(w8, scale):
+        raise ValueError(why)
     values = scale.float() if scale.dtype == torch.float32 else e8m0.to_float(scale)
-    return w8.float() * _expand(values, n, k)
+    return w8.float() * _expand(values, *w8.shape)
 
 
 def requantise(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

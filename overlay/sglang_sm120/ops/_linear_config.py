@@ -14,8 +14,6 @@ import triton
 from .. import tuned
 from ..formats import fp8_block
 
-__all__ = ["TUNED", "Config", "config"]
-
 THREAD_BYTES = 128
 """Weight bytes one thread of `_gemv` asks for at once: eight loads of 16 bytes."""
 GEMV_K = 16_384

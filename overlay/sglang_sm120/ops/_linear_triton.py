@@ -21,6 +21,7 @@ Sums leave the tensor core every 64 or 128 products because it truncates them, w
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -30,10 +31,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .. import kernels
 from ..formats import e8m0, fp8_block
 from ._arithmetic import dot, e8m0_value, scaled_sum, to_bf16
-from ._linear_config import TUNED, config
+from ._linear_config import TUNED, Config, config
 from ._pdl_triton import wait
-
-__all__ = ["linear", "refusal"]
 
 BLOCK: tl.constexpr = tl.constexpr(fp8_block.BLOCK)
 UNSCALED: tl.constexpr = tl.constexpr(0)
@@ -60,6 +59,18 @@ def refusal(w: torch.Tensor, scale: torch.Tensor | None) -> str | None:
     return None
 
 
+class Call(NamedTuple):
+    """One call, sized: x [T, G, K], weights and scales, y [T, G, N], strides of x in units, the kernels' constants."""
+
+    config: Config
+    x: torch.Tensor
+    w: torch.Tensor
+    scales: torch.Tensor
+    y: torch.Tensor
+    strides: tuple[int, int]
+    constants: dict[str, int]
+
+
 def linear(
     op: str,
     x: torch.Tensor,
@@ -72,68 +83,86 @@ def linear(
 
     With norm, (weight bf16 [K], eps), x [T, 1, K] is normalised first. `op` owns the scratch.
     """
-    rows = x.shape[0]
-    groups, n, k = w.shape
-    blocks = (groups, triton.cdiv(n, fp8_block.BLOCK), triton.cdiv(k, fp8_block.BLOCK))
-    if tuple(x.shape[1:]) != (groups, k):
-        raise ValueError(f"input is {list(x.shape)} and needs [rows, {groups}, {k}] for weight {list(w.shape)}.")
-    if scale is not None and tuple(scale.shape) != blocks:
-        raise ValueError(f"FP8 weight {list(w.shape)} has scales {list(scale.shape)} and needs {list(blocks)}.")
-    if norm is not None and tuple(norm[0].shape) != (k,):
-        raise ValueError(f"norm_weight is {list(norm[0].shape)} and needs [{k}] for weight {list(w.shape)}.")
-    form, s = UNSCALED.value, w
-    if scale is not None:
-        form, s = (FP32.value, scale) if scale.dtype == torch.float32 else (E8M0.value, e8m0.scale_bytes(scale))
-    y = torch.empty((rows, groups, n), dtype=dtype, device=x.device)
+    rows, (groups, n, k) = x.shape[0], w.shape
     # At least 8 SMs, for the interpreter, whose one would never split K.
     c = config(rows, groups, n, k, w.element_size(), max(8, kernels.multiprocessors(x.device)))
     c = TUNED.choose(x.device, (groups, n, k, w.element_size()), rows, c)
-    # Without a norm no kernel reads its weight, and needs a pointer all the same.
-    norm_weight, eps = (w, 0.0) if norm is None else norm
     if norm is not None and c.kernel != "gemv":
-        x = _normalised(x, norm_weight, eps)
+        x, norm = _normalised(x, *norm), None
+    call = _sized(c, x, w, scale, torch.empty((rows, groups, n), dtype=dtype, device=x.device))
+    if c.kernel == "gemv":
+        _run_gemv(call, norm)
+    elif c.kernel == "few":
+        _run_few_rows(call)
+    else:
+        _run_many_rows(call, op)
+    return call.y
+
+
+def _sized(c: Config, x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor | None, y: torch.Tensor) -> Call:
+    rows, (groups, n, k) = x.shape[0], w.shape
+    form, scales = UNSCALED.value, w
+    if scale is not None:
+        form, scales = (FP32.value, scale) if scale.dtype == torch.float32 else (E8M0.value, e8m0.scale_bytes(scale))
     # A dimension of size 1 has a stride that means nothing.
     x_row, x_group = (x.stride(0) if rows > 1 else 0), (x.stride(1) if groups > 1 else 0)
     unit = 8 if x_row % 8 == 0 and x_group % 8 == 0 else 1
-    model = {"G": groups, "N": n, "K": k, "X_STEP": x.stride(2) if k > 1 else 1, "X_UNIT": unit, "SCALE": form}
-    strides = (x_row // unit, x_group // unit)
-    policy = "evict_first" if c.evict_first else ""
-    if c.kernel == "gemv":
-        grid = (rows, triton.cdiv(n, c.bn), groups)
-        # A row of few loads in one step, a longer one a load of all threads at a time. A norm is of the whole row.
-        step = c.bk if norm is not None or c.bk <= WHOLE_K else 32 * c.warps * LOAD_BYTES // w.element_size()
-        kernels.launch(
-            _gemv, grid, x, norm_weight, eps, w, s, y, *strides, **model,
-            NORM=norm is not None, POLICY=policy, BN=c.bn, KP=c.bk, STEP=step, num_warps=c.warps,
-        )  # fmt: skip
-        return y
-    if c.kernel == "few":
-        grid = (triton.cdiv(n, c.bn), groups)
-        tile = {"BM": c.bm, "BN": c.bn, "KW": c.warps_k, "EVEN": k % (c.warps_k * c.bk) == 0, "STAGES": c.stages}
-        tile["POLICY"] = policy
-        kernels.launch(_few_rows, grid, x, w, s, y, rows, *strides, **model, **tile, num_warps=c.warps)
-        return y
+    constants = {"G": groups, "N": n, "K": k, "X_STEP": x.stride(2) if k > 1 else 1, "X_UNIT": unit, "SCALE": form}
+    return Call(c, x, w, scales, y, (x_row // unit, x_group // unit), constants)
+
+
+def _run_gemv(call: Call, norm: tuple[torch.Tensor, float] | None) -> None:
+    c, x, w = call.config, call.x, call.w
+    # Without a norm no kernel reads its weight, and needs a pointer all the same.
+    norm_weight, eps = (w, 0.0) if norm is None else norm
+    # A row of few loads in one step, a longer one a load of all threads at a time. A norm is of the whole row.
+    step = c.bk if norm is not None or c.bk <= WHOLE_K else 32 * c.warps * LOAD_BYTES // w.element_size()
+    kernels.launch(
+        _gemv, (x.shape[0], triton.cdiv(w.shape[1], c.bn), w.shape[0]),
+        x, norm_weight, eps, w, call.scales, call.y, *call.strides, **call.constants,
+        NORM=norm is not None, POLICY=_policy(c), BN=c.bn, KP=c.bk, STEP=step, num_warps=c.warps,
+    )  # fmt: skip
+
+
+def _run_few_rows(call: Call) -> None:
+    c, w = call.config, call.w
+    kernels.launch(
+        _few_rows, (triton.cdiv(w.shape[1], c.bn), w.shape[0]),
+        call.x, w, call.scales, call.y, call.x.shape[0], *call.strides, **call.constants,
+        BM=c.bm, BN=c.bn, KW=c.warps_k, EVEN=w.shape[2] % (c.warps_k * c.bk) == 0, STAGES=c.stages, POLICY=_policy(c),
+        num_warps=c.warps,
+    )  # fmt: skip
+
+
+def _policy(c: Config) -> str:
+    return "evict_first" if c.evict_first else ""
+
+
+def _run_many_rows(call: Call, op: str) -> None:
+    c, x, w, y = call.config, call.x, call.w, call.y
+    rows, (groups, n, k) = x.shape[0], w.shape
     tiles = (triton.cdiv(rows, c.bm) * triton.cdiv(n, c.bn), c.split, groups)
     tile = {"BM": c.bm, "BN": c.bn, "BK": c.bk, "SPLIT": c.split, "STAGES": c.stages}
     parts = y
     if c.split > 1:
         (parts,) = kernels.scratch(op, x.device, ((c.split, rows, groups, n), torch.float32))
+    form = call.constants["SCALE"]
     if c.kernel == "tma" and k % c.bk == 0 and _readable_by_tma(x) and w.data_ptr() % 16 == 0:
         x_tiles = TensorDescriptor.from_tensor(x.as_strided((rows, groups * k), (x.stride(0), 1)), [c.bm, c.bk])
         w_tiles = TensorDescriptor.from_tensor(w.view(-1, k), [c.bn, c.bk])
         model = {"G": groups, "N": n, "K": k, "SCALE": form}
-        kernels.launch(_many_rows_tma, tiles, x_tiles, w_tiles, s, parts, rows, **model, **tile, num_warps=c.warps)
+        given = (x_tiles, w_tiles, call.scales, parts, rows)
+        kernels.launch(_many_rows_tma, tiles, *given, **model, **tile, num_warps=c.warps)
     else:
-        tile["EVEN"] = k % c.bk == 0
         most = kernels.registers(c.warps) if form == UNSCALED.value else None
         kernels.launch(
-            _many_rows, tiles, x, w, s, parts, rows, *strides, **model, **tile, num_warps=c.warps, maxnreg=most
-        )
+            _many_rows, tiles, x, w, call.scales, parts, rows, *call.strides, **call.constants, **tile,
+            EVEN=k % c.bk == 0, num_warps=c.warps, maxnreg=most,
+        )  # fmt: skip
     if c.split > 1:
         total = math.prod(y.shape)
         grid = (triton.cdiv(total, 1024),)
         kernels.launch(_add_parts, grid, parts, y, total, SPLIT=c.split, BLOCK=1024, num_warps=4)
-    return y
 
 
 def _readable_by_tma(x: torch.Tensor) -> bool:

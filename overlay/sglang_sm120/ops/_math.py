@@ -10,6 +10,14 @@ CHUNK_BYTES = 16 << 20
 """Working memory a reference may take at once; more is given back to the system and faulted in again at each step."""
 
 
+def linear_refusal(x: torch.Tensor, w: torch.Tensor) -> str | None:
+    """Why x [..., G, K] is no input of weights [G, N, K], or x [..., K] none of [N, K]; or None."""
+    needed = [*w.shape[:-2], w.shape[-1]]
+    if list(x.shape[-len(needed) :]) == needed:
+        return None
+    return f"input is {list(x.shape)} and needs {needed} last for weight {list(w.shape)}."
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
     """x / rms(x) over the last dimension, times weight if given; fp32 whatever x is."""
     x = x.float()

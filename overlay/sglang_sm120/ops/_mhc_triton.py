@@ -21,11 +21,10 @@ import triton
 import triton.language as tl
 
 from .. import kernels
+from ..registry import Arguments
 from ._arithmetic import dot, scaled_sum, to_bf16
 from ._pdl_triton import INTERPRETED, LINE, prefetch, wait
 from ._sinkhorn_triton import four_columns, plus_dot, sinkhorn
-
-__all__ = ["Config", "config", "contiguous", "enter", "exit_block", "mixing_weights"]
 
 WIDTH: tl.constexpr = tl.constexpr(32)
 """fp32 per row and part in scratch: the sum of squares at 7, the products with fn from 8 on."""
@@ -55,10 +54,11 @@ def config(rows: int, hidden: int, sms: int) -> Config:
     return Config(tile, columns, parts, 8, 3, min(32, 256 // parts))
 
 
-def contiguous(**tensors: torch.Tensor | None) -> str | None:
-    """Which tensor is not contiguous, as a refusal, or None."""
-    for name, tensor in tensors.items():
-        if tensor is not None and not tensor.is_contiguous():
+def contiguous(a: Arguments, *names: str) -> str | None:
+    """Which of these tensors is not contiguous, as a refusal, or None."""
+    for name in names:
+        tensor = getattr(a, name)
+        if not tensor.is_contiguous():
             return f"{name} {list(tensor.shape)} has strides {list(tensor.stride())} and needs to be contiguous."
     return None
 
@@ -66,22 +66,18 @@ def contiguous(**tensors: torch.Tensor | None) -> str | None:
 def enter(
     op: str,
     block: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
-    x: torch.Tensor,
-    fn: torch.Tensor,
-    scale: torch.Tensor,
-    base: torch.Tensor,
+    a: Arguments,
     iters: int,
-    rms_eps: float,
-    hc_eps: float,
     norm_weight: torch.Tensor | None,
     norm_eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(X', y, post', comb') of X' = mhc_post(f, x, post, comb) for block (f, post, comb), or of X' = x for None.
 
-    fn has 24 rows, or 4 for the head, whose post' and comb' are empty. `op` owns the scratch.
+    a.fn has 24 rows, or 4 for the head, whose post' and comb' are empty. `op` owns the scratch.
     """
+    x = a.x
     rows, _, hidden = x.shape
-    mixes, head = fn.shape[0], fn.shape[0] == 4
+    mixes, head = a.fn.shape[0], a.fn.shape[0] == 4
     out = torch.empty_like(x) if block is not None else x
     y = torch.empty((rows, hidden), dtype=torch.bfloat16, device=x.device)
     post = torch.empty((0 if head else rows, 4), dtype=torch.float32, device=x.device)
@@ -92,7 +88,7 @@ def enter(
     kernels.launch(
         _mix,
         (c.parts, triton.cdiv(rows, c.rows)),
-        *(f, x, f_post, f_comb, fn, out, parts, rows),
+        *(f, x, f_post, f_comb, a.fn, out, parts, rows),
         H=hidden,
         N=mixes,
         NP=16 if head else 32,
@@ -107,8 +103,8 @@ def enter(
     kernels.launch(
         _finish,
         (tiles + rows,),
-        *(out, parts, scale, base, norm_weight if norm_weight is not None else x, y, post, comb),
-        *(rows, tiles, rms_eps, hc_eps, norm_eps),
+        *(out, parts, a.scale, a.base, norm_weight if norm_weight is not None else x, y, post, comb),
+        *(rows, tiles, a.rms_eps, a.hc_eps, norm_eps),
         H=hidden,
         HP=triton.next_power_of_2(hidden),
         PARTS=c.parts,

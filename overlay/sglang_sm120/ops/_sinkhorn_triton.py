@@ -9,8 +9,6 @@ import triton.language as tl
 from ._arithmetic import scaled_sum
 from ._pdl_triton import INTERPRETED
 
-__all__ = ["four_columns", "plus_dot", "sinkhorn"]
-
 
 @triton.jit
 def _reciprocal(a):

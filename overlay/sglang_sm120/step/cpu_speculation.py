@@ -14,12 +14,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = [
-    "assign_draft_cache_locs", "assign_extend_cache_locs", "assign_req_to_token_pool", "build_chain_tree",
-    "clear_unaccepted_c128_draft_states", "fill_bonus_tokens", "gather_spec_extras", "sample_chain_target_only",
-    "top_k_renorm_prob", "top_p_renorm_prob", "verify_chain_greedy",
-]  # fmt: skip
-
 FULL_MASK, QLEN_ONLY = 0, 1
 """Values of SGLang's TreeMaskMode: rows of the mask hold a request's whole context and its nodes, or its nodes only."""
 

@@ -43,7 +43,6 @@ def cases(kind: str) -> Iterator[Case]:
         arguments = {"logits": logits, "lengths": make.tensor(lengths), "page_table": table, "k": k}
         if buffers is not None:
             arguments["out"] = make.poisoned(rows, buffers, dtype=torch.int32)
-            arguments["raw_out"] = make.poisoned(rows, buffers, dtype=torch.int32)
         return arguments
 
     yield Case("no-rows", EXACT, lambda make: build(make, [], 8))
@@ -57,14 +56,14 @@ def cases(kind: str) -> Iterator[Case]:
     # Few rows, in several programs each.
     yield Case("shared", EXACT, lambda make: build(make, [9000, 2100], 64, columns=320, odd=True))
     yield Case("shared-buffers", EXACT, lambda make: build(make, [20480], 64, columns=320, buffers=70),
-               lambda inputs, result: (result, inputs["out"], inputs["raw_out"]), ("out", "raw_out"))  # fmt: skip
+               lambda inputs, result: (result, inputs["out"]), ("out",))  # fmt: skip
     yield Case("70-rows", EXACT, lambda make: build(make, [(7 * t) % 130 for t in range(70)], 16, columns=3))
     yield Case(
         "buffers",
         EXACT,
         lambda make: build(make, [200, 3], 32, buffers=40),
-        lambda inputs, result: (result, inputs["out"], inputs["raw_out"]),
-        ("out", "raw_out"),
+        lambda inputs, result: (result, inputs["out"]),
+        ("out",),
     )
     if kind != "cpu":
         k = model_config()["index_topk"]

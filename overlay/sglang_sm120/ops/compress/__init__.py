@@ -10,8 +10,6 @@ from ...formats.compress_plan import CompressPlan, DecodePlan, WritePlan
 from ...registry import Op
 from .._math import row_chunks
 
-__all__ = ["compress"]
-
 
 @Op
 def compress(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ...registry import Arguments
 from . import compress
 
 
@@ -18,24 +19,15 @@ def sglangs_plan(ratio: int, plans: Sequence[torch.Tensor], is_decode: bool) -> 
 
 
 @compress.provider("sglang", runs_on="sm90+", default_on="sm120 sm121")
-def compress_sglang(
-    kv_score_buffer: torch.Tensor,
-    kv_score_input: torch.Tensor,
-    ape: torch.Tensor,
-    plans: Sequence[torch.Tensor],
-    is_decode: bool,
-    head_dim: int,
-    ratio: int,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
+def compress_sglang(a: Arguments) -> torch.Tensor:
     from sglang.kernels.ops.attention.dsv4.compress import compress_forward
 
     return compress_forward(
-        kv_score_buffer=kv_score_buffer,
-        kv_score_input=kv_score_input,
-        ape=ape,
-        plan=sglangs_plan(ratio, plans, is_decode),
-        compress_ratio=ratio,
-        head_dim=head_dim,
-        out=out,
+        kv_score_buffer=a.kv_score_buffer,
+        kv_score_input=a.kv_score_input,
+        ape=a.ape,
+        plan=sglangs_plan(a.ratio, a.plans, a.is_decode),
+        compress_ratio=a.ratio,
+        head_dim=a.head_dim,
+        out=a.out,
     )

@@ -7,8 +7,6 @@ import torch
 from ...formats.compress_plan import DecodePlan, Ring
 from ...registry import Op
 
-__all__ = ["compress_decode_plan"]
-
 
 @Op
 def compress_decode_plan(

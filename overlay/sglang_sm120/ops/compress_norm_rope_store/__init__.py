@@ -9,8 +9,6 @@ from ...formats.compress_plan import CompressPlan, DecodePlan
 from ...registry import Op
 from .._math import hadamard, rms_norm, rotate_tail
 
-__all__ = ["compress_norm_rope_store"]
-
 
 @Op
 def compress_norm_rope_store(

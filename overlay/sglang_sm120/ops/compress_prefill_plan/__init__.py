@@ -7,8 +7,6 @@ import torch
 from ...formats.compress_plan import MAX_TOKENS, CompressPlan, Ring, WritePlan
 from ...registry import Op
 
-__all__ = ["compress_prefill_plan"]
-
 
 @Op
 def compress_prefill_plan(

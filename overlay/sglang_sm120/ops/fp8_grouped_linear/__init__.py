@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 
 from ...formats import fp8_block
-from ...registry import Op
-
-__all__ = ["fp8_grouped_linear"]
+from ...registry import Arguments, Op
+from .._math import linear_refusal
 
 
 @Op
@@ -17,7 +16,10 @@ def fp8_grouped_linear(o: torch.Tensor, w: torch.Tensor, scale: torch.Tensor) ->
     o bf16 [T, G, K] (any strides), w float8_e4m3fn [G, N, K], scale fp32 or float8_e8m0fnu
     [G, ceil(N/128), ceil(K/128)]. Returns bf16 [T, G, N].
     """
-    if o.shape[1] != w.shape[0]:
-        raise ValueError(f"input has {o.shape[1]} groups and the weight {w.shape[0]}; they must be equal.")
     groups = (o[:, g].float() @ fp8_block.dequantise(w[g], scale[g]).T for g in range(w.shape[0]))
     return torch.stack([y.bfloat16() for y in groups], dim=1)
+
+
+@fp8_grouped_linear.checked
+def _check(a: Arguments) -> str | None:
+    return linear_refusal(a.o, a.w) or fp8_block.refusal(a.w, a.scale)

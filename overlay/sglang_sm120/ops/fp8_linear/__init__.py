@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 
 from ...formats import fp8_block
-from ...registry import Op
-from .._math import rms_norm
-
-__all__ = ["fp8_linear"]
+from ...registry import Arguments, Op
+from .._math import linear_refusal, rms_norm
 
 
 @Op
@@ -29,3 +27,10 @@ def fp8_linear(
     if norm_weight is not None:
         x = rms_norm(x, norm_weight, eps).bfloat16()
     return (x.float() @ fp8_block.dequantise(w, scale).T).bfloat16()
+
+
+@fp8_linear.checked
+def _check(a: Arguments) -> str | None:
+    if a.norm_weight is not None and a.norm_weight.shape != a.w.shape[-1:]:
+        return f"norm_weight is {list(a.norm_weight.shape)} and needs {[a.w.shape[-1]]} for weight {list(a.w.shape)}."
+    return linear_refusal(a.x, a.w) or fp8_block.refusal(a.w, a.scale)

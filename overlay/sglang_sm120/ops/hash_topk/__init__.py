@@ -7,8 +7,6 @@ import torch
 from ...registry import Op
 from .._math import sqrt_softplus
 
-__all__ = ["hash_topk"]
-
 
 @Op
 def hash_topk(

@@ -8,8 +8,6 @@ from ...formats import indexer_page
 from ...registry import Op
 from .._math import row_chunks
 
-__all__ = ["indexer_logits"]
-
 PAGES_AT_ONCE = 512
 """Pages of a row scored together: 16 MiB of fp32 keys at 64 tokens per page."""
 

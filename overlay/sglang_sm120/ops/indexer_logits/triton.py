@@ -16,6 +16,7 @@ import triton.language as tl
 
 from ... import kernels, tuned
 from ...formats import indexer_page
+from ...registry import Arguments
 from .._pages_triton import pool_refusal
 from .._pdl_triton import wait
 from . import indexer_logits
@@ -126,17 +127,9 @@ TUNED = tuned.Family("indexer_logits", ("width", "heads"), Config, _tuned_refusa
 """The width is rounded up to a power of two."""
 
 
-def score(
-    q: torch.Tensor,
-    weights: torch.Tensor,
-    pages: torch.Tensor,
-    page_table: torch.Tensor,
-    lengths: torch.Tensor,
-    page_size: int,
-    logits: torch.Tensor,
-    least: int | None = None,
-) -> None:
-    """Write the scores of `indexer_logits` to logits; with `least` only below lengths, and none of shorter rows."""
+def score(a: Arguments, part: slice, logits: torch.Tensor, least: int | None = None) -> None:
+    """Write the scores of `part` of the rows to logits; with `least` only below lengths, and none of shorter rows."""
+    q, weights, page_table, lengths = a.q[part], a.weights[part], a.page_table[part], a.lengths[part]
     rows, heads, _ = q.shape
     width = logits.shape[1]
     c = TUNED.choose(q.device, (tuned.bucket(width), heads), rows, Config())
@@ -151,8 +144,8 @@ def score(
         q.stride(1),
         weights,
         weights.stride(0),
-        pages,
-        pages.stride(0),
+        a.pages,
+        a.pages.stride(0),
         page_table,
         page_table.stride(0),
         lengths,
@@ -163,36 +156,27 @@ def score(
         programs,
         HEADS=heads,
         PADDED=max(16, triton.next_power_of_2(heads)),
-        PAGE=page_size,
+        PAGE=a.page_size,
         BLOCK=c.block,
         FILL=least is None,
         num_warps=c.warps,
     )
 
 
-def refusal(
-    q: torch.Tensor, weights: torch.Tensor, pages: torch.Tensor, page_table: torch.Tensor, page_size: int = 64
-) -> str | None:
+def refusal(a: Arguments) -> str | None:
     """Why these arguments cannot be scored here, or None."""
-    if q.dtype != torch.float8_e4m3fn or q.dim() != 3 or q.shape[2] != indexer_page.DIM or q.stride(2) != 1:
-        return f"q is {q.dtype} {list(q.shape)} and needs float8_e4m3fn [rows, heads, {indexer_page.DIM}]."
-    if weights.dtype != torch.float32 or (weights.shape[1] > 1 and weights.stride(1) != 1):
-        return f"weights are {weights.dtype} and need float32 with adjacent heads."
-    if page_table.dtype != torch.int32 or (page_table.shape[1] > 1 and page_table.stride(1) != 1):
-        return f"page_table is {page_table.dtype} and needs int32 with adjacent columns."
-    return pool_refusal("pages", pages, indexer_page.page_bytes(page_size))
+    if a.q.dtype != torch.float8_e4m3fn or a.q.dim() != 3 or a.q.shape[2] != indexer_page.DIM or a.q.stride(2) != 1:
+        return f"q is {a.q.dtype} {list(a.q.shape)} and needs float8_e4m3fn [rows, heads, {indexer_page.DIM}]."
+    if a.weights.dtype != torch.float32 or (a.weights.shape[1] > 1 and a.weights.stride(1) != 1):
+        return f"weights are {a.weights.dtype} and need float32 with adjacent heads."
+    if a.page_table.dtype != torch.int32 or (a.page_table.shape[1] > 1 and a.page_table.stride(1) != 1):
+        return f"page_table is {a.page_table.dtype} and needs int32 with adjacent columns."
+    return pool_refusal("pages", a.pages, indexer_page.page_bytes(a.page_size))
 
 
 @indexer_logits.provider("triton", runs_on="cpu sm90+", default_on="sm120 sm121", accepts=refusal)
-def indexer_logits_triton(
-    q: torch.Tensor,
-    weights: torch.Tensor,
-    pages: torch.Tensor,
-    page_table: torch.Tensor,
-    lengths: torch.Tensor,
-    page_size: int = 64,
-) -> torch.Tensor:
+def indexer_logits_triton(a: Arguments) -> torch.Tensor:
     """Contract in `indexer_logits`."""
-    logits = torch.empty((q.shape[0], page_table.shape[1] * page_size), dtype=torch.float32, device=q.device)
-    score(q, weights, pages, page_table, lengths, page_size, logits)
+    logits = torch.empty((a.q.shape[0], a.page_table.shape[1] * a.page_size), dtype=torch.float32, device=a.q.device)
+    score(a, slice(None), logits)
     return logits

@@ -8,8 +8,6 @@ from ...formats import indexer_page
 from ...registry import Op
 from .._math import hadamard, rotate_tail
 
-__all__ = ["indexer_q"]
-
 
 @Op
 def indexer_q(

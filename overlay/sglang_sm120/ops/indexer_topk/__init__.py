@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from ...registry import Op
+from ...registry import Arguments, Op
 from .._math import row_chunks
 from ..indexer_logits import indexer_logits
-from ..topk_slots import topk_slots
-
-__all__ = ["indexer_topk"]
+from ..topk_slots import out_refusal, topk_slots
 
 
 @Op
@@ -22,7 +20,6 @@ def indexer_topk(
     k: int,
     page_size: int = 64,
     out: torch.Tensor | None = None,
-    raw_out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`topk_slots` of `indexer_logits`, row chunk by row chunk: slots int32 [T, k].
 
@@ -35,6 +32,10 @@ def indexer_topk(
     for chunk in row_chunks(rows, page_table.shape[1] * page_size * 16):
         table, length = page_table[chunk], lengths[chunk]
         logits = indexer_logits.reference(q[chunk], weights[chunk], pages, table, length, page_size)
-        raw = None if raw_out is None else raw_out[chunk]
-        topk_slots.reference(logits, length, table, k, page_size, out=out[chunk], raw_out=raw)
+        topk_slots.reference(logits, length, table, k, page_size, out=out[chunk])
     return out
+
+
+@indexer_topk.checked
+def _check(a: Arguments) -> str | None:
+    return out_refusal(a.out, a.q.shape[0], a.k)

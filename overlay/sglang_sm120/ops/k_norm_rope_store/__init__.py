@@ -8,8 +8,6 @@ from ...formats import kv_page
 from ...registry import Op
 from .._math import rms_norm, rotate_tail
 
-__all__ = ["k_norm_rope_store"]
-
 
 @Op
 def k_norm_rope_store(

@@ -6,8 +6,6 @@ import torch
 
 from ...registry import Op
 
-__all__ = ["mhc_head"]
-
 
 @Op
 def mhc_head(

@@ -6,8 +6,6 @@ import torch
 
 from ...registry import Op
 
-__all__ = ["mhc_post"]
-
 
 @Op
 def mhc_post(f: torch.Tensor, x: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,6 @@ from ...registry import Op
 from ..mhc_post import mhc_post
 from ..mhc_pre import mhc_pre
 
-__all__ = ["mhc_post_pre"]
-
 
 @Op
 def mhc_post_pre(

@@ -8,8 +8,6 @@ from ...registry import Op
 from .._math import rms_norm
 from ..sinkhorn import sinkhorn
 
-__all__ = ["mhc_pre"]
-
 
 @Op
 def mhc_pre(

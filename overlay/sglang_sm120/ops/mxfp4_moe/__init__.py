@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...formats import e8m0, experts, mxfp4
-from ...registry import Op
-
-__all__ = ["mxfp4_moe"]
+from ...registry import Arguments, Op
 
 LARGEST_SCALE_BYTE = 191
 """2^64; a larger byte (255 is NaN) comes from memory no checkpoint filled, and counts as scale 0."""
@@ -35,9 +33,6 @@ def mxfp4_moe(
     bytes above 191 count as scale 0, so with a limit the result is finite for any weight and scale bytes and
     |x| < 2^20. Raises ValueError for shapes that `formats.experts.refusal` names.
     """
-    why = experts.refusal(w13, s13, w2, s2)
-    if why is not None:
-        raise ValueError(why)
     y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for e in topk_ids.unique().tolist():
         if e < 0:
@@ -50,6 +45,11 @@ def mxfp4_moe(
         down = hidden @ _dequantise(w2[e], s2[e]).T
         y.index_add_(0, row, down * topk_weights[row, slot].float().unsqueeze(-1))
     return y.bfloat16()
+
+
+@mxfp4_moe.checked
+def _check(a: Arguments) -> str | None:
+    return experts.refusal(a.w13, a.s13, a.w2, a.s2)
 
 
 def _dequantise(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,8 @@ import triton.language as tl
 
 from ... import kernels, tuned
 from ...formats import e8m0
-from ...formats.experts import MULTIPLE, refusal
+from ...formats.experts import MULTIPLE
+from ...registry import Arguments
 from .._arithmetic import scaled_sum, to_bf16
 from .._pdl_triton import wait
 from . import mxfp4_moe
@@ -276,62 +277,70 @@ def _sum_slots(
     tl.store(y_ptr + row * H + first + local, to_bf16(total), mask=inside)
 
 
-def _accepts(
-    x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, w13: torch.Tensor, s13: torch.Tensor,
-    w2: torch.Tensor, s2: torch.Tensor,
-) -> str | None:  # fmt: skip
-    for name, tensor in (("x", x), ("topk_ids", topk_ids), ("topk_weights", topk_weights)):
+def _accepts(a: Arguments) -> str | None:
+    for name in ("x", "topk_ids", "topk_weights"):
+        tensor = getattr(a, name)
         if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             return f"{name} has stride {tensor.stride(-1)} in its last dimension and needs 1."
-    for name, tensor in (("w13", w13), ("s13", s13), ("w2", w2), ("s2", s2)):
+    for name in ("w13", "s13", "w2", "s2"):
+        tensor = getattr(a, name)
         if not tensor.is_contiguous():
             return f"{name} has strides {tensor.stride()} and needs to be contiguous."
         if tensor.storage_offset() % 4:
             return f"{name} has offset {tensor.storage_offset()} and needs a multiple of 4."
-    if x.stride(0) % 4 or x.storage_offset() % 4:
-        return f"x has row stride {x.stride(0)} and offset {x.storage_offset()} and needs multiples of 4."
-    return refusal(w13, s13, w2, s2)
+    if a.x.stride(0) % 4 or a.x.storage_offset() % 4:
+        return f"x has row stride {a.x.stride(0)} and offset {a.x.storage_offset()} and needs multiples of 4."
+    return None
 
 
-@mxfp4_moe.provider("triton", runs_on="cpu sm90+", default_on="sm120 sm121", accepts=_accepts)
-def mxfp4_moe_triton(
-    x: torch.Tensor,
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor,
-    w13: torch.Tensor,
-    s13: torch.Tensor,
-    w2: torch.Tensor,
-    s2: torch.Tensor,
-    limit: float | None,
-) -> torch.Tensor:
-    rows, width = x.shape
-    slots, experts, inter = topk_ids.shape[1], w13.shape[0], w2.shape[2] * 2
-    pairs = rows * slots
-    y = torch.empty((rows, width), dtype=torch.bfloat16, device=x.device)
-    s13, s2 = e8m0.scale_bytes(s13), e8m0.scale_bytes(s2)
-    w13, w2 = w13.view(torch.uint8), w2.view(torch.uint8)
-    sort = rows > SORT_ABOVE
+class Plan(NamedTuple):
+    """How a call is computed. sort: pairs of a row and an expert are sorted by expert, x is spread into planes.
+    alone: one row, whose sum over the slots needs no scratch. stretch: channels of the output made at a time.
+    partial_bytes: of the slots' outputs."""
+
+    gate_up: Config
+    down: Config
+    sort: bool
+    alone: bool
+    stretch: int
+    partial_bytes: int
+
+
+def _plan(device: torch.device, rows: int, slots: int, experts: int, width: int, inter: int) -> Plan:
+    pairs, sort, alone = rows * slots, rows > SORT_ABOVE, _alone(rows, slots)
     gate_up, down = _config(rows, pairs, experts, width, inter)
-    gate_up = GATE_UP.choose(x.device, (experts, width, inter, slots), rows, gate_up)
-    down = DOWN.choose(x.device, (experts, width, inter, slots), rows, down)
-    alone = _alone(rows, slots)
+    gate_up = GATE_UP.choose(device, (experts, width, inter, slots), rows, gate_up)
+    down = DOWN.choose(device, (experts, width, inter, slots), rows, down)
     stretch = width
     while sort and 4 * pairs * stretch > PARTIAL_BYTES and stretch % (2 * down.rows) == 0:
         stretch //= 2
-    # Never less for more rows, so that the largest case plans for all. The planes are read before the first expert's
-    # output is written.
+    # Never less for more rows, so that the largest case plans for all.
     partial_bytes = 0 if alone else max(4 * pairs * stretch, min(PARTIAL_BYTES, 4 * pairs * width))
-    planes_bytes = 2 * rows * width if sort else 0
+    return Plan(gate_up, down, sort, alone, stretch, partial_bytes)
+
+
+@mxfp4_moe.provider("triton", runs_on="cpu sm90+", default_on="sm120 sm121", accepts=_accepts)
+def mxfp4_moe_triton(a: Arguments) -> torch.Tensor:
+    """Contract in `mxfp4_moe`: gates and ups of all pairs, downs, their sum."""
+    x, topk_ids = a.x, a.topk_ids
+    rows, width = x.shape
+    slots, experts, inter = topk_ids.shape[1], a.w13.shape[0], a.w2.shape[2] * 2
+    pairs = rows * slots
+    p = _plan(x.device, rows, slots, experts, width, inter)
+    y = torch.empty((rows, width), dtype=torch.bfloat16, device=x.device)
+    s13, s2 = e8m0.scale_bytes(a.s13), e8m0.scale_bytes(a.s2)
+    w13, w2 = a.w13.view(torch.uint8), a.w2.view(torch.uint8)
+    # The planes are read before the first expert's output is written.
     hidden, work, offsets, order = kernels.scratch(
         "mxfp4_moe",
         x.device,
         ((pairs, inter), torch.bfloat16),
-        ((max(partial_bytes, planes_bytes),), torch.uint8),
-        ((experts + 1 if sort else 0,), torch.int32),
-        ((pairs if sort else 0,), torch.int32),
+        ((max(p.partial_bytes, 2 * rows * width if p.sort else 0),), torch.uint8),
+        ((experts + 1 if p.sort else 0,), torch.int32),
+        ((pairs if p.sort else 0,), torch.int32),
     )
     partial, planes = work.view(torch.float32), work.view(torch.bfloat16)
-    if sort:
+    if p.sort:
         kernels.launch(
             sort_pairs, (experts,), topk_ids, offsets, order, pairs, topk_ids.stride(0),
             E=experts, SLOTS=slots, BLOCK=1024, num_warps=4,
@@ -342,40 +351,42 @@ def mxfp4_moe_triton(
         )  # fmt: skip
 
     def groups(config: Config) -> int:
-        return min(pairs, pairs // config.tokens + experts) if sort else pairs
+        return min(pairs, pairs // config.tokens + experts) if p.sort else pairs
 
     common = {"H": width, "INTER": inter, "SLOTS": slots, "ASM": x.device.type != "cpu"}
     grouping = {"E": experts, "BOUND": triton.next_power_of_2(experts)}
-    grouping |= {"SORTED": sort, "PAIRS": _searched_pairs(rows, slots)}
+    grouping |= {"SORTED": p.sort, "PAIRS": _searched_pairs(rows, slots)}
+    gate_up, down = p.gate_up, p.down
     per_program = gate_up.rows // gate_up.split // 2
     # Sixteen warps where that takes no spill: with 8 columns, but not for gates and ups of one stretch.
     most = kernels.registers(gate_up.warps, 16) if gate_up.split > 1 else None
     kernels.launch(
         _gate_up, (triton.cdiv(inter, per_program), groups(gate_up)),
-        planes if sort else x, topk_ids, w13, s13, offsets, order, hidden, pairs, topk_ids.stride(0),
-        0.0 if limit is None else float(limit),
-        X_STRIDE=x.stride(0), LIMITED=limit is not None, R=gate_up.rows, T=gate_up.tokens, SPLIT=gate_up.split,
+        planes if p.sort else x, topk_ids, w13, s13, offsets, order, hidden, pairs, topk_ids.stride(0),
+        0.0 if a.limit is None else float(a.limit),
+        X_STRIDE=x.stride(0), LIMITED=a.limit is not None, R=gate_up.rows, T=gate_up.tokens, SPLIT=gate_up.split,
         DEPTH=gate_up.depth, STAGES=gate_up.stages, num_warps=gate_up.warps, maxnreg=most, **common, **grouping,
     )  # fmt: skip
     second = {
         "R": down.rows, "T": down.tokens, "DEPTH": down.depth, "STAGES": down.stages, "num_warps": down.warps,
     }  # fmt: skip
-    if alone:
+    if p.alone:
         kernels.launch(
             _down_row, (triton.cdiv(width, down.rows // down.tokens),),
-            hidden, topk_ids, topk_weights, w2, s2, y, **common, **second,
+            hidden, topk_ids, a.topk_weights, w2, s2, y, **common, **second,
         )  # fmt: skip
         return y
     most = kernels.registers(down.warps, 16 if down.tokens <= 8 else 8) if down.tokens <= 16 else None
-    for first in range(0, width, stretch):
+    for first in range(0, width, p.stretch):
+        channels = min(p.stretch, width - first)
         kernels.launch(
-            _down, (triton.cdiv(min(stretch, width - first), down.rows), groups(down)),
-            hidden, topk_ids, w2, s2, offsets, order, partial, pairs, topk_ids.stride(0), first, stretch,
+            _down, (triton.cdiv(channels, down.rows), groups(down)),
+            hidden, topk_ids, w2, s2, offsets, order, partial, pairs, topk_ids.stride(0), first, p.stretch,
             maxnreg=most, **common, **grouping, **second,
         )  # fmt: skip
         kernels.launch(
-            _sum_slots, (rows, triton.cdiv(min(stretch, width - first), 1024)),
-            partial, topk_ids, topk_weights, y, topk_ids.stride(0), topk_weights.stride(0), first, stretch,
+            _sum_slots, (rows, triton.cdiv(channels, 1024)),
+            partial, topk_ids, a.topk_weights, y, topk_ids.stride(0), a.topk_weights.stride(0), first, p.stretch,
             H=width, SLOTS=slots, WIDTH=1024, num_warps=4,
         )  # fmt: skip
     return y

@@ -8,10 +8,9 @@ import triton
 import triton.language as tl
 
 from ... import kernels
+from ...registry import Arguments
 from .._pdl_triton import wait
 from . import router_topk
-
-__all__ = ["router_topk_triton"]
 
 
 @triton.jit
@@ -67,35 +66,34 @@ def _route(
     tl.store(ids_ptr + out, ids, mask=mask)
 
 
-def _accepts(router_logits: torch.Tensor, correction_bias: torch.Tensor) -> str | None:
-    if router_logits.dtype != torch.float32 or correction_bias.dtype != torch.float32:
-        return f"logits are {router_logits.dtype}, bias {correction_bias.dtype}, and both need torch.float32."
-    if router_logits.stride(1) != 1:
-        return f"logits have strides {list(router_logits.stride())} and need the experts side by side."
+def _accepts(a: Arguments) -> str | None:
+    if a.router_logits.dtype != torch.float32 or a.correction_bias.dtype != torch.float32:
+        return f"logits are {a.router_logits.dtype}, bias {a.correction_bias.dtype}, and both need torch.float32."
+    if a.router_logits.stride(1) != 1:
+        return f"logits have strides {list(a.router_logits.stride())} and need the experts side by side."
     return None
 
 
 @router_topk.provider("triton", runs_on="cpu sm90+", default_on="sm120 sm121", accepts=_accepts)
-def router_topk_triton(
-    router_logits: torch.Tensor, correction_bias: torch.Tensor, k: int, renormalize: bool = True
-) -> tuple[torch.Tensor, torch.Tensor]:
+def router_topk_triton(a: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
     """As the reference, ties too; with NaN logits the ids are arbitrary experts."""
-    rows, experts = router_logits.shape
-    weights = torch.empty(rows, k, dtype=torch.float32, device=router_logits.device)
-    ids = torch.empty(rows, k, dtype=torch.int32, device=router_logits.device)
+    logits, k = a.router_logits, a.k
+    rows, experts = logits.shape
+    weights = torch.empty(rows, k, dtype=torch.float32, device=logits.device)
+    ids = torch.empty(rows, k, dtype=torch.int32, device=logits.device)
     block = 1 if rows <= 64 else 4
     kernels.launch(
         _route,
         (triton.cdiv(rows, block),),
-        router_logits,
-        correction_bias,
+        logits,
+        a.correction_bias,
         weights,
         ids,
         rows,
-        router_logits.stride(0),
+        logits.stride(0),
         EXPERTS=experts,
         K=k,
-        RENORMALIZE=renormalize,
+        RENORMALIZE=a.renormalize,
         ROWS=block,
         LANES=1 << (experts - 1).bit_length(),
         WIDTH=1 << (k - 1).bit_length(),

@@ -6,8 +6,6 @@ import torch
 
 from ...registry import Op
 
-__all__ = ["silu_mul_clamp"]
-
 
 @Op
 def silu_mul_clamp(gate_up: torch.Tensor, limit: float) -> torch.Tensor:

@@ -6,8 +6,6 @@ import torch
 
 from ...registry import Op
 
-__all__ = ["sinkhorn"]
-
 
 @Op
 def sinkhorn(

@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 
 from ...formats import kv_page
-from ...registry import Op
+from ...registry import Arguments, Op
 from .._math import rms_norm, rotate, rotate_tail, row_chunks
-
-__all__ = ["sparse_mla"]
 
 
 @Op
@@ -41,16 +39,10 @@ def sparse_mla(
     channels have is taken from the result's: o is turned by the conjugate of freqs_cis[positions[t]]. With q_eps
     besides, q is as projected: each head gets its RMS norm without weight and then RoPE, rounded once to bf16.
     """
-    if (freqs_cis is None) != (positions is None):
-        raise ValueError("one of freqs_cis and positions came without the other; pass both or none.")
-    if q_eps is not None:
-        if freqs_cis is None or positions is None:
-            raise ValueError("q_eps came without freqs_cis and positions, by which q is to be turned; pass all three.")
+    if q_eps is not None and freqs_cis is not None and positions is not None:
         q = rotate_tail(rms_norm(q, None, q_eps), freqs_cis, positions).to(q.dtype)
     pools = [(window_pages, window_slots, window_lengths, window_page_size)]
-    if extra_pages is not None:
-        if extra_slots is None or extra_lengths is None or extra_page_size is None:
-            raise ValueError("extra_pages came without its slots, lengths or page size; pass all or none.")
+    if extra_pages is not None and extra_slots is not None and extra_lengths is not None and extra_page_size:
         pools.append((extra_pages, extra_slots, extra_lengths, extra_page_size))
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     width = sum(pool[1].shape[1] for pool in pools)
@@ -67,6 +59,17 @@ def sparse_mla(
             o[..., -64:] = rotate(o[..., -64:], freqs_cis, positions[rows], inverse=True)
         out[rows] = o.to(q.dtype)
     return out
+
+
+@sparse_mla.checked
+def _check(a: Arguments) -> str | None:
+    if (a.freqs_cis is None) != (a.positions is None):
+        return "one of freqs_cis and positions came without the other; pass both or none."
+    if a.q_eps is not None and a.freqs_cis is None:
+        return "q_eps came without freqs_cis and positions, by which q is to be turned; pass all three."
+    if a.extra_pages is not None and (a.extra_slots is None or a.extra_lengths is None or not a.extra_page_size):
+        return "extra_pages came without its slots, lengths or page size; pass all or none."
+    return None
 
 
 def _keys(

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from ... import kernels
 from ...formats import kv_page
+from ...registry import Arguments
 from .._arithmetic import to_bf16
 from .._pages_triton import kv_bytes, kv_f16, kv_rope, kv_scales, kv_slots, pool_refusal
 from .._pdl_triton import wait
@@ -326,62 +327,36 @@ def _splits(programs: int, blocks: int, slots: int) -> int:
     return min(range(1, max(1, most) + 1), key=cost)
 
 
-def _accepts(
-    q: torch.Tensor, window_pages: torch.Tensor, window_slots: torch.Tensor, window_page_size: int,
-    extra_pages: torch.Tensor | None, extra_slots: torch.Tensor | None, extra_page_size: int | None,
-    freqs_cis: torch.Tensor | None = None,
-) -> str | None:  # fmt: skip
-    if q.dtype != torch.bfloat16 or q.dim() != 3 or q.shape[2] != kv_page.DIM or q.stride(2) != 1:
-        return f"q is {q.dtype} {list(q.shape)} and needs bfloat16 [rows, heads, {kv_page.DIM}], channels adjacent."
-    pools = [("window", window_pages, window_slots, window_page_size)]
-    if extra_pages is not None and extra_slots is not None and extra_page_size is not None:
-        pools.append(("extra", extra_pages, extra_slots, extra_page_size))
+def _accepts(a: Arguments) -> str | None:
+    if a.q.dtype != torch.bfloat16 or a.q.dim() != 3 or a.q.shape[2] != kv_page.DIM or a.q.stride(2) != 1:
+        return f"q is {a.q.dtype} {list(a.q.shape)} and needs bfloat16 [rows, heads, {kv_page.DIM}], channels adjacent."
+    pools = [("window", a.window_pages, a.window_slots, a.window_page_size)]
+    if a.extra_pages is not None:
+        pools.append(("extra", a.extra_pages, a.extra_slots, a.extra_page_size))
     for name, pages, slots, size in pools:
         if slots.dtype != torch.int32 or (slots.shape[1] > 1 and slots.stride(1) != 1):
             return f"{name}_slots is {slots.dtype} and needs int32 with adjacent columns."
-        refusal = pool_refusal(f"{name}_pages", pages, size * (kv_page.ROW + kv_page.FOOTER))
-        if refusal is not None:
-            return refusal
-    if freqs_cis is not None and not (freqs_cis.is_contiguous() and freqs_cis.shape[1:] == (kv_page.ROPE // 2,)):
-        return f"freqs_cis is {list(freqs_cis.shape)} and needs {kv_page.ROPE // 2} adjacent numbers per position."
+        if why := pool_refusal(f"{name}_pages", pages, size * (kv_page.ROW + kv_page.FOOTER)):
+            return why
+    freqs = a.freqs_cis
+    if freqs is not None and not (freqs.is_contiguous() and freqs.shape[1:] == (kv_page.ROPE // 2,)):
+        return f"freqs_cis is {list(freqs.shape)} and needs {kv_page.ROPE // 2} adjacent numbers per position."
     return None
 
 
 @sparse_mla.provider("triton", runs_on="cpu sm90+", default_on="sm120 sm121", accepts=_accepts)
-def sparse_mla_triton(
-    q: torch.Tensor,
-    window_pages: torch.Tensor,
-    window_slots: torch.Tensor,
-    window_lengths: torch.Tensor,
-    window_page_size: int,
-    extra_pages: torch.Tensor | None,
-    extra_slots: torch.Tensor | None,
-    extra_lengths: torch.Tensor | None,
-    extra_page_size: int | None,
-    sink: torch.Tensor,
-    scale: float,
-    freqs_cis: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
-    q_eps: float | None = None,
-) -> torch.Tensor:
+def sparse_mla_triton(a: Arguments) -> torch.Tensor:
     """Contract in `sparse_mla`."""
-    if (freqs_cis is None) != (positions is None):
-        raise ValueError("one of freqs_cis and positions came without the other; pass both or none.")
-    if q_eps is not None and freqs_cis is None:
-        raise ValueError("q_eps came without freqs_cis and positions, by which q is to be turned; pass all three.")
+    q, sink = a.q, a.sink
     rows, heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    blocks = -(-window_slots.shape[1] // BLOCK)
-    if extra_pages is None:
-        # Read by nobody: the kernel without extra slots takes any tensor there.
-        extra_pages, extra_slots, extra_lengths, extra_page_size = window_pages, window_slots, window_lengths, 0
-    else:
-        if extra_slots is None or extra_lengths is None or not extra_page_size:
-            raise ValueError("extra_pages came without its slots, lengths or page size; pass all or none.")
-        blocks += -(-extra_slots.shape[1] // BLOCK)
-    turn = freqs_cis is not None
+    window = (a.window_pages, a.window_slots, a.window_lengths)
+    # Read by nobody where there is none: the kernel without extra slots takes any tensor there.
+    extra = window if a.extra_pages is None else (a.extra_pages, a.extra_slots, a.extra_lengths)
+    blocks = sum(-(-slots.shape[1] // BLOCK) for _, slots, _ in ((window,) if extra is window else (window, extra)))
+    turn = a.freqs_cis is not None
     # Without a turn, read by nobody.
-    freqs, positions = (torch.view_as_real(freqs_cis), positions) if turn else (sink, sink)
+    freqs, positions = (torch.view_as_real(a.freqs_cis), a.positions) if turn else (sink, sink)
     tiles = -(-heads // TILE)
     # At least 8 multiprocessors, for the interpreter, whose one would never split.
     at_once = max(8, kernels.multiprocessors(q.device)) * PROGRAMS_PER_SM
@@ -402,35 +377,25 @@ def sparse_mla_triton(
         q,
         q.stride(0),
         q.stride(1),
-        window_pages,
-        window_pages.stride(0),
-        window_slots,
-        window_slots.stride(0),
-        window_slots.shape[1],
-        window_lengths,
-        extra_pages,
-        extra_pages.stride(0),
-        extra_slots,
-        extra_slots.stride(0),
-        extra_slots.shape[1],
-        extra_lengths,
+        *_given(*window),
+        *_given(*extra),
         sink,
         freqs,
         positions,
         out,
         parts,
         stats,
-        scale,
-        0.0 if q_eps is None else float(q_eps),
+        a.scale,
+        0.0 if a.q_eps is None else float(a.q_eps),
         splits,
         HEADS=heads,
         TILE=TILE,
         BLOCK=BLOCK,
-        WINDOW_PAGE=window_page_size,
-        EXTRA_PAGE=extra_page_size,
+        WINDOW_PAGE=a.window_page_size,
+        EXTRA_PAGE=a.extra_page_size if extra is not window else 0,
         SPLIT=splits > 1,
         TURN=turn,
-        NORM=q_eps is not None,
+        NORM=a.q_eps is not None,
         num_warps=WARPS,
     )
     if splits > 1:
@@ -453,6 +418,10 @@ def sparse_mla_triton(
                 num_warps=4,
             )
     return out
+
+
+def _given(pages: torch.Tensor, slots: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor | int, ...]:
+    return pages, pages.stride(0), slots, slots.stride(0), slots.shape[1], lengths
 
 
 def _merged(splits: int, most: int) -> list[int]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...registry import Op
-
-__all__ = ["topk_slots"]
+from ...registry import Arguments, Op
 
 
 @Op
@@ -17,7 +15,6 @@ def topk_slots(
     k: int,
     page_size: int = 64,
     out: torch.Tensor | None = None,
-    raw_out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Slots int32 [T, k] of the k largest of logits fp32 [T, S] among the first lengths int [T], ascending by
     entry.
@@ -26,18 +23,29 @@ def topk_slots(
     NaN ranks lowest. Entry i is slot page_table[t, i // page_size] * page_size + i % page_size, page_table
     int32 [T, M].
 
-    out and raw_out int32 [T, >= k], if given, receive the slots and the entries themselves, -1 beyond k; out
-    is then the result.
+    out int32 [T, >= k], if given, receives the slots, -1 beyond k, and is the result.
     """
     index = _topk(logits, lengths, k)
     column = (index // page_size).clamp(min=0)
     page = page_table.long().gather(1, column) if page_table.shape[1] else column
     slots = torch.where(index < 0, -1, page * page_size + index % page_size)
-    if raw_out is not None:
-        _fill(raw_out, index)
     if out is None:
         return slots.to(torch.int32)
-    return _fill(out, slots)
+    out[:, :k] = slots
+    out[:, k:] = -1
+    return out
+
+
+def out_refusal(out: torch.Tensor | None, rows: int, k: int) -> str | None:
+    """Why the caller's tensor cannot take the slots, or None."""
+    if out is None or (out.dtype == torch.int32 and out.shape[0] == rows and out.shape[1] >= k and out.stride(1) == 1):
+        return None
+    return f"out is {out.dtype} {list(out.shape)} and needs torch.int32 [{rows}, {k}] or wider, with adjacent columns."
+
+
+@topk_slots.checked
+def _check(a: Arguments) -> str | None:
+    return out_refusal(a.out, a.logits.shape[0], a.k)
 
 
 def _topk(logits: torch.Tensor, lengths: torch.Tensor, k: int) -> torch.Tensor:
@@ -55,14 +63,3 @@ def _topk(logits: torch.Tensor, lengths: torch.Tensor, k: int) -> torch.Tensor:
     row, entry = chosen.nonzero(as_tuple=True)
     index[row, chosen.cumsum(1)[row, entry] - 1] = entry
     return index
-
-
-def _fill(out: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    k = values.shape[1]
-    if out.dtype != torch.int32 or out.shape[0] != values.shape[0] or out.shape[1] < k:
-        raise ValueError(
-            f"out is {out.dtype} {list(out.shape)} and needs torch.int32 [{values.shape[0]}, {k}] or wider."
-        )
-    out[:, :k] = values
-    out[:, k:] = -1
-    return out

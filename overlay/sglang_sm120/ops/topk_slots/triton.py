@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from ... import kernels, tuned
+from ...registry import Arguments
 from .._pdl_triton import wait
 from . import topk_slots
 
@@ -112,42 +113,31 @@ def _page(table, entry, live, PAGE: tl.constexpr):
 
 
 @triton.jit
-def _put(out, out_width, raw, raw_width, place, entry, page, chosen, PAGE: tl.constexpr):
-    """Write chosen entries and their slots to their places."""
-    tl.store(out + place, page * PAGE + entry % PAGE, mask=chosen & (place < out_width))
-    tl.store(raw + place, entry, mask=chosen & (place < raw_width))
+def _put(out, place, entry, page, chosen, PAGE: tl.constexpr):
+    """Write the slots of chosen entries to their places."""
+    tl.store(out + place, page * PAGE + entry % PAGE, mask=chosen)
 
 
 @triton.jit
-def _list(table, out, out_width, raw, raw_width, count, PAGE: tl.constexpr):
+def _list(table, out, count, PAGE: tl.constexpr):
     """Entries 0 … count - 1."""
     for start in tl.range(0, count, STEP):
         entry = start + tl.arange(0, STEP)
         live = entry < count
-        _put(out, out_width, raw, raw_width, entry, entry, _page(table, entry, live, PAGE), live, PAGE)
+        _put(out, entry, entry, _page(table, entry, live, PAGE), live, PAGE)
 
 
 @triton.jit
-def _fill(out, out_width, raw, raw_width, count):
+def _fill(out, out_width, count):
     """-1 from place `count` on."""
-    for start in tl.range(count, tl.maximum(out_width, raw_width), STEP):
+    for start in tl.range(count, out_width, STEP):
         column = start + tl.arange(0, STEP)
         tl.store(out + column, -1, mask=column < out_width)
-        tl.store(raw + column, -1, mask=column < raw_width)
 
 
 @triton.jit(
-    do_not_specialize=[
-        "logits_row",
-        "width",
-        "table_row",
-        "out_row",
-        "out_width",
-        "raw_row",
-        "raw_width",
-        "tiles",
-    ],
-    do_not_specialize_on_alignment=["lengths", "table", "out", "raw"],
+    do_not_specialize=["logits_row", "width", "table_row", "out_row", "out_width", "tiles"],
+    do_not_specialize_on_alignment=["lengths", "table", "out"],
 )
 def _choose(
     logits,
@@ -159,9 +149,6 @@ def _choose(
     out,
     out_row,
     out_width,
-    raw,
-    raw_row,
-    raw_width,
     best_keys,
     best_entries,
     tiles,
@@ -170,12 +157,12 @@ def _choose(
     TILE: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """logits fp32 [T, width] -> out and raw int32 [T, >= K] for rows of up to TILE entries; for longer ones
-    best_keys and best_entries int32 [T, tiles, K], the K best of each tile in order.
+    """logits fp32 [T, width] -> out int32 [T, >= K] for rows of up to TILE entries; for longer ones best_keys and
+    best_entries int32 [T, tiles, K], the K best of each tile in order.
 
     Programs: T x tiles x PARTS, the last fastest. Each finds its tile's threshold, then the places of its own part.
-    raw_width is 0 if raw is not wanted. No row starts where Triton knows it to be aligned, so that loads take the one
-    layout that the scattered stores can have: converting pointers between two layouts costs more than wider loads save.
+    No row starts where Triton knows it to be aligned, so that loads take the one layout that the scattered stores can
+    have: converting pointers between two layouts costs more than wider loads save.
     """
     wait(True)
     part = tl.program_id(0) % PARTS
@@ -186,10 +173,9 @@ def _choose(
     OWN: tl.constexpr = TILE // PARTS
     table += row * table_row
     out += row * out_row
-    raw += row * raw_row
     if (tile == 0) & (part == 0):
-        _list(table, out, out_width, raw, raw_width, tl.where(length <= K, length, 0), PAGE)
-        _fill(out, out_width, raw, raw_width, tl.minimum(length, K))
+        _list(table, out, tl.where(length <= K, length, 0), PAGE)
+        _fill(out, out_width, tl.minimum(length, K))
     if (length > K) & (start < length):
         entry = start + part * OWN + tl.arange(0, OWN)
         live = entry < length
@@ -208,7 +194,7 @@ def _choose(
                 before = tl.sum(tl.where(index < part * OWN, _compared(all_keys, threshold), 0), 0)
                 chosen, place = _places(keys, before, threshold, K - greater)
         if length <= TILE:
-            _put(out, out_width, raw, raw_width, place, entry, _page(table, entry, chosen, PAGE), chosen, PAGE)
+            _put(out, place, entry, _page(table, entry, chosen, PAGE), chosen, PAGE)
         else:
             best = (row * tiles + tile) * K
             tl.store(best_keys + best + place, keys, mask=chosen)
@@ -221,8 +207,8 @@ def _row_keys(logits, entry, live):
 
 
 @triton.jit(
-    do_not_specialize=["width", "table_row", "out_row", "out_width", "raw_row", "raw_width", "tiles"],
-    do_not_specialize_on_alignment=["lengths", "table", "out", "raw"],
+    do_not_specialize=["width", "table_row", "out_row", "out_width", "tiles"],
+    do_not_specialize_on_alignment=["lengths", "table", "out"],
 )
 def _choose_again(
     width,
@@ -232,9 +218,6 @@ def _choose_again(
     out,
     out_row,
     out_width,
-    raw,
-    raw_row,
-    raw_width,
     best_keys,
     best_entries,
     tiles,
@@ -244,7 +227,7 @@ def _choose_again(
     AGAIN: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """What `_choose` left in best_keys and best_entries -> out and raw. AGAIN is at least tiles * K.
+    """What `_choose` left in best_keys and best_entries -> out. AGAIN is at least tiles * K.
 
     Programs: T x PARTS, as in `_choose`.
     """
@@ -273,7 +256,7 @@ def _choose_again(
             threshold, greater = _kth_largest(all_keys, all_live, K)
             before = tl.sum(tl.where(index < part * OWN, _compared(all_keys, threshold), 0), 0)
         chosen, place = _places(keys, before, threshold, K - greater)
-        _put(out + row * out_row, out_width, raw + row * raw_row, raw_width, place, entry, page, chosen, PAGE)
+        _put(out + row * out_row, place, entry, page, chosen, PAGE)
 
 
 class Config(NamedTuple):
@@ -328,16 +311,9 @@ TUNED = tuned.Family("topk_slots", ("width", "k"), Config, _tuned_refusal)
 """The width is rounded up to a power of two."""
 
 
-def choose(
-    logits: torch.Tensor,
-    lengths: torch.Tensor,
-    page_table: torch.Tensor,
-    k: int,
-    page_size: int,
-    out: torch.Tensor,
-    raw_out: torch.Tensor | None,
-) -> None:
-    """Launch the selection: `topk_slots` with its output given."""
+def choose(a: Arguments, part: slice, logits: torch.Tensor, out: torch.Tensor) -> None:
+    """Launch the selection for `part` of the rows, whose scores and results these are."""
+    lengths, page_table, k = a.lengths[part], a.page_table[part], a.k
     rows, width = logits.shape
     # At least 8, for the interpreter, whose one would never share a row.
     sms = max(8, kernels.multiprocessors(logits.device))
@@ -356,19 +332,19 @@ def choose(
             "topk_slots", logits.device, (shape, torch.int32), (shape, torch.int32)
         )
     for first in range(0, max(1, rows), step):
-        part = slice(first, first + step)
-        slots, raw = out[part], out[part] if raw_out is None else raw_out[part]
-        given = (lengths[part], page_table[part], page_table.stride(0), slots, slots.stride(0), slots.shape[1])
-        given += (raw, raw.stride(0), 0 if raw_out is None else raw.shape[1], best_keys, best_entries, tiles)
+        here = slice(first, first + step)
+        slots = out[here]
+        given = (lengths[here], page_table[here], page_table.stride(0), slots, slots.stride(0), slots.shape[1])
+        given += (best_keys, best_entries, tiles)
         kernels.launch(
             _choose,
             (slots.shape[0] * tiles * parts,),
-            logits[part],
+            logits[here],
             logits.stride(0),
             width,
             *given,
             K=k,
-            PAGE=page_size,
+            PAGE=a.page_size,
             TILE=tile,
             PARTS=parts,
             num_warps=c.warps,
@@ -380,7 +356,7 @@ def choose(
                 width,
                 *given,
                 K=k,
-                PAGE=page_size,
+                PAGE=a.page_size,
                 TILE=tile,
                 AGAIN=again,
                 PARTS=parts_again,
@@ -396,39 +372,22 @@ def refusal(width: int, k: int) -> str | None:
     return None
 
 
-def _accepts(logits: torch.Tensor, page_table: torch.Tensor, k: int) -> str | None:
-    if logits.dtype != torch.float32 or (logits.shape[1] > 1 and logits.stride(1) != 1):
-        return f"logits are {logits.dtype} and need float32 with adjacent columns."
-    if page_table.dtype != torch.int32 or (page_table.shape[1] > 1 and page_table.stride(1) != 1):
-        return f"page_table is {page_table.dtype} and needs int32 with adjacent columns."
-    return refusal(logits.shape[1], k)
+def _accepts(a: Arguments) -> str | None:
+    if a.logits.dtype != torch.float32 or (a.logits.shape[1] > 1 and a.logits.stride(1) != 1):
+        return f"logits are {a.logits.dtype} and need float32 with adjacent columns."
+    if a.page_table.dtype != torch.int32 or (a.page_table.shape[1] > 1 and a.page_table.stride(1) != 1):
+        return f"page_table is {a.page_table.dtype} and needs int32 with adjacent columns."
+    return refusal(a.logits.shape[1], a.k)
 
 
 @topk_slots.provider("triton", runs_on="cpu sm90+", default_on="sm120 sm121", accepts=_accepts)
-def topk_slots_triton(
-    logits: torch.Tensor,
-    lengths: torch.Tensor,
-    page_table: torch.Tensor,
-    k: int,
-    page_size: int = 64,
-    out: torch.Tensor | None = None,
-    raw_out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    out = output(out, raw_out, logits.shape[0], k, logits.device)
-    choose(logits, lengths, page_table, k, page_size, out, raw_out)
+def topk_slots_triton(a: Arguments) -> torch.Tensor:
+    """Contract in `topk_slots`."""
+    out = output(a, a.logits.shape[0], a.logits.device)
+    choose(a, slice(None), a.logits, out)
     return out
 
 
-def output(
-    out: torch.Tensor | None, raw_out: torch.Tensor | None, rows: int, k: int, device: torch.device
-) -> torch.Tensor:
-    """The tensor for the slots, the caller's buffers checked."""
-    for given in (out, raw_out):
-        if given is not None and (
-            given.dtype != torch.int32 or given.shape[0] != rows or given.shape[1] < k or given.stride(1) != 1
-        ):
-            raise ValueError(
-                f"out is {given.dtype} {list(given.shape)} and needs torch.int32 [{rows}, {k}] or wider, "
-                "with adjacent columns."
-            )
-    return torch.empty((rows, k), dtype=torch.int32, device=device) if out is None else out
+def output(a: Arguments, rows: int, device: torch.device) -> torch.Tensor:
+    """The caller's tensor for the slots, or a new one."""
+    return torch.empty((rows, a.k), dtype=torch.int32, device=device) if a.out is None else a.out
