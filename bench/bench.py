@@ -32,10 +32,11 @@ import triton
 import triton.language as tl
 
 import baselines
-from calls import DEVICE, calls_of, checker, triton_result
+from calls import checker
 from sglang_sm120 import kernels, ops, registry, tuned
 from sglang_sm120.checkpoint.config import model_config
 from sglang_sm120.compilation import Job, compile_jobs, rehearse_job, variant_key
+from sglang_sm120.parity import DEVICE, calls_of, triton_result
 from sglang_sm120.spec import Call, nbytes
 from sm120_lowering import install, limit_shared_memory
 

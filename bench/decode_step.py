@@ -31,10 +31,10 @@ import torch
 import sm120_lowering
 import traces
 from bench import lower
-from calls import calls_of
 from local_server import LocalServer, ServerError
 from sglang_sm120 import ops, registry
 from sglang_sm120.checkpoint.config import ReferenceConfig, model_config
+from sglang_sm120.parity import calls_of
 from sglang_sm120_reference import tokenizer
 from streamed import INTERVAL, ask, drawn, pace
 

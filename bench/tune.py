@@ -26,11 +26,12 @@ import torch
 import triton
 
 import bench
-from calls import DEVICE, checker
+from calls import checker
 from candidates import MANY_ROWS, OPS, ROWS, Case, cases
 from sglang_sm120 import compilation, kernels, ops, registry, tuned
 from sglang_sm120.checkpoint.config import model_config
 from sglang_sm120.compilation import Job, variant_key
+from sglang_sm120.parity import DEVICE
 
 FOLDER = Path(__file__).parents[1] / "overlay/sglang_sm120/tuned"
 GAIN = 0.97

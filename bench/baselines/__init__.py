@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from calls import ROWS_COMPARED, difference, reference_result, sample, tensors
+from calls import ROWS_COMPARED, sample
 from sglang_sm120 import ops, registry
+from sglang_sm120.parity import difference, reference_result, tensors
 from sglang_sm120.spec import Call
 from sglang_sm120.tolerance import EXACT, Tolerance
 
@@ -81,7 +82,7 @@ def _values_problem(got: torch.Tensor, expected: torch.Tensor, tolerance: Tolera
     if got.shape == expected.shape:
         # Beyond a row's length upstream's scores are whatever was there, and nobody reads them.
         got = torch.where(expected.isfinite(), got, expected)
-    return difference(got, expected, tolerance)
+    return difference(got, expected, tolerance).problem
 
 
 def _choice_problem(got: torch.Tensor, expected: torch.Tensor) -> str | None:

@@ -13,6 +13,7 @@ COMMANDS = {
     "plan": "which settings SGLang should get for a model on a machine, and why",
     "serve": "plan, start the server, wait until it answers, watch it",
     "doctor": "what is missing on this machine",
+    "prove": "doctor, every kernel's parity and its CUDA graph on this machine's GPU, as one file to send",
     "kernels": "which implementation serves each op here, and why",
     "bench": "throughput and latency of a running server",
     "compare": "ratios of two benchmark files",

@@ -10,8 +10,8 @@ import torch
 import triton
 
 import bench
-from calls import calls_of, triton_result
 from sglang_sm120.ops._linear_triton import _many_rows_tma
+from sglang_sm120.parity import calls_of, triton_result
 from sm120_lowering import SHARED_LIMIT, LoweringError, limit_shared_memory, retarget
 
 PTX = ".version 8.7\n.target sm_120a\nmma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {};\n"

@@ -89,7 +89,7 @@ def test_a_plan_asks_nothing_of_sglang(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert cli.main(["plan", "--model", FLASH, "--machine", TWO, "--mtp", "--", *words]) == 0
 
 
-@pytest.mark.parametrize("command", ("plan", "serve", "bench", "kernels"))
+@pytest.mark.parametrize("command", ("plan", "serve", "bench", "kernels", "prove"))
 def test_the_launcher_alone_on_a_bare_python(command: str, tmp_path: Path):
     """One sentence that names what is missing and what to do; `doctor` reports there instead."""
     code = f"import sys; sys.path.insert(0, {str(HERE.parents[1] / 'launch')!r}); "

@@ -108,9 +108,9 @@ print(json.dumps(["toy" in warmup.served(), sorted({kernel.fn.__name__ for kerne
 RUNNING = {
     "bench": (
         """
-import calls
+from sglang_sm120 import parity
 (call,) = ops.calls("toy", {}, 1, 3, 128, "cpu")
-problem = calls._first_difference("toy", calls.triton_result(call), calls.reference_result(call))
+problem = parity.worst("toy", parity.triton_result(call), parity.reference_result(call)).problem
 print(json.dumps(["toy" in ops.with_triton(), ops.SPECS["toy"].traffic(call.arguments), problem]))
 """,
         [True, [2400, 300], None],

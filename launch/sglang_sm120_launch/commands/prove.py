@@ -1,0 +1,160 @@
+"""`sglang-sm120 prove`: doctor, parity and CUDA-graph replay on the card that is there, as one JSON file to send.
+
+Kernels run in a child process, so that one that ends it loses its own op alone: another process goes on with the next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from sglang_sm120 import __version__
+
+from ..address import HOST, PORT
+from ..child import Child
+from ..errors import LaunchError
+from . import doctor
+
+SCHEMA = 1
+"""Version of the JSON file, described in docs/prove.md: raised when a reader of the old one would go wrong."""
+CHILD = ("-m", "sglang_sm120.parity")
+PRIVATE = re.compile(r"[^\s=]*/(?!dev/shm\b|shm\b)\S+|(?<=\bNCCL_)(\w+)=(?!-?\d+(?:\s|$))\S+")
+"""A path (/dev/shm is everyone's), and a value of NCCL's that is no number."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `prove`."""
+    parser.add_argument("--out", type=Path, default=Path("prove.json"), metavar="FILE.json",
+                        help="the file to write (schema: docs/prove.md; default: %(default)s)")  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the file; 0 when every op passed, 1 when one failed, or, without a file, when none could run."""
+    out: Path = arguments.out
+    if out.exists():
+        raise LaunchError(f"{out} is there already: move it away, or name another file with --out.")
+    if not os.access(out.absolute().parent, os.W_OK):
+        raise LaunchError(f"--out {out} cannot be written: name a file in an existing folder of yours.")
+    began = time.monotonic()
+    print("doctor, then every op with Triton kernels: some minutes", flush=True)
+    machine = doctor.here()
+    findings = doctor.look(machine, HOST, PORT)
+    print(doctor.table(findings), flush=True)
+    cards = [
+        {"name": gpu.name, "compute_capability": gpu.compute_capability, "memory_mib": gpu.memory_mib}
+        | {"power_limit_w": gpu.power_limit_w}
+        for gpu in machine.gpus
+    ]
+    found = kernels()
+    if isinstance(found, str):
+        print(f"sglang-sm120 prove: {found}", file=sys.stderr)
+        return 1
+    passed = all(op["verdict"] == "pass" for op in found["ops"])
+    versions = {"sglang-sm120": __version__, "sglang": version("sglang"), "driver": machine.driver, **found["versions"]}
+    report = {
+        "schema": SCHEMA,
+        "verdict": "pass" if passed else "fail",
+        "evidence": found["evidence"],
+        "versions": versions,
+        "cards": cards,
+        "link": machine.link,
+        "p2p": machine.p2p,
+        "gpu": found["gpu"],
+        "doctor": doctor.report([finding._replace(found=public(finding.found)) for finding in findings]),
+        "ops": found["ops"],
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    draft = out.with_name(out.name + ".part")
+    draft.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(draft, out)
+    print(f"{report['verdict']} in {report['seconds']:.0f} s ({report['evidence']}): {out}")
+    return 0 if passed else 1
+
+
+def public(text: str) -> str:
+    """A text without the paths and addresses that stand in it."""
+    for folder in (Path.cwd(), sys.prefix, Path.home()):
+        text = text.replace(str(folder), "/…") if str(folder) != "/" else text
+    return PRIVATE.sub(lambda found: f"{found[1]}=…" if found[1] else "…", text)
+
+
+def kernels() -> dict[str, Any] | str:
+    """`gpu`, `versions`, `evidence` and `ops` as docs/prove.md describes them; or why no kernel could be run."""
+    found: dict[str, Any] = {}
+    waiting: list[str] = []
+    while waiting or not found:
+        op: dict[str, Any] | None = None
+        end = None
+        for said in _child(waiting):
+            if "none" in said:
+                end = said["none"]
+            elif "ops" in said:
+                waiting = list(said["ops"])
+                found = found or {**said, "ops": []}
+            elif "op" in said:
+                _end(op)
+                op = _begin(found["ops"], waiting)
+            elif op is not None:
+                op["calls"].append({**said, "problem": said["problem"] and public(said["problem"])})
+        if not found:
+            return end or "the process that runs the kernels said nothing."
+        if end is not None:
+            op = op or _begin(found["ops"], waiting)
+            op["ended"] = public(end)
+        _end(op)
+    return found
+
+
+def _begin(ops: list[dict[str, Any]], waiting: list[str]) -> dict[str, Any]:
+    """The next op's entry, and the beginning of its line."""
+    name = waiting.pop(0)
+    print(f"{name:<25}", end="", flush=True)
+    ops.append({"op": name, "verdict": "", "ended": None, "seconds": time.monotonic(), "calls": []})
+    return ops[-1]
+
+
+def _end(op: dict[str, Any] | None) -> None:
+    """Judge an op, and end its line."""
+    if op is None:
+        return
+    op["seconds"] = round(time.monotonic() - op["seconds"], 1)
+    wrong = [call for call in op["calls"] if call["problem"] or call["replay"]]
+    op["verdict"] = "fail" if wrong or op["ended"] else "pass"
+    line = f"{op['verdict']}  {len(op['calls']) - len(wrong)} of {len(op['calls'])} calls in {op['seconds']:.0f} s"
+    for call in wrong[:1]:
+        line += f"; {call['call']}, {call['rows']} rows, context {call['context']}: {call['problem'] or call['replay']}"
+    print(line + (f"; {op['ended']}" if op["ended"] else ""), flush=True)
+
+
+def _child(ops: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """What a process says that runs these ops, or all; `none`: why it runs none of them, or no more."""
+    reading, writing = os.pipe()
+    with open(reading, encoding="utf-8", errors="replace") as lines:
+        with open(writing, "wb") as output:
+            child = Child(ops, {}, output, CHILD)
+        last = ""
+        try:
+            for line in lines:
+                try:
+                    said = json.loads(line)
+                except ValueError:
+                    said = None
+                if isinstance(said, dict):
+                    yield said
+                elif line.strip():
+                    last = line.strip()
+            status = child.wait()
+        finally:
+            child.stop()
+    if status:
+        how = signal.Signals(-status).name if status < 0 else f"status {status}"
+        yield {"none": f"the process ended with {how}: {last or 'it said nothing'}"}

@@ -1,0 +1,233 @@
+"""The Triton kernels on the real model's calls: against their torch references, and under CUDA-graph replay.
+
+`python -m sglang_sm120.parity [OP …]` is the part of `sglang-sm120 prove` that runs kernels. It says what it finds as
+JSON objects, one a line: first the GPU and the ops, or that there is none; then each op's name, and its calls.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from . import kernels, ops, registry
+from .checkpoint.config import model_config
+from .spec import Call
+from .tolerance import BF16, EXACT, FP32, Tolerance
+
+DEVICE = torch.device("cuda")
+STEPS = ((1, 8192), (4, 8192), (16, 8192), (64, 8192), (256, 8192), (1, 1_048_576))
+"""(rows, context) of the steps that `prove` runs, of one of TP ranks."""
+TP = 2
+SEED = 20
+REPLAYS = 8
+SILENCE_SECONDS = 300
+"""A call that takes longer hangs: SIGALRM ends the process, wherever it waits."""
+
+
+def calls_of(op: str, tp: int, rows: int, context: int, seed: int) -> Iterator[Call]:
+    """The model's calls of one op, with random values on the GPU."""
+    return ops.calls(op, model_config(), tp, rows, context, DEVICE, seed)
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    """The tensors in a provider's result, nested tuples and lists flattened."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [t for item in value for t in tensors(item)] if isinstance(value, tuple | list) else []
+
+
+def triton_result(call: Call) -> list[torch.Tensor]:
+    """What the op's Triton kernels make of a call."""
+    return tensors(registry.ops()[call.op].providers["triton"].function(**call.arguments))
+
+
+def reference_result(call: Call) -> list[torch.Tensor]:
+    """What the op's torch reference makes of a call."""
+    return tensors(registry.ops()[call.op].reference(**call.arguments))
+
+
+class Verdict(NamedTuple):
+    """How a result compares with its reference: None or what is wrong, and its errors where values were compared.
+
+    rms, largest: RMS error over the reference's RMS value, largest error over its largest value; absolute where it is 0.
+    """
+
+    problem: str | None
+    rms: float | None = None
+    largest: float | None = None
+
+
+def poison_allocator(nbytes: int = 1 << 28) -> None:
+    """Fill memory that the next allocations get with NaN."""
+    block = torch.full((nbytes // 4,), torch.nan, device=DEVICE)
+    del block
+
+
+def compare(call: Call) -> Verdict:
+    """How the Triton result of a call compares with the reference's."""
+    poison_allocator()
+    got = triton_result(call)
+    if ops.SPECS[call.op].scores:
+        return Verdict(selection_problem(call, got[0]))
+    return worst(call.op, got, reference_result(call))
+
+
+def worst(op: str, got: list[torch.Tensor], expected: list[torch.Tensor]) -> Verdict:
+    """The results of an op beside the reference's: the first problem, and the largest errors of all."""
+    found = [
+        difference(a, b, EXACT if ops.SPECS[op].exact else FP32 if b.dtype == torch.float32 else BF16)
+        for a, b in zip(got, expected, strict=True)
+    ]
+    problem = next((verdict.problem for verdict in found if verdict.problem), None)
+    rms = max((verdict.rms for verdict in found if verdict.rms is not None), default=None)
+    return Verdict(problem, rms, max((v.largest for v in found if v.largest is not None), default=None))
+
+
+def difference(got: torch.Tensor, expected: torch.Tensor, tolerance: Tolerance) -> Verdict:
+    """How a tensor compares with the one that is expected."""
+    if got.shape != expected.shape or got.dtype != expected.dtype:
+        return Verdict(f"{got.dtype} {list(got.shape)} and needs {expected.dtype} {list(expected.shape)}")
+    got, expected = got.float(), expected.float()
+    finite = expected.isfinite()
+    if wrong := int((got.isfinite() != finite).sum()):
+        return Verdict(f"{wrong} values are not finite where they should be, or the reverse")
+    error, expected = (got - expected)[finite], expected[finite]
+    rms, largest = error.square().mean().sqrt().item(), error.abs().max().item()
+    whole_rms, whole = expected.square().mean().sqrt().item(), expected.abs().max().item()
+    allowed_rms, allowed = tolerance.rms * whole_rms, tolerance.largest * whole
+    problem = None
+    if rms > allowed_rms or largest > allowed:
+        problem = f"RMS error {rms:.2e} (allowed {allowed_rms:.2e}), largest {largest:.2e} (allowed {allowed:.2e})"
+    return Verdict(problem, rms / (whole_rms or 1), largest / (whole or 1))
+
+
+def selection_problem(call: Call, slots: torch.Tensor) -> str | None:
+    """Whether `slots` are k best entries of each row by the reference's scores, near ties apart."""
+    arguments = {name: value for name, value in call.arguments.items() if name != "k"}
+    logits = registry.ops()[ops.SPECS[call.op].scores].reference(**arguments)
+    k, page_size, table = call.arguments["k"], call.arguments["page_size"], call.arguments["page_table"]
+    # Page ids of a row are different, so a slot names its entry.
+    entry_of = torch.full((table.shape[0], int(table.max()) + 1), -1, device=DEVICE)
+    entry_of.scatter_(1, table.long(), torch.arange(table.shape[1], device=DEVICE).expand_as(table))
+    live = slots >= 0
+    entry = entry_of.gather(1, (slots.clamp(min=0) // page_size).long()) * page_size + slots.clamp(min=0) % page_size
+    length = call.arguments["lengths"].clamp(max=k)
+    if not torch.equal(live.sum(1), length.to(torch.int64)):
+        return "a row has another number of slots than entries it may choose"
+    ascending = entry.masked_fill(~live, torch.iinfo(torch.int64).max)
+    if not (ascending[:, 1:] >= ascending[:, :-1]).all() or not live.long().diff(dim=1).le(0).all():
+        return "slots are not in ascending order of their entries"
+    # Absent slots are marked in a column of their own.
+    width = logits.shape[1]
+    marks = torch.zeros(logits.shape[0], width + 1, dtype=torch.bool, device=DEVICE)
+    chosen = marks.scatter_(1, entry.masked_fill(~live, width), True)[:, :width]
+    if not torch.equal(chosen.sum(1), length.to(torch.int64)):
+        return "a slot is listed twice"
+    lowest = logits.masked_fill(~chosen, torch.inf).amin(1)
+    best_rejected = logits.masked_fill(chosen, -torch.inf).amax(1)
+    # fp32 sums over 64 heads in another order.
+    slack = 1e-5 * logits.masked_fill(~logits.isfinite(), 0).abs().amax(1)
+    if (best_rejected > lowest + slack).any():
+        return "a rejected entry scores higher than a chosen one"
+    return None
+
+
+def replay(call: Call, seed: int) -> str | None:
+    """None, or how a replayed CUDA graph of the call differs, by a bit, from the call outside of a graph.
+
+    Before each of the REPLAYS the call's lengths, choices and tables change in place, and free memory and what the
+    graph is to write are filled with ones and NaN.
+    """
+    kernels.reset()
+    with kernels.rehearse(kernels.Rehearsal(lambda *_: None, kernels.multiprocessors(DEVICE))) as rehearsal:
+        triton_result(call)
+    for owner, size in rehearsal.scratch.items():
+        kernels.reserve(owner, size, torch.device("cuda", 0))
+    stream = torch.cuda.Stream()
+    # It reads what the other stream has made.
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        triton_result(call)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = triton_result(call)
+    rng = torch.Generator(DEVICE).manual_seed(seed)
+    changing = [name for name in call.arguments if name.endswith("lengths")] + ["topk_ids"]
+    for number in range(1, REPLAYS + 1):
+        for name in changing:
+            value = call.arguments.get(name)
+            if value is not None:
+                high = int(value.max()) + 1
+                value.copy_(torch.randint(0, max(high, 1), value.shape, generator=rng, device=DEVICE))
+        for name in ("page_table", "slots", "window_slots", "extra_slots"):
+            value = call.arguments.get(name)
+            if value is not None:
+                value.copy_(value.roll(1 + seed % 5, dims=1))
+        disturbance = [torch.full((size,), torch.nan, device=DEVICE) for size in (1 << 20, 1000, 1 << 24)]
+        del disturbance
+        for tensor in captured:
+            tensor.view(torch.uint8).fill_(0xFF)
+        graph.replay()
+        torch.cuda.synchronize()
+        for a, b in zip(captured, triton_result(call), strict=True):
+            if differ := int((a.view(torch.uint8) != b.view(torch.uint8)).sum()):
+                return f"replay {number}: {differ} of {b.nbytes} bytes differ from those of the call outside the graph"
+    return None
+
+
+def _say(**found: Any) -> None:
+    # On a line of its own, whatever a library may have left on the last.
+    print(f"\n{json.dumps(found)}", flush=True)
+    signal.alarm(SILENCE_SECONDS)
+
+
+def _prove(op: str) -> None:
+    """Say how each call of an op fares; an error ends the calls of its step."""
+    for rows, context in STEPS:
+        step, label = {"rows": rows, "context": context}, "arguments"
+        try:
+            for call in calls_of(op, TP, rows, context, SEED):
+                began, label = time.monotonic(), call.label
+                verdict, replayed = compare(call), replay(call, SEED)
+                seconds = round(time.monotonic() - began, 2)
+                _say(call=label, **step, **verdict._asdict(), replay=replayed, seconds=seconds)
+                label = "arguments"
+        except Exception as error:
+            problem = f"{type(error).__name__}: {' '.join(str(error).split())[:500] or 'no message'}"
+            _say(call=label, **step, **Verdict(problem)._asdict(), replay=None, seconds=None)
+            # A bad address poisons the context: then nothing after it could be believed, and this raises.
+            torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def main() -> None:
+    """Say everything of the ops that are named, by default of all that have Triton kernels."""
+    import triton
+
+    signal.alarm(SILENCE_SECONDS)
+    if not torch.cuda.is_available():
+        _say(none="torch sees no CUDA device, needed one: run it on a GPU machine with a driver that `doctor` takes.")
+        return
+    card = torch.cuda.get_device_properties(DEVICE)
+    native = f"sm{card.major}{card.minor}"
+    compiled_for = triton.knobs.runtime.override_arch or native
+    gpu = {"name": card.name, "compute_capability": f"{card.major}.{card.minor}", "sms": card.multi_processor_count}
+    gpu |= {"memory_mib": card.total_memory >> 20, "kernels": compiled_for, "dependent_launches": kernels.dependent()}
+    versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__}
+    names = sys.argv[1:] or ops.with_triton()
+    evidence = "measured" if card.major == 12 and compiled_for == native else "emulated"
+    _say(gpu=gpu, versions=versions, evidence=evidence, ops=names)
+    for op in names:
+        _say(op=op)
+        _prove(op)
+
+
+if __name__ == "__main__":
+    main()
