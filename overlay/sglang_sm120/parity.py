@@ -55,7 +55,7 @@ def reference_result(call: Call) -> list[torch.Tensor]:
 class Verdict(NamedTuple):
     """How a result compares with its reference: None or what is wrong, and its errors where values were compared.
 
-    rms, largest: RMS error over the reference's RMS value, largest error over its largest value; absolute where it is 0.
+    rms, largest: RMS error over the reference's RMS value, largest error over its largest value.
     """
 
     problem: str | None
@@ -110,7 +110,7 @@ def difference(got: torch.Tensor, expected: torch.Tensor, tolerance: Tolerance) 
 def selection_problem(call: Call, slots: torch.Tensor) -> str | None:
     """Whether `slots` are k best entries of each row by the reference's scores, near ties apart."""
     arguments = {name: value for name, value in call.arguments.items() if name != "k"}
-    logits = registry.ops()[ops.SPECS[call.op].scores].reference(**arguments)
+    logits = registry.ops()[ops.SPECS[call.op].scores or call.op].reference(**arguments)
     k, page_size, table = call.arguments["k"], call.arguments["page_size"], call.arguments["page_table"]
     # Page ids of a row are different, so a slot names its entry.
     entry_of = torch.full((table.shape[0], int(table.max()) + 1), -1, device=DEVICE)

@@ -1,0 +1,236 @@
+"""`prove`: the file that it writes, from a child that passes, fails, dies or hangs, and what must not stand in it."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import re
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+from golden_plans import machine
+from telling import refused
+
+from sglang_sm120 import ops, parity, registry
+from sglang_sm120_launch import cli
+from sglang_sm120_launch.commands import doctor, prove
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+FAKE = """
+import json, os, signal, sys
+def say(**found): print("\\n" + json.dumps(found), flush=True)
+names = sys.argv[1:] or {names}
+gpu = dict(name="A card", compute_capability="12.0", sms=188, memory_mib=97887, kernels="sm120")
+gpu["dependent_launches"] = True
+say(gpu=gpu, versions=dict(torch="2", cuda="13.0", triton="3"), evidence="measured", ops=names)
+for name in names:
+    say(op=name)
+    call = dict(call="one", rows=4, context=8192, problem=None, rms=1e-7, largest=1e-6, replay=None, seconds=0.5)
+    {act}
+    say(**call)
+"""
+INTERPRETED = """
+import os, time
+os.environ["TRITON_INTERPRET"] = "1"
+import torch
+from sglang_sm120 import ops, parity, registry
+parity.DEVICE, parity.STEPS, parity.SILENCE_SECONDS = torch.device("cpu"), ((2, 2048), (1, 2600)), 20
+parity.replay = lambda call, seed: None
+torch.cuda.is_available = lambda: True
+torch.cuda.synchronize = torch.cuda.empty_cache = lambda: None
+class Card: name, major, minor, multi_processor_count, total_memory = "Toy", 9, 0, 1, 1 << 30
+torch.cuda.get_device_properties = lambda device: Card
+ops.with_triton = lambda: ["mhc_post", "router_topk", "sinkhorn", "topk_slots"]
+def broken(name, change):
+    right = registry.ops()[name].reference
+    object.__setattr__(registry.ops()[name], "reference", lambda **given: change(right(**given)))
+def hang(result):
+    parity.signal.alarm(1)
+    time.sleep(60)
+def refuse(result):
+    raise ValueError(f"{os.getcwd()}/kernel.py is\\nwrong")
+broken("sinkhorn", lambda result: [t * 1.01 for t in parity.tensors(result)])
+broken("mhc_post", hang)
+broken("topk_slots", refuse)
+parity.main()
+"""
+
+
+def schema() -> dict[str, Any]:
+    """The one of the page."""
+    block = re.search(r"```json\n(.*?)```", (CHECKOUT / "docs/prove.md").read_text(), re.DOTALL)
+    assert block is not None
+    found: dict[str, Any] = json.loads(block.group(1))
+    return found
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two cards, and an empty folder to write to."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr(doctor, "here", lambda: machine("2x-rtx-pro-6000"))
+
+
+def proved(code: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What stands in the file when the child runs this code."""
+    monkeypatch.setattr(prove, "CHILD", ("-c", code))
+    assert cli.main(["prove"]) == expected
+    found: dict[str, Any] = json.loads(Path("prove.json").read_text())
+    jsonschema.validate(found, schema())
+    assert [path.name for path in Path().iterdir()] == ["prove.json"]
+    return found
+
+
+def fake(act: str, *names: str) -> str:
+    return FAKE.format(names=list(names), act=act)
+
+
+def test_all_pass(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Whatever doctor finds: the port of a server that runs here is taken."""
+    found = proved(fake("print('a warning', end='')", "a", "b"), 0, monkeypatch)
+    assert (found["verdict"], found["evidence"], found["gpu"]["kernels"]) == ("pass", "measured", "sm120")
+    assert [card["compute_capability"] for card in found["cards"]] == ["12.0", "12.0"]
+    assert [(op["op"], op["verdict"], len(op["calls"])) for op in found["ops"]] == [("a", "pass", 1), ("b", "pass", 1)]
+    assert {check["name"] for check in found["doctor"]["checks"]} > {"gpu", "driver", "patches", "nccl"}
+    out = capsys.readouterr().out
+    assert re.search(r"^a +pass  1 of 1 calls in \d+ s$", out, re.MULTILINE) and "prove.json" in out
+
+
+def test_the_schema_is_what_is_written(monkeypatch: pytest.MonkeyPatch):
+    """Of every object that the page closes, each key is there: a key that is renamed on one side is found."""
+    found, page = proved(fake("", "a"), 0, monkeypatch), schema()["properties"]
+    op, call = page["ops"]["items"], page["ops"]["items"]["properties"]["calls"]["items"]
+    assert set(page) == set(found) and page["gpu"]["properties"].keys() == found["gpu"].keys()
+    assert op["properties"].keys() == found["ops"][0].keys()
+    assert call["properties"].keys() == found["ops"][0]["calls"][0].keys()
+    assert set(page["versions"]["required"]) == set(found["versions"])
+    assert page["schema"]["const"] == prove.SCHEMA
+
+
+@pytest.mark.parametrize("key", ("problem", "replay"))
+def test_one_that_fails(key: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    found = proved(fake(f"call |= {{'{key}': 'too far off'}} if name == 'b' else {{}}", "a", "b", "c"), 1, monkeypatch)
+    assert [op["verdict"] for op in found["ops"]] == ["pass", "fail", "pass"] and found["verdict"] == "fail"
+    assert found["ops"][1]["calls"][0][key] == "too far off"
+    assert "0 of 1 calls in 0 s; one, 4 rows, context 8192: too far off" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("act", "why"),
+    [
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV: it said nothing"),
+        ("sys.exit('no more memory')", "status 1: no more memory"),
+    ],
+)
+@pytest.mark.parametrize("at", ("a", "b", "c"))
+def test_a_child_that_dies(act: str, why: str, at: str, monkeypatch: pytest.MonkeyPatch):
+    """The op that it was at failed, the others were run."""
+    found = proved(fake(f"if name == {at!r}: {act}", "a", "b", "c"), 1, monkeypatch)
+    assert [op["op"] for op in found["ops"]] == ["a", "b", "c"]
+    for op in found["ops"]:
+        if op["op"] == at:
+            assert op["verdict"] == "fail" and op["calls"] == [] and op["ended"].endswith(why)
+        else:
+            assert op["verdict"] == "pass" and op["ended"] is None and len(op["calls"]) == 1
+
+
+def test_a_card_that_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What was found before is written, and each op that could not run says why."""
+    code = "import sys\nif sys.argv[1:]: print('{\"none\": \"no card any more\"}'); sys.exit()\n"
+    found = proved(code + fake("if name == 'b': sys.exit(3)", "a", "b", "c", "d"), 1, monkeypatch)
+    assert [op["verdict"] for op in found["ops"]] == ["pass", "fail", "fail", "fail"]
+    assert [op["ended"] for op in found["ops"][2:]] == ["no card any more"] * 2
+
+
+def test_nothing_private_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By doctor, by an error or by the last words of a process."""
+    home = tmp_path / "ann lee"
+    (home / "cuda").mkdir(parents=True)
+    for name, value in {"HOME": home, "TRITON_CACHE_DIR": home / "cache", "CUDA_HOME": home / "cuda",
+                        "NCCL_COMM_ID": "annshost:5000", "NCCL_TOPO_FILE": home / "topology", "NCCL_DEBUG_SUBSYS": "7",
+                        }.items():  # fmt: skip
+        monkeypatch.setenv(name, str(value))
+    said = f"{home}/kernel.py and {sys.prefix}/lib and /opt/a.cu, line 7"
+    act = f"call['problem'] = {said!r}; print({said!r}, flush=True); name == 'b' and sys.exit(1)"
+    found = proved(fake(act, "a", "b"), 1, monkeypatch)
+    text = Path("prove.json").read_text()
+    private = {str(home), "ann", "lee", str(tmp_path), sys.prefix, str(CHECKOUT), "a.cu", "annshost", "topology"}
+    private |= {word for word in (socket.gethostname(), getpass.getuser()) if word not in ("root", "localhost")}
+    assert not [word for word in private if word in text]
+    assert found["ops"][0]["calls"][0]["problem"] == "… and … and … line 7"
+    assert found["ops"][1]["ended"] == "the process ended with status 1: … and … and … line 7"
+    checks = {check["name"]: check["found"] for check in found["doctor"]["checks"]}
+    assert checks["disk"].endswith("free for …") and checks["shm"].startswith("/dev/shm ")
+    assert checks["nccl"].endswith("NCCL_COMM_ID=… NCCL_DEBUG_SUBSYS=7 NCCL_TOPO_FILE=…")
+
+
+@pytest.mark.parametrize("out", ("there.json", "none/such.json"))
+def test_a_file_that_cannot_be_written(out: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Told before anything is looked at; what is there stays."""
+    Path("there.json").write_text("mine")
+    assert out in refused(["prove", "--out", out], capsys)
+    assert Path("there.json").read_text() == "mine" and len(list(Path().iterdir())) == 1
+
+
+def test_an_interrupted_run_leaves_nothing(monkeypatch: pytest.MonkeyPatch):
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prove, "kernels", interrupted)
+    assert cli.main(["prove"]) == 130 and list(Path().iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["prove"]) == 1 and list(Path().iterdir()) == []
+    assert re.fullmatch(r"sglang-sm120 prove: torch sees no CUDA device, .*\.\n", capsys.readouterr().err)
+
+
+def test_the_real_child(monkeypatch: pytest.MonkeyPatch):
+    """In Triton's interpreter: an op that hangs, one that is right, one that differs, one whose reference raises."""
+    found = proved(INTERPRETED, 1, monkeypatch)
+    hung, right, differs, raised = found["ops"]
+    assert (hung["op"], hung["verdict"], hung["calls"]) == ("mhc_post", "fail", []) and "SIGALRM" in hung["ended"]
+    assert (right["op"], right["verdict"]) == ("router_topk", "pass")
+    assert [(call["rows"], call["context"]) for call in right["calls"]] == [(2, 2048), (1, 2600)]
+    assert all(0 <= call["rms"] < 1e-5 for call in right["calls"])
+    assert all("RMS error" in call["problem"] and 5e-3 < call["rms"] < 2e-2 for call in differs["calls"])
+    assert [call["problem"] for call in raised["calls"]] == ["ValueError: … is wrong"] * 2
+    assert found["evidence"] == "emulated" and found["gpu"]["kernels"] == "sm90"
+
+
+@pytest.fixture
+def choice(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, torch.Tensor]:
+    """A call that chooses, and what its reference chooses: 512 of 650 entries."""
+    monkeypatch.setattr(parity, "DEVICE", torch.device("cpu"))
+    (call,) = parity.calls_of("indexer_topk", 2, 2, 2600, 0)
+    return call, parity.reference_result(call)[0]
+
+
+def test_a_wrong_choice_is_found(choice: tuple[Any, torch.Tensor]):
+    """Too few, out of order, one twice, a worse one; the reference's own is right."""
+    call, slots = choice
+    scores = ops.SPECS["indexer_topk"].scores
+    assert parity.selection_problem(call, slots) is None and scores is not None
+    fewer, swapped, twice = slots.clone(), slots.clone(), slots.clone()
+    fewer[0, -1] = -1
+    swapped[1, :2] = slots[1, :2].flip(0)
+    twice[0, 1] = twice[0, 0]
+    assert "another number" in str(parity.selection_problem(call, fewer))
+    assert "ascending" in str(parity.selection_problem(call, swapped))
+    assert "twice" in str(parity.selection_problem(call, twice))
+    arguments = {name: value for name, value in call.arguments.items() if name != "k"}
+    logits = registry.ops()[scores].reference(**arguments)
+    page_size, table = call.arguments["page_size"], call.arguments["page_table"]
+    entries = torch.arange(650)
+    all_slots = table[0, entries // page_size] * page_size + entries % page_size
+    worst = logits[0, :650].topk(512, largest=False).indices.sort().values
+    worse = slots.clone()
+    worse[0] = all_slots[worst]
+    assert "higher than a chosen" in str(parity.selection_problem(call, worse))
