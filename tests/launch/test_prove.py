@@ -18,7 +18,8 @@ from telling import refused
 
 from sglang_sm120 import ops, parity, registry
 from sglang_sm120_launch import cli
-from sglang_sm120_launch.commands import doctor, prove
+from sglang_sm120_launch.commands import prove
+from sglang_sm120_launch.machine import Machine
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 FAKE = """
@@ -35,11 +36,12 @@ for name in names:
     say(**call)
 """
 INTERPRETED = """
-import os, time
+import os, sys, time
 os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from sglang_sm120 import ops, parity, registry
-parity.DEVICE, parity.STEPS, parity.SILENCE_SECONDS = torch.device("cpu"), ((2, 2048), (1, 2600)), 20
+parity.DEVICE, parity.STEPS = torch.device("cpu"), ((2, 2048), (1, 2600))
+parity.SILENCE_SECONDS = 60 if sys.argv[1:] else 2
 parity.replay = lambda call, seed: None
 torch.cuda.is_available = lambda: True
 torch.cuda.synchronize = torch.cuda.empty_cache = lambda: None
@@ -50,7 +52,6 @@ def broken(name, change):
     right = registry.ops()[name].reference
     object.__setattr__(registry.ops()[name], "reference", lambda **given: change(right(**given)))
 def hang(result):
-    parity.signal.alarm(1)
     time.sleep(60)
 def refuse(result):
     raise ValueError(f"{os.getcwd()}/kernel.py is\\nwrong")
@@ -74,7 +75,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two cards, and an empty folder to write to."""
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    monkeypatch.setattr(doctor, "here", lambda: machine("2x-rtx-pro-6000"))
+    monkeypatch.setattr(Machine, "detect", lambda: machine("2x-rtx-pro-6000"))
 
 
 def proved(code: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -110,6 +111,8 @@ def test_the_schema_is_what_is_written(monkeypatch: pytest.MonkeyPatch):
     assert op["properties"].keys() == found["ops"][0].keys()
     assert call["properties"].keys() == found["ops"][0]["calls"][0].keys()
     assert set(page["versions"]["required"]) == set(found["versions"])
+    for closed in (schema(), page["cards"]["items"], page["gpu"], op, call):
+        assert closed["additionalProperties"] is False and set(closed["required"]) == set(closed["properties"])
     assert page["schema"]["const"] == prove.SCHEMA
 
 
@@ -142,7 +145,7 @@ def test_a_child_that_dies(act: str, why: str, at: str, monkeypatch: pytest.Monk
 
 def test_a_card_that_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """What was found before is written, and each op that could not run says why."""
-    code = "import sys\nif sys.argv[1:]: print('{\"none\": \"no card any more\"}'); sys.exit()\n"
+    code = """import sys\nif sys.argv[1:]: print('{"none": "no card any more"}'); sys.exit()\n"""
     found = proved(code + fake("if name == 'b': sys.exit(3)", "a", "b", "c", "d"), 1, monkeypatch)
     assert [op["verdict"] for op in found["ops"]] == ["pass", "fail", "fail", "fail"]
     assert [op["ended"] for op in found["ops"][2:]] == ["no card any more"] * 2

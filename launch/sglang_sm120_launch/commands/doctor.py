@@ -35,22 +35,18 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the report; 0 when no check failed, 1 otherwise."""
     if arguments.model is not None and not arguments.model.is_dir():
         raise LaunchError(f"--model {arguments.model} is not a directory: name the folder of a downloaded checkpoint.")
-    findings = look(here(), arguments.host, arguments.port)
+    _, findings = look(arguments.host, arguments.port)
     if arguments.model is not None:
         findings += checkpoint_checks(arguments.model)
     print(json.dumps(report(findings), indent=2) if arguments.json else table(findings))
     return 1 if worst(findings) == "fail" else 0
 
 
-def here() -> Machine:
-    """This machine, with the cards that CUDA_VISIBLE_DEVICES leaves."""
-    return visible(Machine.detect(), os.environ.get("CUDA_VISIBLE_DEVICES"))
-
-
-def look(machine: Machine, host: str, port: int) -> list[Finding]:
-    """Every check but those of a checkpoint."""
+def look(host: str, port: int) -> tuple[Machine, list[Finding]]:
+    """This machine, and every check of it but those of a checkpoint."""
+    machine = visible(Machine.detect(), os.environ.get("CUDA_VISIBLE_DEVICES"))
     cache = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".triton").absolute()
-    return [*machine_checks(machine, host, port, cache), *software_checks()]
+    return machine, [*machine_checks(machine, host, port, cache), *software_checks()]
 
 
 def visible(machine: Machine, devices: str | None) -> Machine:

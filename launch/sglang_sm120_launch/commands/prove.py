@@ -6,6 +6,7 @@ Kernels run in a child process, so that one that ends it loses its own op alone:
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -44,39 +45,24 @@ def run(arguments: argparse.Namespace) -> int:
         raise LaunchError(f"{out} is there already: move it away, or name another file with --out.")
     if not os.access(out.absolute().parent, os.W_OK):
         raise LaunchError(f"--out {out} cannot be written: name a file in an existing folder of yours.")
-    began = time.monotonic()
+    began, ours = time.monotonic(), {"sglang-sm120": __version__, "sglang": version("sglang")}
     print("doctor, then every op with Triton kernels: some minutes", flush=True)
-    machine = doctor.here()
-    findings = doctor.look(machine, HOST, PORT)
+    machine, findings = doctor.look(HOST, PORT)
     print(doctor.table(findings), flush=True)
-    cards = [
-        {"name": gpu.name, "compute_capability": gpu.compute_capability, "memory_mib": gpu.memory_mib}
-        | {"power_limit_w": gpu.power_limit_w}
-        for gpu in machine.gpus
-    ]
     found = kernels()
     if isinstance(found, str):
         print(f"sglang-sm120 prove: {found}", file=sys.stderr)
         return 1
     passed = all(op["verdict"] == "pass" for op in found["ops"])
-    versions = {"sglang-sm120": __version__, "sglang": version("sglang"), "driver": machine.driver, **found["versions"]}
-    report = {
-        "schema": SCHEMA,
-        "verdict": "pass" if passed else "fail",
-        "evidence": found["evidence"],
-        "versions": versions,
-        "cards": cards,
-        "link": machine.link,
-        "p2p": machine.p2p,
-        "gpu": found["gpu"],
-        "doctor": doctor.report([finding._replace(found=public(finding.found)) for finding in findings]),
-        "ops": found["ops"],
-        "seconds": round(time.monotonic() - began, 1),
-    }
+    found["versions"] |= {**ours, "driver": machine.driver}
+    report: dict[str, Any] = {"schema": SCHEMA, "verdict": "pass" if passed else "fail"}
+    report |= {"seconds": round(time.monotonic() - began, 1)}
+    report |= {"cards": [dataclasses.asdict(gpu) for gpu in machine.gpus], "link": machine.link, "p2p": machine.p2p}
+    report |= {"doctor": doctor.report([finding._replace(found=public(finding.found)) for finding in findings])} | found
     draft = out.with_name(out.name + ".part")
     draft.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(draft, out)
-    print(f"{report['verdict']} in {report['seconds']:.0f} s ({report['evidence']}): {out}")
+    print(f"{report['verdict']} in {report['seconds']:.0f} s ({found['evidence']}): {out}")
     return 0 if passed else 1
 
 
@@ -115,7 +101,7 @@ def kernels() -> dict[str, Any] | str:
 
 
 def _begin(ops: list[dict[str, Any]], waiting: list[str]) -> dict[str, Any]:
-    """The next op's entry, and the beginning of its line."""
+    """The next op's entry, whose `seconds` is when it began, and the beginning of its line."""
     name = waiting.pop(0)
     print(f"{name:<25}", end="", flush=True)
     ops.append({"op": name, "verdict": "", "ended": None, "seconds": time.monotonic(), "calls": []})
@@ -144,12 +130,8 @@ def _child(ops: Sequence[str]) -> Iterator[dict[str, Any]]:
         last = ""
         try:
             for line in lines:
-                try:
-                    said = json.loads(line)
-                except ValueError:
-                    said = None
-                if isinstance(said, dict):
-                    yield said
+                if line.startswith('{"'):
+                    yield json.loads(line)
                 elif line.strip():
                     last = line.strip()
             status = child.wait()
