@@ -7,6 +7,7 @@ JSON objects, one a line: first the GPU and the ops, or that there is none; then
 from __future__ import annotations
 
 import json
+import math
 import signal
 import sys
 import time
@@ -55,7 +56,7 @@ def reference_result(call: Call) -> list[torch.Tensor]:
 class Verdict(NamedTuple):
     """How a result compares with its reference: None or what is wrong, and its errors where values were compared.
 
-    rms, largest: RMS error over the reference's RMS value, largest error over its largest value.
+    rms, largest: RMS error over the reference's RMS value, largest error over its largest value; None beyond fp32 too.
     """
 
     problem: str | None
@@ -99,7 +100,9 @@ def difference(got: torch.Tensor, expected: torch.Tensor, tolerance: Tolerance) 
     problem = None
     if rms > allowed_rms or largest > allowed:
         problem = f"RMS error {rms:.2e} (allowed {allowed_rms:.2e}), largest {largest:.2e} (allowed {allowed:.2e})"
-    return Verdict(problem, rms / (whole_rms or 1), largest / (whole or 1))
+    errors = (rms / (whole_rms or 1), largest / (whole or 1))
+    # JSON has no infinity.
+    return Verdict(problem, *(error if math.isfinite(error) else None for error in errors))
 
 
 def selection_problem(call: Call, slots: torch.Tensor) -> str | None:
