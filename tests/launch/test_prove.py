@@ -17,6 +17,7 @@ from golden_plans import machine
 from telling import refused
 
 from sglang_sm120 import ops, parity, registry
+from sglang_sm120.tolerance import FP32
 from sglang_sm120_launch import cli
 from sglang_sm120_launch.commands import prove
 from sglang_sm120_launch.machine import Machine
@@ -206,6 +207,11 @@ def test_the_real_child(monkeypatch: pytest.MonkeyPatch):
     assert all("RMS error" in call["problem"] and 5e-3 < call["rms"] < 2e-2 for call in differs["calls"])
     assert [call["problem"] for call in raised["calls"]] == ["ValueError: … is wrong"] * 2
     assert found["evidence"] == "emulated" and found["gpu"]["kernels"] == "sm90"
+
+
+def test_errors_beyond_fp32_can_be_written():
+    verdict = parity.difference(torch.tensor([1.0, -3e38]), torch.tensor([1.0, 3e38]), FP32)
+    assert verdict.problem is not None and (verdict.rms, verdict.largest) == (None, None)
 
 
 @pytest.fixture
