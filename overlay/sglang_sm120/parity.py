@@ -45,7 +45,7 @@ def tensors(value: Any) -> list[torch.Tensor]:
 
 def triton_result(call: Call) -> list[torch.Tensor]:
     """What the op's Triton kernels make of a call."""
-    return tensors(registry.ops()[call.op].providers["triton"].function(**call.arguments))
+    return tensors(registry.ops()[call.op].by("triton", **call.arguments))
 
 
 def reference_result(call: Call) -> list[torch.Tensor]:
