@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from baselines import GEMM, TF32, Arguments, Baseline, Run
-from sglang_sm120.ops import sinkhorn
-from sglang_sm120.ops._math import rms_norm
+from sglang_sm120.ops._math import rms_norm, sinkhorn
 
 
 def _prenorm_splits(rows: int, width: int, device: torch.device) -> int:
@@ -25,7 +24,7 @@ def deep_gemm_mix(x: torch.Tensor, a: Arguments) -> tuple[torch.Tensor, torch.Te
     squares = torch.empty(splits, flat.shape[0], device=x.device)
     deep_gemm.tf32_hc_prenorm_gemm(flat, a["fn"], products, squares, num_splits=splits)
     mixes = products.sum(0) * torch.rsqrt(squares.sum(0) / flat.shape[1] + 1e-6).unsqueeze(1)
-    pre, post, comb = sinkhorn.reference(mixes, a["scale"], a["base"], 20, 1e-6)
+    pre, post, comb = sinkhorn(mixes, a["scale"], a["base"], 20, 1e-6)
     y = (pre.unsqueeze(-1) * x.float()).sum(1).bfloat16()
     return rms_norm(y, a["norm_weight"], 1e-6).bfloat16(), post, comb
 

@@ -1,14 +1,14 @@
 """Dispatch: an op is its torch reference, and providers are other ways to compute it.
 
     @Op
-    def sinkhorn(mixes, scale, base, iters, eps): ...                      # torch: the contract
-    @sinkhorn.checked
+    def mhc_post(f, x, post, comb): ...                                    # torch: the contract
+    @mhc_post.checked
     def _check(a): ...                                                     # why no provider takes a call, or None
-    @sinkhorn.provider("triton", runs_on="sm80+", default_on="sm120 sm121")
-    def _triton(a): ...                                                    # a.mixes, a.scale, …
+    @mhc_post.provider("triton", runs_on="sm80+", default_on="sm120 sm121")
+    def _triton(a): ...                                                    # a.f, a.x, …
 
 Which provider serves an op is decided once per device kind, in this order:
-`SGLANG_SM120_PROVIDER` ("torch", or "sinkhorn=torch,sparse_mla=triton"), then the provider whose `default_on`
+`SGLANG_SM120_PROVIDER` ("torch", or "mhc_post=torch,sparse_mla=triton"), then the provider whose `default_on`
 names the device, then, with `SGLANG_SM120_FORCE=1`, the first provider that runs on the device, then torch.
 """
 

@@ -75,10 +75,6 @@ KERNELS = (
         (("2.0 * gate, mask=live[:, None]", "gate, mask=live[:, None]"),), MIXING,
     ),
     Mutation(
-        "post is sigmoid(...) instead of 2 sigmoid(...)", "weights alone, Triton", "ops/_mhc_triton.py",
-        (("2.0 * gate1, mask=mask", "gate1, mask=mask"),), MIXING,
-    ),
-    Mutation(
         "nibbles swapped", "experts, Triton (as interpreted; on a GPU it is PTX)", "ops/mxfp4_moe/grouped.py",
         (
             (

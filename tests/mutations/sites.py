@@ -76,15 +76,15 @@ _REFERENCES = (
         (("comb.float().transpose(1, 2) @", "comb.float() @"),), MIXING,
     ),
     Mutation(
-        "one Sinkhorn iteration too few", "torch reference", "ops/sinkhorn/__init__.py",
+        "one Sinkhorn iteration too few", "torch reference", "ops/_math.py",
         (("range(iters - 1)", "range(iters - 2)"),), MIXING,
     ),
     Mutation(
-        "one Sinkhorn iteration instead of 20", "torch reference", "ops/sinkhorn/__init__.py",
+        "one Sinkhorn iteration instead of 20", "torch reference", "ops/_math.py",
         (("range(iters - 1)", "range(0)"),), MIXING,
     ),
     Mutation(
-        "post is sigmoid(...) instead of 2 sigmoid(...)", "torch reference", "ops/sinkhorn/__init__.py",
+        "post is sigmoid(...) instead of 2 sigmoid(...)", "torch reference", "ops/_math.py",
         (("post = 2 * torch.sigmoid(", "post = torch.sigmoid("),), MIXING,
     ),
     Mutation(

@@ -23,12 +23,12 @@ seeds = st.integers(0, 2**32 - 1)
 @given(seeds, st.floats(0.1, 5))
 def test_sinkhorn_is_doubly_stochastic(seed: int, spread: float) -> None:
     make = Maker(seed, CPU)
-    pre, post, comb = ops.sinkhorn(make.normal(9, 24), torch.ones(3), make.normal(24, scale=spread), 20, 1e-6)
+    pre, post, comb = _math.sinkhorn(make.normal(9, 24), torch.ones(3), make.normal(24, scale=spread), 20, 1e-6)
     # Columns come last; each is divided by its sum + eps. Rows follow as the iteration converges.
     torch.testing.assert_close(comb.sum(-2), torch.ones(9, 4), atol=2e-6, rtol=0)
     assert (comb > 0).all()
     assert ((pre > 0) & (pre <= 1 + 1e-6) & (post >= 0) & (post <= 2)).all()
-    longer = ops.sinkhorn(make.normal(9, 24), torch.ones(3), make.normal(24), 200, 1e-6)[2]
+    longer = _math.sinkhorn(make.normal(9, 24), torch.ones(3), make.normal(24), 200, 1e-6)[2]
     torch.testing.assert_close(longer.sum(-1), torch.ones(9, 4), atol=1e-4, rtol=0)
 
 

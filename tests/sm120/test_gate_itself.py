@@ -200,8 +200,8 @@ def test_the_registry_is_covered_before_anything_is_planted() -> None:
     [
         ("planted", "triton", None, "no calls in its spec"),
         ("hash_topk", "triton", None, "no calls in its spec"),
-        ("sinkhorn", "cutlass", None, "provider cutlass"),
-        ("sinkhorn", "triton", lambda _: "not today.", "not today."),
+        ("mhc_post", "cutlass", None, "provider cutlass"),
+        ("mhc_post", "triton", lambda _: "not today.", "not today."),
     ],
 )
 def test_a_provider_that_is_not_compiled_fails_the_gate(
@@ -228,7 +228,7 @@ def test_a_kernel_nobody_launches_is_found() -> None:
 
 KEYS = st.builds(
     Key,
-    st.sampled_from(["sinkhorn", "fp8_linear"]),
+    st.sampled_from(["mhc_post", "fp8_linear"]),
     st.sampled_from(["_gemv", "sort_pairs"]),
     st.lists(st.builds("{}={}".format, st.sampled_from("ABC"), st.integers(-1, 10**5) | st.booleans())).map(" ".join),
 )
@@ -255,8 +255,8 @@ def test_each_figure_that_gets_worse_is_named(table: Table, data: st.DataObject)
 
 
 def test_a_new_kernel_and_a_stale_line_are_named() -> None:
-    line, use = Key("sinkhorn", "_weights", "R=8 warps=4"), Resources(32, 0, 1024)
-    assert compare({}, {line: use}, complete=False) == ["sinkhorn _weights (R=8 warps=4) has no line."]
+    line, use = Key("mhc_post", "_exit", "R=8 warps=4"), Resources(32, 0, 1024)
+    assert compare({}, {line: use}, complete=False) == ["mhc_post _exit (R=8 warps=4) has no line."]
     assert compare({line: use}, {}, complete=False) == []
     (stale,) = compare({line: use}, {}, complete=True)
     assert "no longer compiled" in stale
@@ -264,10 +264,10 @@ def test_a_new_kernel_and_a_stale_line_are_named() -> None:
 
 def test_a_broken_line_is_an_error() -> None:
     with pytest.raises(ValueError, match="RENEW=1"):
-        parse("| sinkhorn | `_weights` | R=8 | 32 | none | 0 |")
+        parse("| mhc_post | `_exit` | R=8 | 32 | none | 0 |")
 
 
 def test_variants_of_the_same_constants_share_the_worst_figures() -> None:
-    lines = [key("sinkhorn", "_weights", f"x:*{kind}/16, R=8, n:i32, warps=4") for kind in ("fp32", "bf16")]
-    assert lines == [Key("sinkhorn", "_weights", "R=8 warps=4")] * 2
+    lines = [key("mhc_post", "_exit", f"x:*{kind}/16, R=8, n:i32, warps=4") for kind in ("fp32", "bf16")]
+    assert lines == [Key("mhc_post", "_exit", "R=8 warps=4")] * 2
     assert worst(zip(lines, (Resources(40, 0, 9), Resources(32, 8, 9)), strict=True)) == {lines[0]: (40, 8, 9)}

@@ -127,19 +127,6 @@ def exit_block(f: torch.Tensor, x: torch.Tensor, post: torch.Tensor, comb: torch
     return out
 
 
-def mixing_weights(
-    mixes: torch.Tensor, scale: torch.Tensor, base: torch.Tensor, iters: int, eps: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(pre, post, comb) of mixes fp32 [T, 24]."""
-    rows = mixes.shape[0]
-    pre, post = (torch.empty((rows, 4), dtype=torch.float32, device=mixes.device) for _ in range(2))
-    comb = torch.empty((rows, 4, 4), dtype=torch.float32, device=mixes.device)
-    tile = 8 if rows <= 1024 else 32
-    grid = (triton.cdiv(rows, tile),)
-    kernels.launch(_weights, grid, mixes, scale, base, pre, post, comb, rows, eps, R=tile, ITERS=iters, num_warps=4)
-    return pre, post, comb
-
-
 @triton.jit
 def _four(at, live):
     """The four neighbouring fp32 at `at` [R], as [R] each."""
@@ -451,25 +438,3 @@ def _exit(f, x, post, comb, out, H: tl.constexpr, B: tl.constexpr):
             tl.load(post + row * 4 + k), g, tl.load(c), x0, tl.load(c + 4), x1, tl.load(c + 8), x2, tl.load(c + 12), x3
         )
         tl.store(out + at + k * H, value, mask=inside)
-
-
-@triton.jit(do_not_specialize=["rows", "eps"])
-def _weights(mixes, scale, base, pre, post, comb, rows, eps, R: tl.constexpr, ITERS: tl.constexpr):
-    """Program i: the three outputs of rows i R …"""
-    wait()
-    m = tl.program_id(0) * R + tl.arange(0, R)
-    live = m < rows
-    row = tl.where(live, m, 0).to(tl.int64)
-    four = tl.arange(0, 4)
-    sixteen = tl.arange(0, 16)
-    at = mixes + row[:, None] * 24
-    mask = live[:, None]
-    m0 = tl.load(at + four[None, :])
-    m1 = tl.load(at + 4 + four[None, :])
-    m2 = tl.load(at + 8 + sixteen[None, :])
-    gate0 = tl.sigmoid(m0 * tl.load(scale) + tl.load(base + four)[None, :])
-    gate1 = tl.sigmoid(m1 * tl.load(scale + 1) + tl.load(base + 4 + four)[None, :])
-    logits = m2 * tl.load(scale + 2) + tl.load(base + 8 + sixteen)[None, :]
-    tl.store(pre + row[:, None] * 4 + four[None, :], gate0 + eps, mask=mask)
-    tl.store(post + row[:, None] * 4 + four[None, :], 2.0 * gate1, mask=mask)
-    sinkhorn(logits, comb + row * 16, live, eps, ITERS)

@@ -68,7 +68,7 @@ def _rows(m):
 
 @triton.jit
 def sinkhorn(logits, at, live, eps, ITERS: tl.constexpr):
-    """logits [R, 16] → doubly stochastic matrices, stored at `at` [R], as in the op `sinkhorn`.
+    """logits [R, 16] → doubly stochastic matrices, stored at `at` [R], as in `_math.sinkhorn`.
 
     A thread has whole matrices. comb = r_i k_ij c_j throughout, so only r and c are iterated: dividing row i by its sum
     + eps makes 1 / r_i the sum Σ_j k_ij c_j + eps / r_i, and a column likewise.

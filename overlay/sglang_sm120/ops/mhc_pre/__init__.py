@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...registry import Op
-from .._math import rms_norm
-from ..sinkhorn import sinkhorn
+from .._math import rms_norm, sinkhorn
 
 
 @Op
@@ -26,7 +25,7 @@ def mhc_pre(
 
     fn fp32 [24, 4H], scale fp32 [3], base fp32 [24], norm_weight [H] of the block's RMS norm.
 
-        v = flatten(x);  m = (v fnᵀ) rsqrt(mean(v²) + rms_eps);  pre, post, comb = sinkhorn(m, scale, base)
+        v = flatten(x);  m = (v fnᵀ) rsqrt(mean(v²) + rms_eps);  pre, post, comb = _math.sinkhorn(m, scale, base)
         y = Σ_j pre_j x_j  → bf16, then rmsnorm(y) → bf16 if norm_weight is given
 
     Returns (y bf16 [T, H], post fp32 [T, 4], comb fp32 [T, 4, 4]).
@@ -34,7 +33,7 @@ def mhc_pre(
     """
     v = x.flatten(1).float()
     mixes = (v @ fn.float().T) * torch.rsqrt(v.square().mean(-1, keepdim=True) + rms_eps)
-    pre, post, comb = sinkhorn.reference(mixes, scale, base, iters, hc_eps)
+    pre, post, comb = sinkhorn(mixes, scale, base, iters, hc_eps)
     y = (pre.unsqueeze(-1) * x.float()).sum(1).bfloat16()
     if norm_weight is not None:
         y = rms_norm(y, norm_weight, norm_eps).bfloat16()
