@@ -102,9 +102,11 @@ lint: setup
 
 SERVERS := $(addprefix tests/model/test_,eagle_cpu.py fixes.py) $(wildcard tests/model/test_serving_*.py)
 
-# Kernels in the interpreter and models in the process keep one core busy each; servers want both, and one at a time: of the
-# folders that share the cores, evals starts one, and launch one that mostly waits. The tests of the patches fork pytest at
-# every step: apart, before the others have made it large.
+# Two processes, one core each: a server computes in one thread (tests/conftest.py), and its start is imports. Files go out
+# in the order given, long ones first, so that both processes end together. The tests of the patches fork pytest at every
+# step: apart, before the others have made it large.
+BOTH_CORES := -n 2 --dist loadfile --no-loadscope-reorder
+
 test: setup
 	@$(VENV) patches/patchset.py apply
 	seconds=
@@ -115,12 +117,11 @@ test: setup
 	}
 	trap 'echo "seconds: $$seconds; $$SECONDS in all"' EXIT
 	timed lint $(MAKE) --no-print-directory PYTHON= lint
-	timed patches $(VENV) -m pytest tests/patches -n 2 --dist loadfile
-	timed "ops and sm120" $(VENV) -m pytest tests/gpu tests/ops tests/sm120 -n 2 --dist loadfile
-	timed "evals and launch" $(VENV) -m pytest tests/docs tests/evals tests/launch tests/mutations -n 2 --dist loadfile
-	timed model env OMP_NUM_THREADS=1 $(VENV) -m pytest $(filter-out $(SERVERS),$(wildcard tests/model/test_*.py)) \
-	    -n 2 --dist loadfile
-	timed servers $(VENV) -m pytest $(SERVERS)
+	timed patches $(VENV) -m pytest tests/patches $(BOTH_CORES)
+	timed "ops and sm120" $(VENV) -m pytest tests/sm120 tests/ops tests/gpu $(BOTH_CORES)
+	timed "evals and launch" $(VENV) -m pytest tests/evals tests/launch tests/mutations tests/docs $(BOTH_CORES)
+	timed model $(VENV) -m pytest $(filter-out $(SERVERS),$(wildcard tests/model/test_*.py)) $(BOTH_CORES)
+	timed servers $(VENV) -m pytest $(SERVERS) $(BOTH_CORES)
 
 test-sm120: setup
 	@$(VENV) patches/patchset.py apply

@@ -9,9 +9,13 @@ import hypothesis
 import pytest
 import torch
 
-# Read when a kernel is defined, so before a test imports one: without a GPU they run in Triton's interpreter.
 if not torch.cuda.is_available():
+    # Read when a kernel is defined, so before a test imports one: without a GPU they run in Triton's interpreter.
     os.environ["TRITON_INTERPRET"] = "1"
+    # Here and in every server that a test starts: products are small, and threads that share their cores with a
+    # neighbour wait for each other.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 # The same values in every run, as with `seed`; a machine that pauses is no failure.
 hypothesis.settings.register_profile("drawn", derandomize=True, deadline=None)

@@ -36,11 +36,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("mtp", [False, True], ids=["plain", "mtp"])
-def test_short_form_reaches_its_floors(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, mtp: bool
-) -> None:
-    # Other tests run on the other core: two threads of a server would wait for each other.
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_short_form_reaches_its_floors(tmp_path: Path, capsys: pytest.CaptureFixture[str], mtp: bool) -> None:
     out = tmp_path / "accuracy.json"
     code = accuracy_cpu.main([str(PACKED), str(QUESTIONS), "--short", "--out", str(out), *["--mtp"] * mtp])
     printed = capsys.readouterr().out

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
-from serving import ONE_THREAD, CachedOracle, PromptOf
+from serving import CachedOracle, PromptOf
 
 from local_server import PLAIN, LocalServer
 from sglang_sm120_reference.oracle import Oracle
 from sglang_sm120_reference.prompts import prompt
 from sglang_sm120_reference.write import write_checkpoint
-
-torch.set_num_threads(len(os.sched_getaffinity(0)))
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """For modules whose products are small: a second thread would only wait for the first."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +58,7 @@ def server(
         *module.SERVER_ARGS,
         log=tmp_path_factory.mktemp("server") / "server.log",
         launcher=getattr(module, "SERVER_LAUNCHER", ("-m", "sglang.launch_server")),
-        env=ONE_THREAD | getattr(module, "SERVER_ENV", {}),
+        env=getattr(module, "SERVER_ENV", {}),
     ) as running:
         yield running
     running.require_step(PLAIN)

@@ -19,11 +19,6 @@ PromptOf = Callable[[int, int], list[int]]
 MAX_EXCLUDED = 0.02
 
 
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-"""A server's environment: products are small, and threads that share their cores with a neighbour wait for each other.
-Measured beside other work on two cores: four prompts of 700 tokens in 6 s, with two threads in 38 s."""
-
-
 @dataclass
 class Answer:
     """One completion: what was sent, what came back, and the log-probabilities of both from `start` on."""

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import compared_server
 import httpx
 import pytest
-from serving import ONE_THREAD
 from tokenizers import Tokenizer
 
 from local_server import EAGLE, PLAIN, LocalServer
@@ -99,7 +98,7 @@ def everything(server: LocalServer, prompts: list[list[int]], first: int = 0) ->
 def expected(checkpoint: Path, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What a server without speculation says."""
     log = tmp_path_factory.mktemp("plain") / "server.log"
-    with LocalServer(checkpoint, *COMMON, log=log, env=ONE_THREAD) as server:
+    with LocalServer(checkpoint, *COMMON, log=log) as server:
         found = [said(reply) for reply in everything(server, prompts)]
     server.require_step(PLAIN)
     return found
@@ -136,7 +135,7 @@ def speculating(
     log = tmp_path_factory.mktemp("eagle") / "server.log"
     # `expected` is asked for here so that its server is gone before this one starts.
     flags, launcher = (*COMMON, *eagle(speculation.steps), *speculation.ranks), (str(compared_server.__file__),)
-    with LocalServer(checkpoint, *flags, log=log, launcher=launcher, env=ONE_THREAD) as server:
+    with LocalServer(checkpoint, *flags, log=log, launcher=launcher) as server:
         yield server
     server.require_step(EAGLE)
 

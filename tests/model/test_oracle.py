@@ -21,8 +21,6 @@ from sglang_sm120_reference.checkpoint import Checkpoint
 from sglang_sm120_reference.oracle import INDEX_BAND, INDEX_STAKE, ROUTER_GAP, Oracle, Result, sinkhorn
 from sglang_sm120_reference.write import write_checkpoint
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # So narrow that the indexer chooses within a prompt of 140 tokens.
 NARROW = 8
 

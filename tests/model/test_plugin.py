@@ -37,8 +37,6 @@ from sglang_sm120.step.passes import Passes
 from sglang_sm120.step.prepare import prepare
 from sglang_sm120.step.target import Target
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def model(checkpoint: Path) -> SimpleNamespace:

@@ -19,8 +19,6 @@ from sglang_sm120.step.draft import Draft
 from sglang_sm120.step.target import Target
 from sglang_sm120_reference.oracle import LOGPROB_TOLERANCE, Result
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 LENGTH = 300
 """Tokens of the longest request: two c128 entries, 75 of c4, and the second page of 256."""
 

@@ -23,8 +23,6 @@ from sglang_sm120.step.target import Target
 from sglang_sm120.streams import Beside
 from sglang_sm120.warmup import served
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ALTERNATES = len(streams.PRIORITIES)
 
 
