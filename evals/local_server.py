@@ -24,15 +24,25 @@ class ServerError(RuntimeError):
     """The server did not come up; the message holds the end of its log."""
 
 
+_claims: list[socket.socket] = []
+
+
 def free_port() -> int:
-    """A TCP port on the loopback interface that was free a moment ago; SGLang also claims the one GRPC_OFFSET above."""
+    """A TCP port on the loopback interface that was free a moment ago; SGLang also claims the one GRPC_OFFSET above.
+
+    No two processes that ask here get the same one as long as both live: a server binds its port late.
+    """
     for port in random.sample(range(20000, 32000), 100):
+        claim = socket.socket(socket.AF_UNIX)
         try:
+            claim.bind(f"\0sglang-sm120 {port}")
             for number in (port, port + GRPC_OFFSET):
                 with socket.socket() as s:
                     s.bind(("127.0.0.1", number))
         except OSError:
+            claim.close()
             continue
+        _claims.append(claim)
         return port
     raise ServerError("No free TCP port was found between 20000 and 32000: stop other servers on this machine.")
 

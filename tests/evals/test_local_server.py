@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import random
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 
-from local_server import EAGLE, PLAIN, LocalServer, ServerError
+from local_server import EAGLE, PLAIN, LocalServer, ServerError, free_port
 
 ONE, TWO = ("",), (" TP0 EP0", " TP1 EP1")
 
@@ -47,3 +52,17 @@ def test_a_rank_without_the_step_is_found(tmp_path: Path) -> None:
 def test_a_server_without_the_step_is_found(tmp_path: Path) -> None:
     with pytest.raises(ServerError, match="was not installed"):
         server_of(tmp_path, (), ()).require_step(PLAIN)
+
+
+def test_a_port_is_given_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not to another process either, before a server has bound it."""
+    code = "import local_server; print(local_server.free_port(), flush=True); input()"
+    path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, "-c", code], stdin=PIPE, stdout=PIPE, text=True, env=path) as other:
+        assert other.stdin and other.stdout
+        taken = int(other.stdout.readline())
+        numbers = [taken, *random.sample(range(20000, 32000), 100)]
+        monkeypatch.setattr(random, "sample", lambda *_: numbers)
+        given = {free_port(), free_port()}
+        other.stdin.close()
+    assert len({taken, *given}) == 3
