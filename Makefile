@@ -102,10 +102,11 @@ lint: setup
 
 SERVERS := $(addprefix tests/model/test_,eagle_cpu.py fixes.py) $(wildcard tests/model/test_serving_*.py)
 
-# Two processes, one core each: a server computes in one thread (tests/conftest.py), and its start is imports. Files go out
-# in the order given, long ones first, so that both processes end together. The tests of the patches fork pytest at every
-# step: apart, before the others have made it large.
-BOTH_CORES := -n 2 --dist loadfile --no-loadscope-reorder
+# Two processes, one core each: a server computes in one thread (tests/conftest.py), and its start is imports. Files with
+# many tests go out first, or where those are not the long ones the first in the alphabet: both processes are to end together.
+# The tests of the patches fork pytest at every step: apart, before the others have made it large.
+BOTH_CORES := -n 2 --dist loadfile
+AS_NAMED := $(BOTH_CORES) --no-loadscope-reorder
 
 test: setup
 	@$(VENV) patches/patchset.py apply
@@ -118,10 +119,10 @@ test: setup
 	trap 'echo "seconds: $$seconds; $$SECONDS in all"' EXIT
 	timed lint $(MAKE) --no-print-directory PYTHON= lint
 	timed patches $(VENV) -m pytest tests/patches $(BOTH_CORES)
-	timed "ops and sm120" $(VENV) -m pytest tests/sm120 tests/ops tests/gpu $(BOTH_CORES)
-	timed "evals and launch" $(VENV) -m pytest tests/evals tests/launch tests/mutations tests/docs $(BOTH_CORES)
+	timed "ops and sm120" $(VENV) -m pytest tests/gpu tests/ops tests/sm120 $(BOTH_CORES)
+	timed "evals and launch" $(VENV) -m pytest tests/evals tests/launch tests/mutations tests/docs $(AS_NAMED)
 	timed model $(VENV) -m pytest $(filter-out $(SERVERS),$(wildcard tests/model/test_*.py)) $(BOTH_CORES)
-	timed servers $(VENV) -m pytest $(SERVERS) $(BOTH_CORES)
+	timed servers $(VENV) -m pytest $(SERVERS) $(AS_NAMED)
 
 test-sm120: setup
 	@$(VENV) patches/patchset.py apply
