@@ -41,14 +41,11 @@ class Wanted:
     flags: Flags
 
     def check(self, plan: Plan) -> Plan:
-        """The plan, its flags parsed by the installed SGLang's parser, with a note where there is none.
+        """The plan, its flags parsed as SGLang parses them.
 
         Raises:
             LaunchError: SGLang does not take the flags.
         """
-        if self.flags.known is None:
-            note = "SGLang is not installed here: the flags were not checked against its parser."
-            return replace(plan, notes=(*plan.notes, note))
         self.flags.check(plan.arguments())
         return plan
 
@@ -92,7 +89,7 @@ def read(arguments: argparse.Namespace, environment: Mapping[str, str] = os.envi
         mtp=arguments.mtp,
         gpus=gpus,
         # Where SGLang is not installed, the plan is for what `make apply` makes.
-        patched=flags.known is None or is_patched(),
+        patched=flags.release is None or is_patched(),
     )
     if config is not None:
         config.require(machine)

@@ -31,7 +31,7 @@ class Node:
     plan: Plan | None
 
     def checked(self, wanted: Wanted) -> Node:
-        """This node, its flags parsed by the installed SGLang's parser."""
+        """This node, its flags parsed as SGLang parses them."""
         return self if self.plan is None else replace(self, plan=wanted.check(self.plan))
 
 

@@ -20,6 +20,7 @@ from sglang_sm120_launch.flags import TABLE, Flags, from_table
 from sglang_sm120_launch.machine import Machine
 from sglang_sm120_launch.model import FLASH, Model
 from sglang_sm120_launch.plan import Plan, make_plan
+from sglang_sm120_launch.settings import flag
 
 pytestmark = pytest.mark.usefixtures("one_flags")
 CONFIGS = sorted((HERE.parents[1] / "configs").glob("*.yaml"))
@@ -70,7 +71,7 @@ def test_the_table_reads_flags_as_sglang_does(
     monkeypatch.setattr(flags, "imported", lambda: sglangs)
 
     def read(known: argparse.ArgumentParser) -> object:
-        found = Flags(known)
+        found = Flags(known, "0.5.23")
         try:
             values = found.from_words(words)
             found.check(["--model-path", "m", *words])
@@ -79,6 +80,22 @@ def test_the_table_reads_flags_as_sglang_does(
         return values
 
     assert read(from_table(json.loads(TABLE.read_text())["flags"])) == read(sglangs)
+
+
+@pytest.mark.parametrize(
+    ("words", "typed"),
+    [
+        (["--no-lora-strict-loading"], ["--no-lora-strict-loading"]),
+        (["--lora-paths", "a=b"], ["--lora-paths", "a=b"]),
+        (["--preferred-sampling-params", '{"top_k": 5}'], ["--preferred-sampling-params", '{"top_k": 5}']),
+        (["--tp=2", "--disable-radix"], ["--tp-size", "2", "--disable-radix-cache"]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_sglang_gets_what_was_given(words: list[str], typed: list[str], flags: Flags):
+    """By canonical names; a switch turned off stays off, and words that SGLang reads as JSON stay words."""
+    found = flags.from_words(words)
+    assert [word for name, value in found.items() for word in flag(name, value, "").arguments()] == typed
 
 
 def test_a_plan_asks_nothing_of_sglang(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

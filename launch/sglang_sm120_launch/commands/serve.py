@@ -53,7 +53,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan and serve it until stopped."""
     wanted = request.read(arguments)
-    if wanted.flags.known is None:
+    if wanted.flags.release is None:
         raise LaunchError("SGLang is not installed beside this launcher: run `make setup` and `make apply`.")
     if arguments.machine is not None and not arguments.dry_run:
         raise LaunchError("--machine describes another machine and serve starts on this one: use it with --dry-run.")
