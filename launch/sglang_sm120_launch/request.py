@@ -72,7 +72,7 @@ def read(arguments: argparse.Namespace, environment: Mapping[str, str] = os.envi
     flags = Flags.installed()
     given = flags.from_words(arguments.server)
     config = Config.load(arguments.config, flags) if arguments.config else None
-    path = given.pop("model-path", None) or arguments.model or (config.model if config else None)
+    path = given.pop("model-path", None) or arguments.model or (config.target.model if config else None)
     if path is None:
         raise LaunchError("No model was given: name a checkpoint directory with --model.")
     machine = Machine.from_json(arguments.machine) if arguments.machine else Machine.detect()
@@ -93,17 +93,17 @@ def read(arguments: argparse.Namespace, environment: Mapping[str, str] = os.envi
     )
     if config is not None:
         config.require(machine)
-        if config.nodes > 1:
-            machine = replace(machine, nodes=config.nodes)
+        if config.target.nodes > 1:
+            machine = replace(machine, nodes=config.target.nodes)
         request = replace(
             request,
             config=config.name,
             config_flags=config.server,
-            config_env=config.env,
+            config_env={name: str(value) for name, value in config.env.items()},
             auto=config.auto,
             evidence=config.evidence,
         )
-        if config.gpu == "none" and machine.gpus:
+        if config.target.gpu == "none" and machine.gpus:
             machine = replace(machine, gpus=(), link=None, p2p=None)
     return Wanted(machine, Model.load(str(path)), request, flags)
 

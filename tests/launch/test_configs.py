@@ -119,7 +119,7 @@ def test_a_config_is_refused_elsewhere(path: Path, flags: Flags):
             fit += 1
         except LaunchError as refusal:
             assert path.name in str(refusal)
-    assert 1 <= fit < len(MACHINES) or config.gpu == "none"
+    assert 1 <= fit < len(MACHINES) or config.target.gpu == "none"
 
 
 def changed(make: Callable[[dict[str, Any]], object]) -> Callable[[Path], str]:
@@ -145,10 +145,14 @@ CONFIG_MISTAKES: dict[str, tuple[Callable[[Path], str], tuple[str, ...]]] = {
         ("cuda-graph-sb-decode", "cuda-graph-bs-decode"),
     ),
     "a missing key": (changed(lambda c: c.pop("needs")), ("no key 'needs'",)),
-    "an unknown key": (changed(lambda c: c.update({"serverr": {}})), ("serverr", "server")),
+    "an unknown key": (changed(lambda c: c.update({"serverr": {}})), ("unknown key 'serverr'",)),
     "an unknown GPU": (changed(lambda c: c["for"].update({"gpu": "RTX 6090"})), ("RTX 6090", "RTX 5090")),
+    "half a card": (changed(lambda c: c["for"].update({"cards": 0.5})), ("for.cards=0.5",)),
     "a flag twice": (changed(lambda c: c["auto"].append("tp-size")), ("tp-size", "both")),
-    "a made-up evidence": (changed(lambda c: c.update({"evidence": "measured"})), ("measured (machine)",)),
+    "a made-up evidence": (
+        changed(lambda c: c.update({"evidence": "measured"})),
+        ("evidence='measured'", r"measured) \(.+\)"),
+    ),
     "a choice SGLang refuses": (
         changed(lambda c: c["server"].update({"load-format": "x"})),
         ("load-format", "choose from"),
@@ -210,7 +214,7 @@ def test_a_mistake_on_the_command_line(mistake: str, capsys: pytest.CaptureFixtu
 
 MACHINE_MISTAKES: dict[str, tuple[object, str]] = {
     "no JSON": ("{", "not JSON"),
-    "no object": ([], "list"),
+    "no object": ([], "has []"),
     "no key": ({"gpus": [], "cpus": 1, "ram_mib": 1}, "'shm_mib'"),
     "an unknown key": ({"gpus": [], "cpus": 1, "ram_mib": 1, "shm_mib": 1, "shm": 1}, "'shm'"),
     "a word for a number": ({"gpus": [], "cpus": "many", "ram_mib": 1, "shm_mib": 1}, "'many'"),

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from golden_plans import HERE
+from golden_plans import HERE, machine
 
 from sglang_sm120 import limits
 from sglang_sm120.step import reasons
@@ -16,17 +16,16 @@ from sglang_sm120_launch.model import Model
 
 CHECKOUT = HERE.parents[1]
 PLAN = f"""
-import json, pathlib, sys
+import json, sys
 sys.path[:0] = [{str(CHECKOUT / "launch")!r}, {str(CHECKOUT / "overlay")!r}]
 sys.modules.update(dict.fromkeys(("torch", "triton", "sglang"), None))
 from sglang_sm120 import limits
 from sglang_sm120_launch import show
-from sglang_sm120_launch.machine import Machine
+from sglang_sm120_launch.machine import Gpu, Machine
 from sglang_sm120_launch.model import Model
 from sglang_sm120_launch.plan import make_plan
 from sglang_sm120_launch.values import Request
-machine = Machine.from_json(pathlib.Path({str(HERE / "machines/2x-rtx-pro-6000.json")!r}))
-print(show.as_json(make_plan(machine, Model(*json.load(sys.stdin)), Request())))
+print(show.as_json(make_plan({machine("2x-rtx-pro-6000")!r}, Model(*json.load(sys.stdin)), Request())))
 """
 
 
