@@ -12,18 +12,6 @@ from typing import TypeAlias
 
 import torch
 
-__all__ = [
-    "ENTRIES",
-    "INDEX_KEYS",
-    "INDEX_QUERIES",
-    "IN_ORDER",
-    "KEYS",
-    "SHARED",
-    "Beside",
-    "Mark",
-    "prioritised",
-]
-
 KEYS, ENTRIES, INDEX_KEYS, INDEX_QUERIES, SHARED = range(5)
 """What runs beside the queries of a layer's attention, and the shared expert beside the routed ones, by its stream's
 number."""

@@ -24,8 +24,6 @@ import torch
 
 from ..limits import WINDOW, drafts_kept
 
-__all__ = ["MAX_TOKENS", "CompressPlan", "DecodePlan", "Ring", "WritePlan"]
-
 MAX_TOKENS = 65_536
 """Tokens one step may have."""
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["from_amax", "from_bytes", "from_float", "scale_bytes", "to_float"]
-
 
 def from_amax(amax: torch.Tensor, largest: float) -> torch.Tensor:
     """The smallest power of two s with `amax / s <= largest`, as float8_e8m0fnu of amax's shape.

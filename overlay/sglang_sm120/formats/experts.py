@@ -16,8 +16,6 @@ import torch
 
 from . import e8m0, mxfp4
 
-__all__ = ["MULTIPLE", "Experts", "from_gate_first", "refusal"]
-
 MULTIPLE = 128
 """Of which H and I are multiples: a swizzled tile has 128 rows, and four scales cover 128 channels."""
 

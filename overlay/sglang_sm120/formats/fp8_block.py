@@ -11,8 +11,6 @@ import torch
 
 from . import e8m0
 
-__all__ = ["BLOCK", "NotBlocks", "dequantise", "quantise", "requantise"]
-
 BLOCK = 128
 """Rows and columns that share one scale."""
 

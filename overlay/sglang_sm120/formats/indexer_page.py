@@ -11,8 +11,6 @@ import torch
 
 from ._pool import kept, planar, split
 
-__all__ = ["DIM", "dequantise", "load", "page_bytes", "quantise", "store"]
-
 DIM = 128
 SCALE = 4
 FP8_MAX = 448.0

@@ -17,11 +17,9 @@ import torch
 
 from ..limits import KV_FOOTER as FOOTER
 from ..limits import KV_ROW as ROW
-from ..limits import page_bytes
+from ..limits import page_bytes as page_bytes
 from . import e8m0
 from ._pool import kept, planar, split
-
-__all__ = ["DIM", "NOPE", "ROPE", "TOKEN", "dequantise", "load", "page_bytes", "quantise", "store"]
 
 DIM = 512
 NOPE = 448

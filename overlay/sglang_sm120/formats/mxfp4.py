@@ -18,8 +18,6 @@ import torch
 
 from . import e8m0
 
-__all__ = ["BLOCK", "E2M1_VALUES", "dequantise", "pack", "quantise", "swizzle_scales", "unpack", "unswizzle_scales"]
-
 BLOCK = 32
 """Values along K that share one scale."""
 
