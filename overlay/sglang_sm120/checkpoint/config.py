@@ -6,7 +6,6 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 HEAD_DIM = 512
@@ -15,7 +14,7 @@ INDEX_HEAD_DIM = 128
 WINDOW = 128
 FP8_BLOCK = 128
 
-_FIXED = {
+FIXED = {
     "head_dim": HEAD_DIM,
     "qk_rope_head_dim": ROPE_DIM,
     "index_head_dim": INDEX_HEAD_DIM,
@@ -24,8 +23,7 @@ _FIXED = {
     "n_shared_experts": 1,
     "hc_mult": 4,
 }
-
-
+"""What no DeepSeek-V4 has otherwise."""
 _SIZES = (
     "hidden_size",
     "vocab_size",
@@ -119,7 +117,7 @@ class ReferenceConfig:
     @classmethod
     def from_json(cls, source: dict[str, Any]) -> ReferenceConfig:
         """Read a parsed `config.json`. Raises ValueError where it is not a DeepSeek-V4 we can compute."""
-        for key, needed in _FIXED.items():
+        for key, needed in FIXED.items():
             if source.get(key) != needed:
                 raise ValueError(f"config.json has {key}={source.get(key)}, this model needs {needed}")
         rope = source["rope_scaling"]
@@ -134,54 +132,6 @@ class ReferenceConfig:
                 values[field.name] = source[field.name]
         values["compress_ratios"] = tuple(source["compress_ratios"])
         return cls(**values)
-
-    @classmethod
-    def load(cls, checkpoint: str | Path) -> ReferenceConfig:
-        """Read `config.json` of a checkpoint directory."""
-        return cls.from_json(json.loads((Path(checkpoint) / "config.json").read_text()))
-
-    def to_json(self) -> dict[str, Any]:
-        """The `config.json` of this model, with exactly the keys of the published one."""
-        own = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if not field.name.startswith("yarn_")
-        }
-        return {
-            "architectures": ["DeepseekV4ForCausalLM"],
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-            "bos_token_id": 0,
-            "eos_token_id": 1,
-            "expert_dtype": "fp4",
-            "hidden_act": "silu",
-            "initializer_range": 0.02,
-            "model_type": "deepseek_v4",
-            "norm_topk_prob": True,
-            "quantization_config": {
-                "activation_scheme": "dynamic",
-                "fmt": "e4m3",
-                "quant_method": "fp8",
-                "scale_fmt": "ue8m0",
-                "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
-            },
-            "rope_scaling": {
-                "beta_fast": self.yarn_beta_fast,
-                "beta_slow": self.yarn_beta_slow,
-                "factor": self.yarn_factor,
-                "original_max_position_embeddings": self.yarn_original_positions,
-                "type": "yarn",
-            },
-            "scoring_func": "sqrtsoftplus",
-            "tie_word_embeddings": False,
-            "topk_method": "noaux_tc",
-            "torch_dtype": "bfloat16",
-            "transformers_version": "4.57.1",
-            "use_cache": True,
-            **_FIXED,
-            **own,
-            "compress_ratios": list(self.compress_ratios),
-        }
 
 
 def model_config() -> dict[str, Any]:
