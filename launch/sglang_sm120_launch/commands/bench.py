@@ -78,7 +78,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", metavar="PATH|ID", help="where the server's own is not readable from here")
     parser.add_argument("--seed", type=int, default=1, help="of the prompts (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("bench.json"), metavar="FILE.json",
-                        help="result; the picture lies beside it as FILE.png (default: %(default)s)")  # fmt: skip
+                        help="result; the picture lies beside it as FILE.svg (default: %(default)s)")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -158,8 +158,8 @@ def measure_all(
             bar.update(point["requests"])
     result["complete"] = True
     _write(out, result)
-    picture(result, out.with_suffix(".png"))
-    print("\n".join([*passes.lines(result["passes"]), str(out), str(out.with_suffix(".png"))]))
+    picture(result, out.with_suffix(".svg"))
+    print("\n".join([*passes.lines(result["passes"]), str(out), str(out.with_suffix(".svg"))]))
     failed = sum(point["requests"] - point["completed"] for point in result["points"])
     if failed:
         print(f"{failed} requests failed, {out} has the first error of each point")
