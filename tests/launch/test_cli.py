@@ -116,8 +116,11 @@ def test_the_launcher_alone_on_a_bare_python(command: str, tmp_path: Path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
     assert "make setup" in done.stderr
     if command == "plan":
-        done = subprocess.run([*bare, "doctor"], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+        (tmp_path / "config.json").write_text('{"model_type": "deepseek_v4"}')
+        words = ["doctor", "--model", "."]
+        done = subprocess.run([*bare, *words], capture_output=True, text=True, timeout=60, cwd=tmp_path)
         assert done.returncode == 1 and done.stderr == "" and "sglang-sm120 is not installed" in done.stdout
+        assert done.stdout.count("not looked at") == 3, "patches, checkpoint and experts"
 
 
 def test_the_max_q_edition_is_planned(capsys: pytest.CaptureFixture[str]):

@@ -372,7 +372,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "another model": (
         lambda f: edit(f / "config.json", lambda v: v.update(model_type="llama")),
         "checkpoint",
-        "'llama', needed 'deepseek_v4'",
+        "type llama, needed deepseek_v4",
     ),
     "an expert of another dtype": (
         lambda f: header_replaced(first_expert(f)[0], b'"I8"', b'"U8"'),

@@ -24,6 +24,11 @@ FIXED = {
     "hc_mult": 4,
 }
 """What no DeepSeek-V4 has otherwise."""
+_YARN = {
+    "yarn_factor": "factor", "yarn_original_positions": "original_max_position_embeddings",
+    "yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow",
+}  # fmt: skip
+"""Fields, and their keys of `rope_scaling`."""
 _SIZES = (
     "hidden_size",
     "vocab_size",
@@ -117,20 +122,22 @@ class ReferenceConfig:
     @classmethod
     def from_json(cls, source: dict[str, Any]) -> ReferenceConfig:
         """Read a parsed `config.json`. Raises ValueError where it is not a DeepSeek-V4 we can compute."""
-        for key, needed in FIXED.items():
-            if source.get(key) != needed:
-                raise ValueError(f"config.json has {key}={source.get(key)}, this model needs {needed}")
-        rope = source["rope_scaling"]
-        values: dict[str, Any] = {
-            "yarn_factor": rope["factor"],
-            "yarn_original_positions": rope["original_max_position_embeddings"],
-            "yarn_beta_fast": rope["beta_fast"],
-            "yarn_beta_slow": rope["beta_slow"],
-        }
+        needed = (*FIXED, *_SIZES, "index_topk", "compress_ratios", "rope_scaling")
+        if missing := [key for key in needed if key not in source]:
+            raise ValueError(f"config.json lacks {', '.join(missing)}")
+        values = {field.name: source[field.name] for field in dataclasses.fields(cls) if field.name in source}
+        ratios, rope = source["compress_ratios"], source["rope_scaling"]
+        if not isinstance(ratios, list) or not isinstance(rope, dict) or not set(_YARN.values()) <= rope.keys():
+            raise ValueError(f"config.json has compress_ratios={ratios!r} and rope_scaling={rope!r}, of another kind")
+        values |= {"compress_ratios": tuple(ratios), **{name: rope[key] for name, key in _YARN.items()}}
         for field in dataclasses.fields(cls):
-            if field.name in source:
-                values[field.name] = source[field.name]
-        values["compress_ratios"] = tuple(source["compress_ratios"])
+            value = values.get(field.name, field.default)
+            kinds = (int, float) if field.type == "float" else (int,)
+            if any(type(one) not in kinds for one in (value if isinstance(value, tuple) else (value,))):
+                raise ValueError(f"config.json has {field.name}={value!r}, which is of another kind")
+        for key, fixed in FIXED.items():
+            if source[key] != fixed:
+                raise ValueError(f"config.json has {key}={source[key]}, this model needs {fixed}")
         return cls(**values)
 
 
