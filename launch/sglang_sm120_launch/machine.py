@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ class Machine:
     @classmethod
     def detect(cls) -> Machine:
         """This machine. Without NVIDIA's driver it has no GPUs; nothing here raises for what is missing."""
-        ram = _ram_mib()
+        ram = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // MIB
         host: dict[str, Any] = {
             "cpus": len(os.sched_getaffinity(0)),
             "ram_mib": ram,
@@ -194,19 +195,11 @@ def _p2p_by(nvml: ModuleType, a: Any, b: Any, way: int) -> bool:
         return False
 
 
-def _ram_mib() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemTotal:"):
-            return int(line.split()[1]) // 1024
-    return 0
-
-
 def _shm_mib() -> int:
     try:
-        stat = os.statvfs("/dev/shm")
+        return shutil.disk_usage("/dev/shm").total // MIB
     except OSError:
         return 0
-    return stat.f_blocks * stat.f_frsize // MIB
 
 
 def _iommu() -> Iommu:
