@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import contract
+from .address import PORT, is_open
 from .checks_software import is_patched
 from .config import Config
 from .errors import LaunchError
@@ -41,13 +42,17 @@ class Wanted:
     flags: Flags
 
     def check(self, plan: Plan) -> Plan:
-        """The plan, its flags parsed as SGLang parses them.
+        """The plan, its flags parsed as SGLang parses them, with a note where anybody may use the server.
 
         Raises:
             LaunchError: SGLang does not take the flags.
         """
         self.flags.check(plan.arguments())
-        return plan
+        if not is_open(plan.value):
+            return plan
+        note = f"Everybody who reaches port {plan.value('port') or PORT} of this host may use the server, which has no "
+        note += "API key: set the variable SGLANG_API_KEY (SGLANG_ADMIN_API_KEY too, for SGLang's own controls)."
+        return replace(plan, notes=(*plan.notes, note))
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,7 @@ import pytest
 from golden_plans import HERE, machine
 from telling import refused
 
+from sglang_sm120 import __version__
 from sglang_sm120_launch import cli, flags, request, show
 from sglang_sm120_launch.errors import LaunchError
 from sglang_sm120_launch.flags import TABLE, Flags, from_table
@@ -21,6 +22,7 @@ from sglang_sm120_launch.machine import Machine
 from sglang_sm120_launch.model import FLASH, Model
 from sglang_sm120_launch.plan import Plan, make_plan
 from sglang_sm120_launch.settings import flag
+from sglang_sm120_launch.values import Request
 
 pytestmark = pytest.mark.usefixtures("one_flags")
 CONFIGS = sorted((HERE.parents[1] / "configs").glob("*.yaml"))
@@ -152,3 +154,53 @@ def test_a_key_from_the_environment(variable: str, flash: Model, monkeypatch: py
     assert variable in reason
     assert plan("--", f"--{name}", "mine").value(name) == "mine"
     assert plan("--machine", TWO).value(name) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "told"),
+    [
+        ([], None, False), (["--host", "localhost"], None, False), (["--host", "::1"], None, False),
+        (["--host", "127.0.0.2"], None, False), (["--host", "0.0.0.0"], None, True), (["--host", "::"], None, True),
+        (["--host", "box.lan", "--port", "8000"], None, True), (["--host", "0.0.0.0"], "s3cr3t", False),
+        (["--host", "0.0.0.0", "--api-key", "s3cr3t"], None, False),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_server_that_anybody_may_use_is_told(words: list[str], key: str | None, told: bool, flash: Model):
+    """One line that names the port and the variable; none where a key is set, or where other machines get no answer."""
+    given, keys = Flags.installed().from_words(words), {"api-key": key} if key else {}
+    wanted = request.Wanted(machine("2x-rtx-pro-6000"), flash, Request(flags=given, keys=keys), Flags.installed())
+    notes = wanted.check(make_plan(wanted.machine, flash, wanted.request)).notes
+    found = [note for note in notes if note.startswith("Everybody who reaches port")]
+    assert len(found) == told and all(str(given.get("port", 30000)) in note for note in found)
+    assert all("SGLANG_API_KEY" in note for note in found)
+
+
+@pytest.mark.parametrize("kind", ("2n", "1p1d"))
+def test_a_topology_is_told_too(kind: str, capsys: pytest.CaptureFixture[str]):
+    """Its servers listen everywhere."""
+    assert cli.main(["plan", "--model", FLASH, "--machine", TWO, "--topology", kind]) == 0
+    assert "Everybody who reaches port 30000" in capsys.readouterr().out
+
+
+def test_doctor_of_a_model_that_is_not_downloaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """One sentence with the command; of a downloaded one the cache's folder is checked."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert f"`hf download {FLASH} --local-dir DIR`" in refused(["doctor", "--model", FLASH], capsys)
+    assert "nobody/nothing" in refused(["doctor", "--model", "nobody/nothing"], capsys)
+    cached = tmp_path / "models--deepseek-ai--DeepSeek-V4-Flash"
+    (cached / "snapshots/0123").mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text("0123")
+    (cached / "snapshots/0123/config.json").write_text('{"model_type": "llama"}')
+    assert cli.main(["doctor", "--model", FLASH]) == 1
+    assert "snapshots/0123 is a model of type llama" in capsys.readouterr().out
+
+
+def test_versions(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"sglang-sm120 {__version__}, sglang 0.5.23\n"

@@ -25,6 +25,7 @@ PROMPT = "What is 6 times 7?"
 IDS = list(range(1, 9))
 TOKENS = 16
 REQUEST_SECONDS = 600.0
+UNVERIFIED = "unverified, which is no fault of this server: no run of it is on record (CONTRIBUTING.md, Reports)"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -105,7 +106,8 @@ def _serve(plan: Plan, start_limit: float, drain_limit: float, stall_limit: floa
             print(f"ready: {url(plan.value)} after {time.monotonic() - began:.0f} s", flush=True)
             if plan.value("disaggregation-mode") in (None, "null"):
                 print(first_request(plan), flush=True)
-            print(f"evidence for this configuration: {plan.evidence}", flush=True)
+            evidence = UNVERIFIED if plan.evidence == "unverified" else plan.evidence
+            print(f"evidence for this configuration: {evidence}", flush=True)
             if stall_limit is not None:
                 watch(child, plan, stall_limit)
         raise Failed(f"The server ended with status {child.wait()}: its last lines above say why.")
