@@ -61,13 +61,11 @@ class Model:
         path: what SGLang gets as `--model-path`.
         config: the parsed config.json.
         tensors: bytes of every tensor as it is stored, by its published name.
-        counted: where those bytes come from, for the reader of a plan.
     """
 
     path: str
     config: Mapping[str, Any]
     tensors: Mapping[str, int]
-    counted: str
 
     @cached_property
     def bytes_of(self) -> Mapping[Kind, int]:
@@ -96,11 +94,11 @@ class Model:
             raise LaunchError(f"{folder} has no config.json: give the directory of a DeepSeek-V4 checkpoint.")
         expected = _from_config(config)
         if folder is None or not (folder / INDEX).is_file():
-            return cls(path, config, expected, "config.json")
+            return cls(path, config, expected)
         entries = headers(folder)
         found = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in entries.items()}
         _compare(found, expected, config, folder)
-        return cls(path, config, found, "the checkpoint's index")
+        return cls(path, config, found)
 
 
 def located(path: str) -> Path | None:

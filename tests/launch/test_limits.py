@@ -32,7 +32,7 @@ print(show.as_json(make_plan({machine("2x-rtx-pro-6000")!r}, Model(*json.load(sy
 @pytest.mark.parametrize("python", ([], ["-I", "-S"]), ids=("without torch", "bare"))
 def test_a_plan_without_torch(python: list[str], flash: Model):
     """Of a model that was read before: where torch, Triton and SGLang are blocked, and with no package at all."""
-    given = json.dumps([flash.path, flash.config, flash.tensors, flash.counted])
+    given = json.dumps([flash.path, flash.config, flash.tensors])
     command = [sys.executable, *python, "-c", PLAN]
     done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
