@@ -190,12 +190,15 @@ wheel: setup
 
 image:
 	@version=$$(sed -n 's/^__version__ = "\(.*\)"$$/\1/p' overlay/sglang_sm120/__init__.py)
+	found="none of docker, podman and buildah is on PATH"
 	for builder in docker podman buildah; do
-	    if command -v $$builder > /dev/null; then
+	    if ! command -v $$builder > /dev/null; then continue; fi
+	    if [[ $$builder != docker ]] || docker info > /dev/null 2>&1; then
 	        exec $$builder build --file launch/Dockerfile --tag sglang-sm120:$$version .
 	    fi
+	    found="docker's daemon does not answer this user (docker info says why), and neither podman nor buildah is on PATH"
 	done
-	echo "make image: none of docker, podman and buildah is on PATH: install one of them" >&2
+	echo "make image: $$found: start it or install one of them" >&2
 	exit 2
 
 # uv repeats tool.uv.environments behind every requirement; setup refuses other interpreters, so drop it again.

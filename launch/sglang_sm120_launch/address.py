@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 
 from .settings import Get
@@ -37,6 +38,15 @@ def listen_problem(host: str, port: int) -> str | None:
     except OSError as error:
         return error.strerror or str(error)
     return None
+
+
+def is_open(value: Get) -> bool:
+    """Whether a server with these flags answers other machines, and whoever asks there."""
+    host = str(value("host") or HOST)
+    try:
+        return not (value("api-key") or ipaddress.ip_address(host).is_loopback)
+    except ValueError:
+        return host != "localhost"
 
 
 def url(value: Get) -> str:

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 
 from .address import listen_problem, port_problem
 from .comms import SHM_MIB as SHM_LEAST_MIB
-from .machine import IOMMU, Machine
+from .machine import Machine
 
 Status = Literal["ok", "warn", "fail"]
 SERVED = (120, 121)
@@ -144,9 +144,9 @@ def peer_access(machine: Machine) -> Finding:
 def iommu(machine: Machine) -> Finding:
     """An IOMMU between cards makes peer writes slow, or hangs NCCL's start."""
     found = {
-        IOMMU[0]: "off",
-        IOMMU[1]: "on, passthrough",
-        IOMMU[2]: "on, the kernel command line does not ask for passthrough",
+        "off": "off",
+        "passthrough": "on, passthrough",
+        "translated": "on, the kernel command line does not ask for passthrough",
     }[machine.iommu]
     if machine.iommu == "translated" and len(machine.gpus) > 1:
         return Finding(

@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import platform
 import sys
 from collections.abc import Iterator, Mapping
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
@@ -46,11 +47,7 @@ def software_checks() -> Iterator[Finding]:
 
 def glibc() -> Finding:
     """The C library, which decides whether SGLang's wheel can be installed."""
-    try:
-        name, _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
-    except (ValueError, OSError):
-        # Not a name that this C library knows.
-        name, version = "", ""
+    name, version = platform.libc_ver()
     do = f"use a system with glibc {GLIBC[0]}.{GLIBC[1]} or newer (Ubuntu 22.04, Debian 12, RHEL 9, or the container)"
     if name != "glibc":
         return Finding("glibc", "fail", "the C library is not glibc", do)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.metadata
 import sys
 from collections.abc import Sequence
 
@@ -24,6 +24,8 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run the command line; 0 done, 1 failed, 2 misuse."""
     words = list(sys.argv[1:] if words is None else words)
     parser = argparse.ArgumentParser(prog="sglang-sm120", description="DeepSeek-V4 with SGLang on SM120.")
+    versions = ", ".join(f"{name} {_version(name)}" for name in ("sglang-sm120", "sglang"))
+    parser.add_argument("--version", action="version", version=versions, help="print the versions of both packages")
     choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     chosen = next((word for word in words if word in COMMANDS), None)
     for name, summary in COMMANDS.items():
@@ -58,3 +60,10 @@ def main(words: Sequence[str] | None = None) -> int:
         # The reader (`| head`) has left; what it read is complete.
         sys.stderr.close()
         return 1
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -103,8 +103,8 @@ class Given:
 class Fit:
     """What was found. `lines` is the budget of one rank, as (what, bytes), ending with what is left unused.
 
-    token_bytes is SGLang's `bytes_per_full_token`, available its `available_bytes`, trimmed the graph sizes that had
-    no room, other_budget what another `Room.patched` would take.
+    token_bytes is SGLang's `bytes_per_full_token`, trimmed the graph sizes that had no room, other_budget what another
+    `Room.patched` would take.
     """
 
     chunk: int
@@ -116,7 +116,6 @@ class Fit:
     trimmed: tuple[int, ...]
     pools: Pools
     token_bytes: float
-    available: int
     lines: tuple[tuple[str, int], ...]
     other_budget: str | None = None
 
@@ -277,7 +276,7 @@ class _Try:
                 needed / pools.full, f"{numbers}, and {self.requests} requests of {TOKENS_PER_REQUEST} need {needed}"
             )
         return Fit(
-            self.chunk, self.requests, context, self.ratio, static, *self.graphs, pools, per_token, available,
+            self.chunk, self.requests, context, self.ratio, static, *self.graphs, pools, per_token,
             self._lines(context, pools),
         )  # fmt: skip
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
-import importlib.util
 import io
 import json
 import sys
@@ -28,7 +27,7 @@ class _Parser(argparse.ArgumentParser):
     """Reports what it cannot parse as an error of ours, without a usage text of five hundred lines."""
 
     def error(self, message: str) -> NoReturn:
-        raise LaunchError(f"SGLang does not take these flags: {message.rstrip('.')}.")
+        raise LaunchError(f"SGLang does not take these flags ({message.rstrip('.')}): correct what is named.")
 
 
 class _AskSglang(Exception):
@@ -46,8 +45,8 @@ def _unread(word: str) -> Any:
     raise _AskSglang
 
 
-def _readable_int(word: str) -> int:
-    """As SGLang reads a plain number; it knows 64k and the like too."""
+def human_readable_int(word: str) -> int:
+    """As SGLang's of this name reads a plain number; that one knows 64k and the like too."""
     with contextlib.suppress(ValueError):
         return int(word)
     if word[:1].isdigit():
@@ -55,7 +54,7 @@ def _readable_int(word: str) -> int:
     raise ValueError(word)
 
 
-TYPES = {"str": str, "int": int, "float": float, "human_readable_int": _readable_int}
+TYPES = {"str": str, "int": int, "float": float, "human_readable_int": human_readable_int}
 ACTIONS: dict[str, Any] = {
     "_StoreAction": "store", "_StoreTrueAction": "store_true", "BooleanOptionalAction": argparse.BooleanOptionalAction,
 }  # fmt: skip
@@ -66,7 +65,7 @@ def from_table(flags: Iterable[Mapping[str, Any]]) -> argparse.ArgumentParser:
     parser = _Parser(prog="sglang.launch_server", add_help=False)
     for flag in flags:
         action = ACTIONS.get(flag["action"], _Unread)
-        options = {"action": action, "required": flag["required"]}
+        options = {"action": action}
         if action in ("store", _Unread):
             options |= {"nargs": flag["nargs"], "choices": flag["choices"]}
             options["type"] = flag["type"] and TYPES.get(flag["type"], _unread)
@@ -89,62 +88,67 @@ def imported() -> argparse.ArgumentParser:
     return parser
 
 
-class Flags:
-    """The flags of one SGLang; `known` is None where SGLang is not installed and nothing can be checked."""
+def _reader(known: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """A parser for the flags of `known` that keeps what was given, by canonical names, as SGLang will be given it."""
+    reader = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    for action in known._actions:
+        names = [name for name in action.option_strings if name.startswith("--")]
+        canonical = next((name for name in names if name[2:] in PREFERRED), names[0])
+        if action.nargs == 0:
+            for name in names:
+                reader.add_argument(name, dest=name if name.startswith("--no-") else canonical, action="store_true")
+        else:
+            kind: Any = action.type if getattr(action.type, "__name__", "") in TYPES else str
+            const = True if action.nargs == "?" else None
+            reader.add_argument(*names, dest=canonical, nargs=action.nargs, type=kind, const=const)
+    return reader
 
-    def __init__(self, known: argparse.ArgumentParser | None) -> None:
+
+class Flags:
+    """The flags of one SGLang, the table's where none is installed; `release` is the installed one's version."""
+
+    def __init__(self, known: argparse.ArgumentParser, release: str | None) -> None:
+        self.release = release
         self._know(known)
 
-    def _know(self, known: argparse.ArgumentParser | None) -> None:
-        self.known = known
-        actions = known._actions if known is not None else []
-        self._actions = {word: action for action in actions for word in action.option_strings if word.startswith("--")}
+    def _know(self, known: argparse.ArgumentParser) -> None:
+        self.known, self._words = known, _reader(known)
 
     @classmethod
     def installed(cls) -> Flags:
         """The flags of the SGLang beside this launcher: the table's if it is of that release."""
-        if importlib.util.find_spec("sglang") is None:
-            return cls(None)
         table = json.loads(TABLE.read_text(encoding="utf-8"))
+        release = None
         with contextlib.suppress(metadata.PackageNotFoundError):
-            if metadata.version("sglang") == table["sglang"]:
-                return cls(from_table(table["flags"]))
-        return cls(imported())
+            release = metadata.version("sglang")
+        return cls(from_table(table["flags"]) if release in (None, table["sglang"]) else imported(), release)
 
     def name(self, written: str, where: str) -> str:
-        """The flag's canonical name without dashes; a prefix stands for a flag where it fits only one, as for SGLang.
+        """The flag's canonical name without dashes.
 
         Raises:
             LaunchError: there is no such flag; the sentence names the nearest.
         """
         word = "--" + written.removeprefix("--").replace("_", "-")
-        if self.known is None:
-            return word[2:]
-        matching = {id(a): a for known, a in self._actions.items() if known.startswith(word)}
-        action = self._actions.get(word) or (next(iter(matching.values())) if len(matching) == 1 else None)
-        if action is None:
-            near = difflib.get_close_matches(word, self._actions, n=1, cutoff=0)
-            raise LaunchError(f"{where} has the flag {word}, which SGLang does not know: the nearest is {near[0]}.")
-        names = [option[2:] for option in action.option_strings if option.startswith("--")]
-        return next((name for name in names if name in PREFERRED), names[0])
+        known = self._words._option_string_actions
+        if word not in known:
+            raise LaunchError(
+                f"{where} has the flag {word}, which SGLang does not know: the nearest is {nearest(word, known)}."
+            )
+        return known[word].dest[2:]
 
     def from_words(self, words: Sequence[str]) -> dict[str, Value]:
         """Flags and values from a command line: `["--context-length", "65536"]`."""
-        found: dict[str, Value] = {}
-        name: str | None = None
-        values: list[str] = []
-        for word in [*words, "--"]:
+        try:
+            found, unknown = self._words.parse_known_args(words)
+        except _AskSglang:
+            self._know(imported())
+            return self.from_words(words)
+        for word in unknown:
             if word.startswith("--"):
-                if name is not None:
-                    found[name] = self._value(name, values)
-                written, equals, rest = word.partition("=")
-                name = self.name(written, "the command line") if word != "--" else None
-                values = [rest] if equals else []
-            elif name is None:
-                raise LaunchError(f"{word!r} stands after `--` where a flag of SGLang's was needed.")
-            else:
-                values.append(word)
-        return found
+                self.name(word.partition("=")[0], "the command line")
+            raise LaunchError(f"{word!r} stands where a flag of SGLang's was needed: leave it out (a switch has none).")
+        return {name[2:]: tuple(one) if isinstance(one, list) else one for name, one in vars(found).items()}
 
     def from_mapping(self, values: Mapping[str, Any], where: str) -> dict[str, Value]:
         """Flags and values from YAML."""
@@ -163,41 +167,11 @@ class Flags:
         Raises:
             LaunchError: with SGLang's own words about what is wrong.
         """
-        if self.known is None:
-            return
         try:
             self.known.parse_args(list(arguments))
         except _AskSglang:
             self._know(imported())
             self.check(arguments)
-
-    def _value(self, name: str, words: list[str]) -> Value:
-        action = self._actions.get("--" + name)
-        if not words:
-            if action is not None and action.nargs != 0:
-                raise LaunchError(f"--{name} stands without a value: give it one.")
-            return True
-        if action is None:
-            converted: list[Any] = [_guess(word) for word in words]
-        elif action.nargs == 0:
-            raise LaunchError(f"--{name} is a switch and has the value {words[0]!r}: leave the value out.")
-        else:
-            try:
-                kind: Any = action.type or str
-                converted = [kind(word) for word in words]
-            except (ValueError, TypeError, argparse.ArgumentTypeError):
-                raise LaunchError(f"--{name} has the value {' '.join(words)!r}, which SGLang cannot read.") from None
-            except _AskSglang:
-                self._know(imported())
-                return self._value(name, words)
-        return tuple(converted) if len(converted) > 1 or (action and action.nargs in ("+", "*")) else converted[0]
-
-
-def _guess(word: str) -> int | float | str:
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(word)
-    return word
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -6,29 +6,34 @@ facts from a file, so that a plan can be made on one machine for another. Sizes 
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import platform
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal, get_args
 
 from .errors import LaunchError
+from .typed import typed
 
 MIB = 1 << 20
-LINKS = ("nvlink", "switch", "root", "system")
+EXACT = {"extra": "forbid"}
+"""How `typed` reads a description: no further keys."""
+Link = Literal["nvlink", "switch", "root", "system"]
 """How two GPUs reach each other, nearest first: NVLink, PCIe switches, a PCIe root complex, the CPU interconnect."""
-IOMMU = ("off", "passthrough", "translated")
+LINKS: tuple[Link, ...] = get_args(Link)
+Iommu = Literal["off", "passthrough", "translated"]
 """`translated` also stands for a host whose kernel command line does not say: peer writes then go through the IOMMU."""
 
 
 @dataclass(frozen=True)
 class Gpu:
     """One card. `used_mib` is what other processes hold; `unified` means that the memory is the host's."""
+
+    __pydantic_config__ = EXACT
 
     name: str
     memory_mib: int
@@ -58,13 +63,15 @@ class Machine:
         rdma: RDMA devices that are up, as `device:interface` (`rocep1s0f0:enp1s0f0np0`).
     """
 
+    __pydantic_config__ = EXACT
+
     gpus: tuple[Gpu, ...]
     cpus: int
     ram_mib: int
     shm_mib: int
-    link: str | None = None
+    link: Link | None = None
     p2p: bool | None = None
-    iommu: str = "off"
+    iommu: Iommu = "off"
     driver: str | None = None
     cuda: str | None = None
     arch: str = "x86_64"
@@ -75,7 +82,7 @@ class Machine:
     @classmethod
     def detect(cls) -> Machine:
         """This machine. Without NVIDIA's driver it has no GPUs; nothing here raises for what is missing."""
-        ram = _ram_mib()
+        ram = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // MIB
         host: dict[str, Any] = {
             "cpus": len(os.sched_getaffinity(0)),
             "ram_mib": ram,
@@ -108,61 +115,21 @@ class Machine:
             LaunchError: the file cannot be read, or a key is missing, unknown or of the wrong kind.
         """
         try:
-            facts = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_bytes()
         except OSError as error:
             raise LaunchError(
                 f"{path} cannot be read ({error.strerror}): give a machine description as JSON."
             ) from None
-        except ValueError as error:
-            raise LaunchError(f"{path} is not JSON ({error}): correct it.") from None
-        machine = _build(cls, facts, str(path))
-        for name, value, known in (("link", machine.link, (*LINKS, None)), ("iommu", machine.iommu, IOMMU)):
-            if value not in known:
-                raise LaunchError(f"{path}: {name} is {value!r}, needed one of {', '.join(map(str, known))}.")
+        machine: Machine = typed(cls, text, str(path))
         if len(machine.gpus) > 1 and (machine.link is None or machine.p2p is None):
             raise LaunchError(f"{path} has {len(machine.gpus)} GPUs but no `link` or no `p2p`: say how they connect.")
         return machine
 
     def to_json(self) -> str:
         """The description as `from_json` reads it, values that are defaults left out."""
-        return json.dumps(_without_defaults(self), indent=2) + "\n"
+        from pydantic import TypeAdapter
 
-
-def _build(cls: type[Any], facts: object, where: str) -> Any:
-    """A dataclass from a JSON object whose keys and kinds of values are checked."""
-    if not isinstance(facts, Mapping):
-        raise LaunchError(f"{where} is a {type(facts).__name__}, needed an object with keys such as `gpus`.")
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    for name in facts:
-        if name not in fields:
-            raise LaunchError(f"{where} has the unknown key {name!r}: known are {', '.join(fields)}.")
-    values: dict[str, Any] = {}
-    for name, field in fields.items():
-        if name not in facts:
-            if field.default is dataclasses.MISSING:
-                raise LaunchError(f"{where} has no key {name!r}: add it.")
-            continue
-        value = facts[name]
-        kinds = str(field.type).split(" | ")
-        if kinds[0].startswith("tuple["):
-            if not isinstance(value, list):
-                raise LaunchError(f"{where}: {name} is {value!r}, needed a list.")
-            if kinds[0] == "tuple[Gpu, ...]":
-                values[name] = tuple(_build(Gpu, entry, f"{where}, GPU {i}") for i, entry in enumerate(value))
-            else:
-                values[name] = tuple(map(str, value))
-        elif type(value).__name__ in kinds or (value is None and "None" in kinds):
-            values[name] = value
-        else:
-            raise LaunchError(f"{where}: {name} is {value!r}, needed {field.type}.")
-    return cls(**values)
-
-
-def _without_defaults(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        pairs = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
-        return {field.name: _without_defaults(found) for field, found in pairs if found != field.default}
-    return [_without_defaults(entry) for entry in value] if isinstance(value, tuple) else value
+        return TypeAdapter(Machine).dump_json(self, indent=2, exclude_defaults=True).decode() + "\n"
 
 
 @contextmanager
@@ -202,7 +169,7 @@ def _gpu(nvml: ModuleType, handle: Any, ram_mib: int) -> Gpu:
     return Gpu(nvml.nvmlDeviceGetName(handle), total, f"{major}.{minor}", used, power, unified)
 
 
-def _link(nvml: ModuleType, a: Any, b: Any) -> str:
+def _link(nvml: ModuleType, a: Any, b: Any) -> Link:
     if _p2p_by(nvml, a, b, nvml.NVML_P2P_CAPS_INDEX_NVLINK):
         return "nvlink"
     try:
@@ -228,22 +195,14 @@ def _p2p_by(nvml: ModuleType, a: Any, b: Any, way: int) -> bool:
         return False
 
 
-def _ram_mib() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemTotal:"):
-            return int(line.split()[1]) // 1024
-    return 0
-
-
 def _shm_mib() -> int:
     try:
-        stat = os.statvfs("/dev/shm")
+        return shutil.disk_usage("/dev/shm").total // MIB
     except OSError:
         return 0
-    return stat.f_blocks * stat.f_frsize // MIB
 
 
-def _iommu() -> str:
+def _iommu() -> Iommu:
     units = Path("/sys/class/iommu")
     if not units.is_dir() or not any(units.iterdir()):
         return "off"

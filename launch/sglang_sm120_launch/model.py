@@ -18,14 +18,6 @@ from .errors import LaunchError
 FLASH = "deepseek-ai/DeepSeek-V4-Flash"
 MODEL_TYPE = "deepseek_v4"
 INDEX = "model.safetensors.index.json"
-_NEEDED = (
-    "hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "q_lora_rank", "o_lora_rank", "o_groups",
-    "index_n_heads", "index_topk", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size",
-    "max_position_embeddings", "compress_ratios", "head_dim", "qk_rope_head_dim", "index_head_dim", "rope_scaling",
-)  # fmt: skip
-
-
-_ROPE = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
 _QUANTISED = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 """What config.json says of the published checkpoint, whose experts SGLang knows for MXFP4 beside it."""
 _SHARDED = re.compile(
@@ -69,13 +61,11 @@ class Model:
         path: what SGLang gets as `--model-path`.
         config: the parsed config.json.
         tensors: bytes of every tensor as it is stored, by its published name.
-        counted: where those bytes come from, for the reader of a plan.
     """
 
     path: str
     config: Mapping[str, Any]
     tensors: Mapping[str, int]
-    counted: str
 
     @cached_property
     def bytes_of(self) -> Mapping[Kind, int]:
@@ -102,12 +92,13 @@ class Model:
             config = model_config()
         else:
             raise LaunchError(f"{folder} has no config.json: give the directory of a DeepSeek-V4 checkpoint.")
-        expected = _from_config(config, str(file))
+        expected = _from_config(config)
         if folder is None or not (folder / INDEX).is_file():
-            return cls(path, config, expected, "config.json")
-        found = _from_shards(folder)
+            return cls(path, config, expected)
+        entries = headers(folder)
+        found = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in entries.items()}
         _compare(found, expected, config, folder)
-        return cls(path, config, found, "the checkpoint's index")
+        return cls(path, config, found)
 
 
 def located(path: str) -> Path | None:
@@ -149,23 +140,13 @@ def checked(config: dict[str, Any], path: str, file: Path) -> dict[str, Any]:
     kind = config.get("model_type")
     if kind != MODEL_TYPE:
         raise LaunchError(f"{path} is a model of type {kind}, needed {MODEL_TYPE}: this launcher serves nothing else.")
-    missing = [key for key in _NEEDED if key not in config]
-    if missing:
-        raise LaunchError(f"{file} lacks {', '.join(missing)}: download it again.")
-    ratios = config["compress_ratios"]
-    for key in _NEEDED:
-        value = config[key]
-        if key == "compress_ratios":
-            good = isinstance(ratios, list) and all(type(one) is int for one in ratios)
-        elif key == "rope_scaling":
-            good = isinstance(value, dict) and all(type(value.get(name)) in (int, float) for name in _ROPE)
-        else:
-            good = type(value) is int
-        if not good:
-            raise LaunchError(f"{file} has {key}={value!r}, which is of another kind: download it again.")
-    for key in ("num_nextn_predict_layers", "num_hash_layers"):
-        if type(config.get(key, 0)) is not int:
-            raise LaunchError(f"{file} has {key}={config[key]!r}, which is of another kind: download it again.")
+    # Imported where it is used: doctor runs without the overlay too.
+    from sglang_sm120.checkpoint.config import ReferenceConfig
+
+    try:
+        ReferenceConfig.from_json(config)
+    except ValueError as error:
+        raise LaunchError(f"{file} is no such model's ({error}): download it again.") from None
     quantised = config.get("quantization_config")
     found = {key: quantised.get(key) for key in _QUANTISED} if isinstance(quantised, dict) else quantised
     if found != _QUANTISED:
@@ -206,17 +187,24 @@ def read_index(folder: Path) -> dict[str, str]:
     return places
 
 
-def _from_shards(folder: Path) -> dict[str, int]:
-    """Bytes of every tensor, from the headers of the files that the index names."""
-    places = read_index(folder)
-    tensors: dict[str, int] = {}
-    for shard in sorted(set(places.values())):
-        header = shard_header(folder / shard)
-        tensors |= {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items()}
-    absent = sorted(places.keys() - tensors.keys())
-    if absent:
-        raise LaunchError(f"{places[absent[0]]} lacks the tensor {absent[0]} that the index names: download it again.")
-    return {name: tensors[name] for name in places}
+def headers(folder: Path) -> dict[str, dict[str, Any]]:
+    """Every tensor's entry as in `shard_header`, once the index and the files it names agree about each.
+
+    Raises:
+        LaunchError: they do not, or a file cannot be read.
+    """
+    weight_map = read_index(folder)
+    files = {file: shard_header(folder / file) for file in sorted(set(weight_map.values()))}
+    lost = sorted(name for name, file in weight_map.items() if name not in files[file])
+    if lost:
+        file = weight_map[lost[0]]
+        raise LaunchError(f"{file} lacks {lost[0]} ({len(lost)} tensors of the index are missing): download it again.")
+    extra = sorted(name for file, header in files.items() for name in header if weight_map.get(name) != file)
+    if extra:
+        raise LaunchError(
+            f"{folder / INDEX} does not have {extra[0]} ({len(extra)} tensors of the files): download it again."
+        )
+    return {name: files[file][name] for name, file in weight_map.items()}
 
 
 def _compare(found: Mapping[str, int], expected: Mapping[str, int], config: Mapping[str, Any], folder: Path) -> None:
@@ -263,12 +251,9 @@ def shard_header(file: Path) -> dict[str, dict[str, Any]]:
     return header
 
 
-def _from_config(config: dict[str, Any], file: str) -> dict[str, int]:
+def _from_config(config: dict[str, Any]) -> dict[str, int]:
     from sglang_sm120.checkpoint.config import ReferenceConfig
     from sglang_sm120.checkpoint.layout import stored
 
-    try:
-        layout = stored(ReferenceConfig.from_json(config))
-    except ValueError as error:
-        raise LaunchError(f"{file} is none this project can serve: {error}.") from None
+    layout = stored(ReferenceConfig.from_json(config))
     return {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in layout.items()}

@@ -1,19 +1,16 @@
-"""Line charts as a PNG: panels side by side over a shared x axis of powers of two, one legend.
+"""Line charts as an SVG: panels side by side over a shared x axis of powers of two, one legend.
 
-Drawn with Pillow, which SGLang's own requirements bring; they bring no plotting library.
+Written as text: SGLang's own requirements bring no plotting library.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageDraw, ImageFont
-
-SCALE = 2
-"""Drawn at twice the size and reduced, which smooths the lines."""
 WIDTH, HEIGHT = 560, 420
 LEFT, RIGHT, TOP, BOTTOM = 74, 22, 34, 52
 HEADER = 74
@@ -34,20 +31,22 @@ class Panel(NamedTuple):
 
 def draw(heading: str, panels: Sequence[Panel], path: Path) -> None:
     """Write the picture. A series has the same colour in every panel; one without points is left out."""
-    image = Image.new("RGB", (WIDTH * len(panels) * SCALE, (HEADER + HEIGHT) * SCALE), "white")
-    pen = ImageDraw.Draw(image)
     labels = list(dict.fromkeys(label for panel in panels for label in panel.series))
     colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
-    _text(pen, (16, 20), heading, 17, "lm")
-    x = 16.0
+    width, height = WIDTH * len(panels), HEADER + HEIGHT
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif">',
+        '<rect width="100%" height="100%" fill="white"/>',
+        _text(16, 20, heading, 17, "start"),
+    ]
+    x = 16
     for label in labels:
-        _line(pen, [(x, 52), (x + 28, 52)], colours[label])
-        _dot(pen, (x + 14, 52), colours[label])
-        _text(pen, (x + 36, 52), label, 14, "lm")
-        x += 60 + _font(14).getlength(label) / SCALE
+        parts += [_line([(x, 52), (x + 28, 52)], colours[label]), _dot(x + 14, 52, colours[label])]
+        parts.append(_text(x + 36, 52, label, 14, "start"))
+        x += 60 + 8 * len(label)
     for i, panel in enumerate(panels):
-        _panel(pen, panel, i * WIDTH, colours)
-    image.resize((image.width // SCALE, image.height // SCALE), Image.Resampling.LANCZOS).save(path, "PNG")
+        parts += [f'<g transform="translate({i * WIDTH} {HEADER})">', *_panel(panel, colours), "</g>"]
+    path.write_text("\n".join([*parts, "</svg>", ""]), encoding="utf-8")
 
 
 def ticks(low: float, high: float, log: bool) -> list[float]:
@@ -68,15 +67,15 @@ def ticks(low: float, high: float, log: bool) -> list[float]:
     return [step * i for i in range(math.ceil(high / step - 1e-9) + 1)]
 
 
-def _panel(pen: ImageDraw.ImageDraw, panel: Panel, left: int, colours: Mapping[str, str]) -> None:
+def _panel(panel: Panel, colours: Mapping[str, str]) -> Iterator[str]:
     points = [point for series in panel.series.values() for point in series]
-    x0, x1 = left + LEFT, left + WIDTH - RIGHT
-    y0, y1 = HEADER + HEIGHT - BOTTOM, HEADER + TOP
-    _text(pen, ((x0 + x1) / 2, HEADER + 14), panel.title, 15, "mm")
-    _text(pen, ((x0 + x1) / 2, y0 + 38), panel.x_label, 13, "mm")
-    _sideways(pen, (left + 16, (y0 + y1) / 2), panel.y_label, 13)
+    x0, x1, y0, y1 = LEFT, WIDTH - RIGHT, HEIGHT - BOTTOM, TOP
+    middle = (x0 + x1) / 2, (y0 + y1) / 2
+    yield _text(middle[0], 14, panel.title, 15)
+    yield _text(middle[0], y0 + 38, panel.x_label, 13)
+    yield _text(16, middle[1], panel.y_label, 13, turned=True)
     if not points:
-        _text(pen, ((x0 + x1) / 2, (y0 + y1) / 2), "no data", 14, "mm")
+        yield _text(*middle, "no data", 14)
         return
     marks = sorted({x for x, _ in points})
     heights = ticks(min(y for _, y in points), max(y for _, y in points), panel.log)
@@ -92,44 +91,29 @@ def _panel(pen: ImageDraw.ImageDraw, panel: Panel, left: int, colours: Mapping[s
 
     for height in heights:
         y = place(marks[0], height)[1]
-        _line(pen, [(x0, y), (x1, y)], GRID, 1)
-        _text(pen, (x0 - 8, y), f"{height:,g}" if height < 1e6 else f"{height:.0e}", 12, "rm")
+        yield _line([(x0, y), (x1, y)], GRID, 1)
+        yield _text(x0 - 8, y, f"{height:,g}" if height < 1e6 else f"{height:.0e}", 12, "end")
     for mark in marks:
         x = place(mark, heights[-1])[0]
-        _line(pen, [(x, y0), (x, y0 + 5)], INK, 1)
-        _text(pen, (x, y0 + 16), f"{mark:g}", 12, "mm")
-    _line(pen, [(x0, y1), (x0, y0), (x1, y0)], INK, 1)
+        yield _line([(x, y0), (x, y0 + 5)], INK, 1)
+        yield _text(x, y0 + 16, f"{mark:g}", 12)
+    yield _line([(x0, y1), (x0, y0), (x1, y0)], INK, 1)
     for label, series in panel.series.items():
         placed = [place(x, y) for x, y in sorted(series)]
-        if len(placed) > 1:
-            _line(pen, placed, colours[label])
-        for dot in placed:
-            _dot(pen, dot, colours[label])
+        yield _line(placed, colours[label])
+        yield from (_dot(x, y, colours[label]) for x, y in placed)
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    font = ImageFont.load_default(size * SCALE)
-    assert isinstance(font, ImageFont.FreeTypeFont), "Pillow was built without FreeType"
-    return font
+def _text(x: float, y: float, text: str, size: int, anchor: str = "middle", turned: bool = False) -> str:
+    turn = f' transform="rotate(-90 {x} {y})"' if turned else ""
+    where = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" dominant-baseline="middle"{turn}'
+    return f'<text {where} font-size="{size}" fill="{INK}">{escape(text)}</text>'
 
 
-def _text(pen: ImageDraw.ImageDraw, at: tuple[float, float], text: str, size: int, anchor: str) -> None:
-    pen.text((at[0] * SCALE, at[1] * SCALE), text, fill=INK, font=_font(size), anchor=anchor)
+def _line(points: Sequence[tuple[float, float]], colour: str, width: int = 2) -> str:
+    places = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    return f'<polyline points="{places}" fill="none" stroke="{colour}" stroke-width="{width}"/>'
 
 
-def _sideways(pen: ImageDraw.ImageDraw, at: tuple[float, float], text: str, size: int) -> None:
-    font = _font(size)
-    label = Image.new("L", (math.ceil(font.getlength(text)) + 4, size * SCALE * 2), 0)
-    ImageDraw.Draw(label).text((2, label.height // 2), text, fill=255, font=font, anchor="lm")
-    turned = label.rotate(90, expand=True)
-    corner = (round(at[0] * SCALE - turned.width / 2), round(at[1] * SCALE - turned.height / 2))
-    pen.bitmap(corner, turned, fill=INK)
-
-
-def _line(pen: ImageDraw.ImageDraw, points: Sequence[tuple[float, float]], colour: str, width: int = 2) -> None:
-    pen.line([(x * SCALE, y * SCALE) for x, y in points], fill=colour, width=width * SCALE, joint="curve")
-
-
-def _dot(pen: ImageDraw.ImageDraw, at: tuple[float, float], colour: str) -> None:
-    x, y = at[0] * SCALE, at[1] * SCALE
-    pen.ellipse((x - 4 * SCALE, y - 4 * SCALE, x + 4 * SCALE, y + 4 * SCALE), fill=colour)
+def _dot(x: float, y: float, colour: str) -> str:
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>'

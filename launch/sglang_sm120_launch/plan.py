@@ -28,7 +28,7 @@ from .sections import (
     served_settings,
     step_settings,
 )
-from .settings import Setting, Value, flag, hidden, overridden
+from .settings import Setting, Value, env, flag, hidden, overridden
 from .values import Request
 
 CUDA = (13, 0)
@@ -93,15 +93,14 @@ def make_plan(machine: Machine, model: Model, request: Request) -> Plan:
         drafts = (entry.name for entry in settings if request.mtp and entry.name.startswith("speculative-"))
         kept = {*request.auto, "model-path", *request.flags, *drafts}
         settings = [entry for entry in settings if entry.kind == "env" or entry.name in kept]
-    source = f"as {request.config} says"
-    settings = overridden(settings, "flag", dict(request.config_flags), source)
-    settings = overridden(settings, "env", dict(request.config_env), source)
+    source, mine = f"as {request.config} says", "as given on the command line"
+    given = [flag(name, value, source) for name, value in request.config_flags.items()]
+    given += [env(name, value, source) for name, value in request.config_env.items()]
     for name, value in request.keys.items():
-        variable = f"SGLANG_{name.replace('-', '_').upper()}"
-        settings = overridden(settings, "flag", {name: value}, f"as {variable} says")
-    settings = overridden(settings, "flag", dict(request.flags), "as given on the command line")
-    settings = overridden(settings, "env", dict(request.env), "as set in the environment")
-    return Plan(model.path, request.evidence, tuple(settings), found, tuple(sentences), prediction)
+        given.append(flag(name, value, f"as SGLANG_{name.replace('-', '_').upper()} says"))
+    given += [flag(name, value, mine) for name, value in request.flags.items()]
+    given += [env(name, value, "as set in the environment") for name, value in request.env.items()]
+    return Plan(model.path, request.evidence, overridden(settings, given), found, tuple(sentences), prediction)
 
 
 _Decided = tuple[list[Setting], Fit, list[str], str | None]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import contract
+from .address import PORT, is_open
 from .checks_software import is_patched
 from .config import Config
 from .errors import LaunchError
@@ -41,16 +42,17 @@ class Wanted:
     flags: Flags
 
     def check(self, plan: Plan) -> Plan:
-        """The plan, its flags parsed by the installed SGLang's parser, with a note where there is none.
+        """The plan, its flags parsed as SGLang parses them, with a note where anybody may use the server.
 
         Raises:
             LaunchError: SGLang does not take the flags.
         """
-        if self.flags.known is None:
-            note = "SGLang is not installed here: the flags were not checked against its parser."
-            return replace(plan, notes=(*plan.notes, note))
         self.flags.check(plan.arguments())
-        return plan
+        if not is_open(plan.value):
+            return plan
+        note = f"Everybody who reaches port {plan.value('port') or PORT} of this host may use the server, which has no "
+        note += "API key: set the variable SGLANG_API_KEY (SGLANG_ADMIN_API_KEY too, for SGLang's own controls)."
+        return replace(plan, notes=(*plan.notes, note))
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +77,7 @@ def read(arguments: argparse.Namespace, environment: Mapping[str, str] = os.envi
     flags = Flags.installed()
     given = flags.from_words(arguments.server)
     config = Config.load(arguments.config, flags) if arguments.config else None
-    path = given.pop("model-path", None) or arguments.model or (config.model if config else None)
+    path = given.pop("model-path", None) or arguments.model or (config.target.model if config else None)
     if path is None:
         raise LaunchError("No model was given: name a checkpoint directory with --model.")
     machine = Machine.from_json(arguments.machine) if arguments.machine else Machine.detect()
@@ -92,21 +94,21 @@ def read(arguments: argparse.Namespace, environment: Mapping[str, str] = os.envi
         mtp=arguments.mtp,
         gpus=gpus,
         # Where SGLang is not installed, the plan is for what `make apply` makes.
-        patched=flags.known is None or is_patched(),
+        patched=flags.release is None or is_patched(),
     )
     if config is not None:
         config.require(machine)
-        if config.nodes > 1:
-            machine = replace(machine, nodes=config.nodes)
+        if config.target.nodes > 1:
+            machine = replace(machine, nodes=config.target.nodes)
         request = replace(
             request,
             config=config.name,
             config_flags=config.server,
-            config_env=config.env,
+            config_env={name: str(value) for name, value in config.env.items()},
             auto=config.auto,
             evidence=config.evidence,
         )
-        if config.gpu == "none" and machine.gpus:
+        if config.target.gpu == "none" and machine.gpus:
             machine = replace(machine, gpus=(), link=None, p2p=None)
     return Wanted(machine, Model.load(str(path)), request, flags)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -57,20 +56,6 @@ def env(name: str, value: str, reason: str) -> Setting:
     return Setting("env", name, value, reason)
 
 
-def overridden(settings: Iterable[Setting], kind: str, values: dict[str, Value], reason: str) -> list[Setting]:
-    """`settings` with the given values in place of decided ones, those that were not decided at the end."""
-    rest = dict(values)
-    kept = [
-        replace(entry, value=rest.pop(entry.name), reason=reason)
-        if entry.kind == kind and entry.name in rest else entry
-        for entry in settings
-    ]  # fmt: skip
-    added = [
-        flag(name, value, reason) if kind == "flag" else env(name, str(value), reason) for name, value in rest.items()
-    ]
-    return kept + added
-
-
-def shell(words: Iterable[str]) -> str:
-    """Words as one shell command."""
-    return shlex.join(words)
+def overridden(settings: Iterable[Setting], given: Iterable[Setting]) -> tuple[Setting, ...]:
+    """`settings` with the given ones in place of decided ones, those that were not decided at the end."""
+    return tuple({(entry.kind, entry.name): entry for entry in (*settings, *given)}.values())

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 import textwrap
 from typing import Any
 
 from .plan import Plan
-from .settings import hidden, shell
+from .settings import hidden
 
 REASON_WIDTH = 72
 GIB = 1 << 30
@@ -44,7 +45,7 @@ def as_text(plan: Plan) -> str:
         parts += [*textwrap.wrap(plan.prediction, 118), ""]
     for note in plan.notes:
         parts += textwrap.wrap(note, 118, initial_indent="note: ", subsequent_indent="      ")
-    return "\n".join([*parts, "Command:", "  " + shell(plan.command())])
+    return "\n".join([*parts, "Command:", "  " + shlex.join(plan.command())])
 
 
 def _settings(plan: Plan) -> list[str]:

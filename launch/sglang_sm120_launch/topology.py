@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from dataclasses import dataclass, replace
 
 from . import show
@@ -14,7 +15,7 @@ from .address import PORT
 from .errors import LaunchError
 from .plan import Plan, make_plan
 from .request import Wanted
-from .settings import Value, env, flag, shell
+from .settings import Setting, env, flag, overridden
 
 RENDEZVOUS_PORT = 20000
 BOOTSTRAP_PORT = 8998
@@ -31,7 +32,7 @@ class Node:
     plan: Plan | None
 
     def checked(self, wanted: Wanted) -> Node:
-        """This node, its flags parsed by the installed SGLang's parser."""
+        """This node, its flags parsed as SGLang parses them."""
         return self if self.plan is None else replace(self, plan=wanted.check(self.plan))
 
 
@@ -61,12 +62,12 @@ def _two_nodes(hosts: list[str], wanted: Wanted) -> list[Node]:
     plan = make_plan(replace(wanted.machine, nodes=2), wanted.model, wanted.request)
     made = []
     for rank, host in enumerate(hosts):
-        extra: dict[str, tuple[Value, str]] = {
-            "dist-init-addr": (f"{hosts[0]}:{RENDEZVOUS_PORT}", "where the nodes meet: the first one"),
-            "node-rank": (rank, "the first node answers requests"),
-        }
+        extra = [
+            flag("dist-init-addr", f"{hosts[0]}:{RENDEZVOUS_PORT}", "where the nodes meet: the first one"),
+            flag("node-rank", rank, "the first node answers requests"),
+        ]
         if rank == 0:
-            extra |= {"host": ("0.0.0.0", "clients are on other machines"), "port": (PORT, "SGLang's default")}
+            extra += [flag("host", "0.0.0.0", "clients are on other machines"), flag("port", PORT, "SGLang's default")]
         made.append(_node(f"node {rank}", host, plan, extra))
     return made
 
@@ -75,21 +76,19 @@ def _prefill_decode(hosts: list[str], wanted: Wanted) -> list[Node]:
     plan = make_plan(wanted.machine, wanted.model, replace(wanted.request, apart=True))
     made = []
     for mode, host in zip(("prefill", "decode"), hosts, strict=True):
-        extra: dict[str, tuple[Value, str]] = {
-            "disaggregation-mode": (mode, f"this host does the {mode} of every request"),
-            "disaggregation-transfer-backend": ("mooncake", "moves the cache; needs mooncake-transfer-engine"),
-            "disaggregation-bootstrap-port": (BOOTSTRAP_PORT, "where decode finds prefill; SGLang's default"),
-            "host": ("0.0.0.0", "the router is on another machine"),
-            "port": (PORT, "SGLang's default"),
-        }
-        base = plan
+        extra = [
+            flag("disaggregation-mode", mode, f"this host does the {mode} of every request"),
+            flag("disaggregation-transfer-backend", "mooncake", "moves the cache; needs mooncake-transfer-engine"),
+            flag("disaggregation-bootstrap-port", BOOTSTRAP_PORT, "where decode finds prefill; SGLang's default"),
+            flag("host", "0.0.0.0", "the router is on another machine"),
+            flag("port", PORT, "SGLang's default"),
+        ]
         if wanted.machine.rdma:
             devices = ",".join(entry.split(":")[0] for entry in wanted.machine.rdma)
-            extra["disaggregation-ib-device"] = (devices, "RDMA devices whose network interface is up")
+            extra.append(flag("disaggregation-ib-device", devices, "RDMA devices whose network interface is up"))
         else:
-            tcp = env("MC_FORCE_TCP", "1", "no RDMA device is up: mooncake moves the cache over TCP")
-            base = replace(plan, settings=(tcp, *plan.settings))
-        made.append(_node(mode, host, base, extra))
+            extra.append(env("MC_FORCE_TCP", "1", "no RDMA device is up: mooncake moves the cache over TCP"))
+        made.append(_node(mode, host, plan, extra))
     router = ["python", "-m", "sglang_router.launch_router", "--pd-disaggregation"]
     router += ["--prefill", f"http://{hosts[0]}:{PORT}", str(BOOTSTRAP_PORT)]
     router += ["--decode", f"http://{hosts[1]}:{PORT}", "--host", "0.0.0.0", "--port", str(ROUTER_PORT)]
@@ -99,11 +98,9 @@ def _prefill_decode(hosts: list[str], wanted: Wanted) -> list[Node]:
 _MAKERS = {"2n": _two_nodes, "1p1d": _prefill_decode}
 
 
-def _node(name: str, where: str, plan: Plan, extra: dict[str, tuple[Value, str]]) -> Node:
-    """A server of this plan with further flags; one the user has given keeps the user's value."""
-    given = {entry.name for entry in plan.settings if entry.kind == "flag"}
-    added = [flag(name, value, reason) for name, (value, reason) in extra.items() if name not in given]
-    plan = replace(plan, settings=(*plan.settings, *added))
+def _node(name: str, where: str, plan: Plan, extra: list[Setting]) -> Node:
+    """A server of this plan with further settings; one the user has given keeps the user's value."""
+    plan = replace(plan, settings=overridden([*plan.settings, *extra], plan.settings))
     return Node(name, where, plan.command(), plan)
 
 
@@ -117,5 +114,5 @@ def as_text(nodes: list[Node]) -> str:
     plans = [node.plan for node in nodes if node.plan]
     parts = [show.as_text(plans[0]).rsplit("Command:", 1)[0].rstrip(), ""]
     for node in nodes:
-        parts += [f"{node.name} ({node.where}):", "  " + shell(node.command), ""]
+        parts += [f"{node.name} ({node.where}):", "  " + shlex.join(node.command), ""]
     return "\n".join(parts).rstrip()

@@ -110,9 +110,7 @@ class Inputs:
     def kv_pool(self, entries: int, page_size: int) -> torch.Tensor:
         """KV pages that hold `entries` random vectors."""
         pages = -(-entries // page_size)
-        # SGLang pads a page to a multiple of 576 bytes.
-        stride = -(-kv_page.page_bytes(page_size) // 576) * 576
-        pool = torch.zeros(pages, stride, dtype=torch.uint8, device=self.device)
+        pool = torch.zeros(pages, kv_page.page_bytes(page_size), dtype=torch.uint8, device=self.device)
         if self._rng is not None:
             slots = torch.arange(entries, device=self.device)
             kv_page.store(pool, slots, self.bf16(entries, kv_page.DIM), page_size)

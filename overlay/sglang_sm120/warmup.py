@@ -9,7 +9,7 @@ import hashlib
 import logging
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def warm_up(
     found = variants(config, *sizes, names, kernels.multiprocessors(device), tuned.of_device(device), lent_rows)
     for op, size in found.scratch.items():
         kernels.reserve(op, size, device, kernels.STREAMS + ops.SPECS[op].streams)
-    mark = _Mark(found.launches)
+    mark = _mark(found.launches)
     listed = time.monotonic()
     if compiles and not mark.exists() and not multiprocessing.current_process().daemon:
         major, minor = torch.cuda.get_device_capability(device)
@@ -95,7 +95,8 @@ def warm_up(
     for kernel, args, options in found.launches.values():
         # Reading `run` loads module and launcher, which a first launch would otherwise do in a capture or a request.
         getattr(kernel.run(*args, grid=(1,), warmup=True, **options), "run")  # noqa: B009
-    mark.write()
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.touch()
     kernels.freeze()
     _warm.add(key)
     logger.info(
@@ -156,19 +157,10 @@ def _divided(config: dict[str, Any], ep: int) -> dict[str, Any]:
     return {**config, "n_routed_experts": experts // ep, "moe_intermediate_size": width * ep}
 
 
-class _Mark:
-    """A file beside Triton's cache that says: these variants were compiled into it."""
+def _mark(keys: Iterable[str]) -> Path:
+    """A file beside Triton's cache whose presence says: these variants were compiled into it."""
+    from triton import knobs
+    from triton.runtime import driver
 
-    def __init__(self, keys: dict[str, Any]) -> None:
-        from triton import knobs
-        from triton.runtime import driver
-
-        names = "\n".join([str(driver.active.get_current_target()), *sorted(keys)])
-        self._path = Path(knobs.cache.dir) / f"sglang_sm120-{hashlib.sha256(names.encode()).hexdigest()[:16]}"
-
-    def exists(self) -> bool:
-        return self._path.exists()
-
-    def write(self) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.touch()
+    names = "\n".join([str(driver.active.get_current_target()), *sorted(keys)])
+    return Path(knobs.cache.dir) / f"sglang_sm120-{hashlib.sha256(names.encode()).hexdigest()[:16]}"

@@ -9,9 +9,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from sglang_sm120.checkpoint.config import ReferenceConfig
 from sglang_sm120.formats import fp8_block, mxfp4
 
+from .config_file import load_config
 from .defects import Defect
 
 
@@ -20,7 +20,7 @@ class Checkpoint:
 
     def __init__(self, directory: str | Path, real: torch.dtype, defect: Defect | None, device: str = "cpu") -> None:
         self.directory, self._device = Path(directory), device
-        self.config = ReferenceConfig.load(directory)
+        self.config = load_config(directory)
         index = json.loads((self.directory / "model.safetensors.index.json").read_text())
         self._files: dict[str, str] = index["weight_map"]
         self._real, self._defect = real, defect

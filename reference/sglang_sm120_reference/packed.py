@@ -25,6 +25,7 @@ from sglang_sm120.checkpoint.config import ReferenceConfig
 from sglang_sm120.checkpoint.layout import stored
 
 from . import tokenizer
+from .config_file import config_json, load_config
 
 SHARD = "model-00001-of-00001.safetensors"
 
@@ -59,17 +60,17 @@ def write_tensors(out: Path, config: ReferenceConfig, tensors: dict[str, Tensor]
     (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     generation = {"_from_model_config": True, "bos_token_id": 0, "eos_token_id": 1, "do_sample": False}
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    (out / "config.json").write_text(json.dumps(config.to_json(), indent=2) + "\n")
+    (out / "config.json").write_text(json.dumps(config_json(config), indent=2) + "\n")
     return out
 
 
 def pack(checkpoint: Path, packed: Path) -> int:
     """Compress a checkpoint of `write_tensors` into one file; its bytes."""
-    config = ReferenceConfig.load(checkpoint)
+    config = load_config(checkpoint)
     tensors = load_file(checkpoint / SHARD)
     planes = b"".join(_planes(tensors[name]) for name in stored(config))
     body = lzma.compress(planes, format=lzma.FORMAT_RAW, filters=_FILTERS)
-    packed.write_bytes(json.dumps(config.to_json()).encode() + b"\n" + body)
+    packed.write_bytes(json.dumps(config_json(config)).encode() + b"\n" + body)
     return packed.stat().st_size
 
 

@@ -19,6 +19,7 @@ from sglang_sm120.checkpoint.config import ReferenceConfig
 from sglang_sm120.checkpoint.layout import parameters
 
 from . import tokenizer, weights
+from .config_file import config_json
 
 SHARD_BYTES = 1 << 30
 
@@ -83,7 +84,7 @@ def write_checkpoint(
     tokenizer.write(out, config.vocab_size, config.max_position_embeddings)
     _write_json(out / "generation_config.json", _GENERATION)
     _write_json(out / "model.safetensors.index.json", index)
-    _write_json(out / "config.json", config.to_json())
+    _write_json(out / "config.json", config_json(config))
     return out
 
 

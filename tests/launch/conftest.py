@@ -45,7 +45,7 @@ def sglangs() -> argparse.ArgumentParser:
 def flags() -> Flags:
     """The flags of the installed SGLang, from the launcher's table."""
     found = Flags.installed()
-    assert found.known is not None, "sglang is not installed: make setup"
+    assert found.release is not None, "sglang is not installed: make setup"
     return found
 
 

@@ -20,7 +20,6 @@ def table(parser: argparse.ArgumentParser) -> dict[str, Any]:
             "nargs": action.nargs,
             "type": action.type and getattr(action.type, "__name__", str(action.type)),
             "choices": sorted(action.choices) if isinstance(action.choices, set) else action.choices,
-            "required": action.required,
         }
         for action in parser._actions
     ]

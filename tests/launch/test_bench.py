@@ -12,12 +12,12 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageColor
 
 from local_server import LocalServer
 from sglang_sm120.checkpoint.config import ReferenceConfig
@@ -26,6 +26,8 @@ from sglang_sm120_launch.commands import bench, compare
 from sglang_sm120_launch.errors import LaunchError
 from sglang_sm120_launch.stream import Stream, ask
 from sglang_sm120_reference.write import write_checkpoint
+
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 def run(command: Any, *arguments: str) -> int:
@@ -75,44 +77,44 @@ def result(*points: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return {**fixed, "output_tokens": 8, "rounds": 1, "seed": 1, "complete": True, "points": list(points), **changes}
 
 
-def colours_in(image: Image.Image, left: int, right: int) -> set[str]:
-    """Which of the series' colours, grey apart, occur between two columns, below the legend."""
-    found = set(image.crop((left, picture.HEADER, right, image.height)).get_flattened_data())
-    return {colour for colour in picture.COLOURS[:-1] if ImageColor.getrgb(colour) in found}
+def panels_in(path: Path) -> list[dict[str, list[tuple[float, float]]]]:
+    """Of each panel of a picture, colour -> where its dots are, from the left; y grows downwards."""
+    panels = []
+    for panel in ElementTree.parse(path).getroot().findall(f"{SVG}g"):
+        places: dict[str, list[tuple[float, float]]] = {}
+        for dot in panel.findall(f"{SVG}circle"):
+            places.setdefault(dot.attrib["fill"], []).append((float(dot.attrib["cx"]), float(dot.attrib["cy"])))
+        panels.append(places)
+    return panels
 
 
 def test_the_picture_has_every_series_in_every_panel(tmp_path: Path):
-    bench.picture(result(*(point(p, c, p / c) for p in (4096, 16384) for c in (1, 2, 8))), tmp_path / "a.png")
-    image = Image.open(tmp_path / "a.png").convert("RGB")
-    assert image.size == (3 * picture.WIDTH, picture.HEADER + picture.HEIGHT)
-    for panel in range(3):
-        assert colours_in(image, panel * picture.WIDTH, (panel + 1) * picture.WIDTH) == set(picture.COLOURS[:2])
+    """Each with all its points, inside of the axes."""
+    bench.picture(result(*(point(p, c, p / c) for p in (4096, 16384) for c in (1, 2, 8))), tmp_path / "a.svg")
+    panels = panels_in(tmp_path / "a.svg")
+    assert [panel.keys() for panel in panels] == [set(picture.COLOURS[:2])] * 3
+    for places in (places for panel in panels for places in panel.values()):
+        assert len(places) == 3
+        assert all(picture.LEFT < x < picture.WIDTH - picture.RIGHT for x, _ in places)
+        assert all(picture.TOP <= y <= picture.HEIGHT - picture.BOTTOM for _, y in places)
 
 
 def test_the_picture_of_failures_only(tmp_path: Path):
     """Points at which no request succeeded are left out, and nothing is left to draw."""
-    bench.picture(result({**point(4096, 1, 1.0), "completed": 0}), tmp_path / "a.png")
-    image = Image.open(tmp_path / "a.png").convert("RGB")
-    assert colours_in(image, 0, image.width) == set()
+    bench.picture(result({**point(4096, 1, 1.0), "completed": 0}, model="a<b"), tmp_path / "a.svg")
+    assert panels_in(tmp_path / "a.svg") == [{}] * 3
+    texts = [text.text for text in ElementTree.parse(tmp_path / "a.svg").iter(f"{SVG}text")]
+    assert str(texts[0]).startswith("a<b on SGLang") and texts.count("no data") == 3
 
 
 def test_higher_is_drawn_higher(tmp_path: Path):
     picture.draw(
-        "h", [picture.Panel("t", "x", "y", {"a": [(1, 10), (2, 30)], "b": [(1, 20), (2, 20)]})], tmp_path / "a.png"
+        "h", [picture.Panel("t", "x", "y", {"a": [(1, 10), (2, 30)], "b": [(1, 20), (2, 20)]})], tmp_path / "a.svg"
     )
-    image = Image.open(tmp_path / "a.png").convert("RGB")
-
-    def height(colour: str, first: int, last: int) -> float:
-        rgb = ImageColor.getrgb(colour)
-        rows = [
-            y for y in range(picture.HEADER, image.height) for x in range(first, last) if image.getpixel((x, y)) == rgb
-        ]
-        return sum(rows) / len(rows)
-
-    left = (picture.LEFT + 5, picture.LEFT + 25)
-    right = (picture.WIDTH - picture.RIGHT - 25, picture.WIDTH - picture.RIGHT - 5)
-    blue, orange = picture.COLOURS[:2]
-    assert height(blue, *left) > height(orange, *left) and height(blue, *right) < height(orange, *right)
+    [panel] = panels_in(tmp_path / "a.svg")
+    a, b = (panel[colour] for colour in picture.COLOURS[:2])
+    assert a[0][0] == b[0][0] < a[1][0] == b[1][0]
+    assert a[0][1] > b[0][1] == b[1][1] > a[1][1]
 
 
 def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -296,8 +298,8 @@ def test_the_benchmark_asks_so(events: tuple[Any, ...], status: int, error: str,
 def test_the_picture_names_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     headings = []
     monkeypatch.setattr(bench, "draw", lambda heading, panels, path: headings.append(heading))
-    bench.picture(result({**point(4096, 1, 1.0), "completed": 1}), tmp_path / "a.png")
-    bench.picture(result(point(4096, 1, 1.0)), tmp_path / "a.png")
+    bench.picture(result({**point(4096, 1, 1.0), "completed": 1}), tmp_path / "a.svg")
+    bench.picture(result(point(4096, 1, 1.0)), tmp_path / "a.svg")
     assert "1 of 2 requests failed" in headings[0] and "failed" not in headings[1]
 
 
@@ -371,7 +373,7 @@ def test_a_run_that_does_not_end_well(
     assert run(bench, "--concurrency", "1,2", "--prompt-tokens", "64", "--rounds", "2", "--out", str(out)) == 1
     printed = capsys.readouterr()
     found = json.loads(out.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert found["complete"] == (second == "fails") == out.with_suffix(".png").exists()
+    assert found["complete"] == (second == "fails") == out.with_suffix(".svg").exists()
     assert found["points"][0]["ttft_ms"]["median"] == 1.5
     if second == "fails":
         assert found["points"][1]["ttft_ms"] is None
@@ -427,13 +429,11 @@ def test_two_runs_and_their_ratios(server: LocalServer, tmp_path: Path, capsys: 
     # The warm-up request is the first prompt again: nothing of it may be left in the prefix cache.
     prefills = [line for line in server.log.read_text().splitlines() if "Prefill batch" in line]
     assert len(prefills) >= 3 and all("#cached-token: 0," in line for line in prefills)
-    image = Image.open(a.with_suffix(".png")).convert("RGB")
-    for panel in range(3):
-        assert colours_in(image, panel * picture.WIDTH, (panel + 1) * picture.WIDTH) == {picture.COLOURS[0]}
+    assert [panel.keys() for panel in panels_in(a.with_suffix(".svg"))] == [{picture.COLOURS[0]}] * 3
 
     assert run(bench, *common, "--concurrency", "2", "--prompt-tokens", "300", "--out", str(b), "--seed", "2") == 0
     capsys.readouterr()
     assert run(compare, str(a), str(b)) == 0
     ratio = json.loads(b.read_text())["points"][0]["output_tokens_per_s"] / measured["output_tokens_per_s"]
     assert f"{ratio:.2f}x" in capsys.readouterr().out
-    assert {path.name for path in tmp_path.iterdir()} == {"a.json", "a.png", "b.json", "b.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", "a.svg", "b.json", "b.svg"}

@@ -14,12 +14,15 @@ import pytest
 from golden_plans import HERE, machine
 from telling import refused
 
+from sglang_sm120 import __version__
 from sglang_sm120_launch import cli, flags, request, show
 from sglang_sm120_launch.errors import LaunchError
 from sglang_sm120_launch.flags import TABLE, Flags, from_table
 from sglang_sm120_launch.machine import Machine
 from sglang_sm120_launch.model import FLASH, Model
 from sglang_sm120_launch.plan import Plan, make_plan
+from sglang_sm120_launch.settings import flag
+from sglang_sm120_launch.values import Request
 
 pytestmark = pytest.mark.usefixtures("one_flags")
 CONFIGS = sorted((HERE.parents[1] / "configs").glob("*.yaml"))
@@ -70,7 +73,7 @@ def test_the_table_reads_flags_as_sglang_does(
     monkeypatch.setattr(flags, "imported", lambda: sglangs)
 
     def read(known: argparse.ArgumentParser) -> object:
-        found = Flags(known)
+        found = Flags(known, "0.5.23")
         try:
             values = found.from_words(words)
             found.check(["--model-path", "m", *words])
@@ -79,6 +82,22 @@ def test_the_table_reads_flags_as_sglang_does(
         return values
 
     assert read(from_table(json.loads(TABLE.read_text())["flags"])) == read(sglangs)
+
+
+@pytest.mark.parametrize(
+    ("words", "typed"),
+    [
+        (["--no-lora-strict-loading"], ["--no-lora-strict-loading"]),
+        (["--lora-paths", "a=b"], ["--lora-paths", "a=b"]),
+        (["--preferred-sampling-params", '{"top_k": 5}'], ["--preferred-sampling-params", '{"top_k": 5}']),
+        (["--tp=2", "--disable-radix"], ["--tp-size", "2", "--disable-radix-cache"]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_sglang_gets_what_was_given(words: list[str], typed: list[str], flags: Flags):
+    """By canonical names; a switch turned off stays off, and words that SGLang reads as JSON stay words."""
+    found = flags.from_words(words)
+    assert [word for name, value in found.items() for word in flag(name, value, "").arguments()] == typed
 
 
 def test_a_plan_asks_nothing_of_sglang(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -99,8 +118,11 @@ def test_the_launcher_alone_on_a_bare_python(command: str, tmp_path: Path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
     assert "make setup" in done.stderr
     if command == "plan":
-        done = subprocess.run([*bare, "doctor"], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+        (tmp_path / "config.json").write_text('{"model_type": "deepseek_v4"}')
+        words = ["doctor", "--model", "."]
+        done = subprocess.run([*bare, *words], capture_output=True, text=True, timeout=60, cwd=tmp_path)
         assert done.returncode == 1 and done.stderr == "" and "sglang-sm120 is not installed" in done.stdout
+        assert done.stdout.count("not looked at") == 3, "patches, checkpoint and experts"
 
 
 def test_the_max_q_edition_is_planned(capsys: pytest.CaptureFixture[str]):
@@ -132,3 +154,53 @@ def test_a_key_from_the_environment(variable: str, flash: Model, monkeypatch: py
     assert variable in reason
     assert plan("--", f"--{name}", "mine").value(name) == "mine"
     assert plan("--machine", TWO).value(name) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "told"),
+    [
+        ([], None, False), (["--host", "localhost"], None, False), (["--host", "::1"], None, False),
+        (["--host", "127.0.0.2"], None, False), (["--host", "0.0.0.0"], None, True), (["--host", "::"], None, True),
+        (["--host", "box.lan", "--port", "8000"], None, True), (["--host", "0.0.0.0"], "s3cr3t", False),
+        (["--host", "0.0.0.0", "--api-key", "s3cr3t"], None, False),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_server_that_anybody_may_use_is_told(words: list[str], key: str | None, told: bool, flash: Model):
+    """One line that names the port and the variable; none where a key is set, or where other machines get no answer."""
+    given, keys = Flags.installed().from_words(words), {"api-key": key} if key else {}
+    wanted = request.Wanted(machine("2x-rtx-pro-6000"), flash, Request(flags=given, keys=keys), Flags.installed())
+    notes = wanted.check(make_plan(wanted.machine, flash, wanted.request)).notes
+    found = [note for note in notes if note.startswith("Everybody who reaches port")]
+    assert len(found) == told and all(str(given.get("port", 30000)) in note for note in found)
+    assert all("SGLANG_API_KEY" in note for note in found)
+
+
+@pytest.mark.parametrize("kind", ("2n", "1p1d"))
+def test_a_topology_is_told_too(kind: str, capsys: pytest.CaptureFixture[str]):
+    """Its servers listen everywhere."""
+    assert cli.main(["plan", "--model", FLASH, "--machine", TWO, "--topology", kind]) == 0
+    assert "Everybody who reaches port 30000" in capsys.readouterr().out
+
+
+def test_doctor_of_a_model_that_is_not_downloaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """One sentence with the command; of a downloaded one the cache's folder is checked."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert f"`hf download {FLASH} --local-dir DIR`" in refused(["doctor", "--model", FLASH], capsys)
+    assert "nobody/nothing" in refused(["doctor", "--model", "nobody/nothing"], capsys)
+    cached = tmp_path / "models--deepseek-ai--DeepSeek-V4-Flash"
+    (cached / "snapshots/0123").mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text("0123")
+    (cached / "snapshots/0123/config.json").write_text('{"model_type": "llama"}')
+    assert cli.main(["doctor", "--model", FLASH]) == 1
+    assert "snapshots/0123 is a model of type llama" in capsys.readouterr().out
+
+
+def test_versions(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"sglang-sm120 {__version__}, sglang 0.5.23\n"

@@ -28,12 +28,12 @@ DETERMINISTIC = "DETERMINISTIC_INFERENCE"
 @pytest.fixture
 def flags(sglangs: argparse.ArgumentParser) -> Flags:
     """Those of SGLang's own parser, with the fields that they set."""
-    return Flags(sglangs)
+    return Flags(sglangs, "0.5.23")
 
 
 def asking(name: str, flags: Flags) -> list[str]:
     """A flag as it is typed to ask for its feature: a switch, the next number, or another of its words."""
-    action = flags._actions[f"--{name}"]
+    action = flags.known._option_string_actions[f"--{name}"]
     if action.nargs == 0:
         return [f"--{name}"]
     off = next(values[name] for values in contract.FEATURES.values() if name in values)
@@ -61,7 +61,7 @@ def test_what_the_spec_requires(flags: Flags):
     """Each server argument and variable that it names is known here, with the values that it accepts."""
     from sglang_sm120.plugin import SPEC
 
-    options = {action.dest: name.removeprefix("--") for name, action in flags._actions.items()}
+    options = {action.dest: name.removeprefix("--") for name, action in flags.known._option_string_actions.items()}
     required = {**SPEC.requires.server_args}
     required["cuda_graph_backend_decode"] = SPEC.requires.decode_graph_backends
     for field, accepted in required.items():
@@ -76,7 +76,6 @@ def test_a_flag_asks_for_what_sglang_sees(feature: str, name: str, flags: Flags)
     from sglang.srt.kernel_plugins.nvidia.binding import features_in_use
 
     def in_use(*words: str) -> set[str]:
-        assert flags.known is not None
         return {feature.name for feature in features_in_use(flags.known.parse_args(["--model-path", "x", *words]))}
 
     words = asking(name, flags)

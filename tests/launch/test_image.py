@@ -144,6 +144,23 @@ def test_make_image(builder: str | None, tmp_path: Path):
         assert re.fullmatch(r"build --file launch/Dockerfile --tag sglang-sm120:\d+\.\d+\.\d+ \.\n", done.stdout), done
 
 
+@pytest.mark.parametrize("beside", [None, "podman"])
+def test_make_image_without_dockers_daemon(beside: str | None, tmp_path: Path):
+    """One sentence and a status; another builder that is there is taken."""
+    for tool in ("bash", "make", "sed"):
+        (tmp_path / tool).symlink_to(shutil.which(tool) or pytest.fail(f"{tool} is not on PATH"))
+    fake(tmp_path, "docker", "echo Cannot connect to the Docker daemon >&2; exit 1")
+    if beside:
+        fake(tmp_path, beside, 'echo "$@"')
+    done = subprocess.run(["make", "image"], cwd=CHECKOUT, env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    if beside:
+        assert done.returncode == 0 and done.stdout.startswith("build --file launch/Dockerfile"), done
+    else:
+        first, makes = done.stderr.splitlines()
+        assert done.returncode == 2 and done.stdout == "" and makes.startswith("make: ***")
+        assert first.startswith("make image: docker's daemon does not answer") and "start it" in first
+
+
 class Root:
     """A root file system in which the Dockerfile's steps are carried out one after the other."""
 

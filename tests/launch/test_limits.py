@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from golden_plans import HERE
+from golden_plans import HERE, machine
 
 from sglang_sm120 import limits
 from sglang_sm120.step import reasons
@@ -16,24 +16,23 @@ from sglang_sm120_launch.model import Model
 
 CHECKOUT = HERE.parents[1]
 PLAN = f"""
-import json, pathlib, sys
+import json, sys
 sys.path[:0] = [{str(CHECKOUT / "launch")!r}, {str(CHECKOUT / "overlay")!r}]
 sys.modules.update(dict.fromkeys(("torch", "triton", "sglang"), None))
 from sglang_sm120 import limits
 from sglang_sm120_launch import show
-from sglang_sm120_launch.machine import Machine
+from sglang_sm120_launch.machine import Gpu, Machine
 from sglang_sm120_launch.model import Model
 from sglang_sm120_launch.plan import make_plan
 from sglang_sm120_launch.values import Request
-machine = Machine.from_json(pathlib.Path({str(HERE / "machines/2x-rtx-pro-6000.json")!r}))
-print(show.as_json(make_plan(machine, Model(*json.load(sys.stdin)), Request())))
+print(show.as_json(make_plan({machine("2x-rtx-pro-6000")!r}, Model(*json.load(sys.stdin)), Request())))
 """
 
 
 @pytest.mark.parametrize("python", ([], ["-I", "-S"]), ids=("without torch", "bare"))
 def test_a_plan_without_torch(python: list[str], flash: Model):
     """Of a model that was read before: where torch, Triton and SGLang are blocked, and with no package at all."""
-    given = json.dumps([flash.path, flash.config, flash.tensors, flash.counted])
+    given = json.dumps([flash.path, flash.config, flash.tensors])
     command = [sys.executable, *python, "-c", PLAN]
     done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

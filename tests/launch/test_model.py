@@ -92,9 +92,9 @@ MODEL_MISTAKES: dict[str, tuple[Callable[[Path, Path], list[str]], tuple[str, ..
     "an empty map": (_checkpoint(_edit(INDEX, weight_map={})), (INDEX, "no weight_map")),
     "five tensors": (
         _checkpoint(lambda folder: _cut(folder, 5)),
-        (INDEX, "differs from", "nothing, needed"),
+        (INDEX, "does not have", "tensors of the files"),
     ),
-    "a tensor fewer": (_checkpoint(lambda folder: _cut(folder, -1)), (INDEX, "in 1 of")),
+    "a tensor fewer": (_checkpoint(lambda folder: _cut(folder, -1)), (INDEX, "1 tensors of the files")),
     "a header that is a list": (_checkpoint(lambda folder: _header(folder, lambda _: [])), ("00001-of", "download")),
     "a header of numbers": (_checkpoint(lambda folder: _header(folder, lambda _: {"a": 1})), ("00001-of", "download")),
     "an entry without offsets": (
@@ -141,6 +141,10 @@ MODEL_MISTAKES: dict[str, tuple[Callable[[Path, Path], list[str]], tuple[str, ..
         ("'awq'", "published"),
     ),
     "other experts": (_checkpoint(_edit("config.json", expert_dtype="fp8")), ("expert_dtype='fp8'", "published")),
+    "an expert more": (
+        _checkpoint(_edit("config.json", n_routed_experts=17)),
+        (INDEX, "differs from config.json", "nothing, needed"),
+    ),
     "wider experts": (
         _checkpoint(_edit("config.json", moe_intermediate_size=512)),
         ("differs from config.json", "experts.0.w1"),

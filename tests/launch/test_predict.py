@@ -17,7 +17,7 @@ MEASURED = Path(__file__).parents[2] / "results/2026-11-29-h200/one-run-with-sgl
 def test_the_rest_is_what_the_measurement_leaves(flash: Model):
     measured = json.loads(MEASURED.read_text())
     config = {**flash.config, "n_routed_experts": measured["experts"]}
-    served = replace(flash, config=config, tensors=_from_config(config, "config.json"))
+    served = replace(flash, config=config, tensors=_from_config(config))
     for rows, rest in predict.REST_MS.items():
         [ms] = measured["figures"]["sm120"][f"decode {rows} 1024"]
         read = predict.weights(served, rows, 1) / (predict.SHARE * predict.BANDWIDTH["NVIDIA H200"] * 1e6)

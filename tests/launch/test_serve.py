@@ -291,6 +291,8 @@ def test_another_address_and_no_tokenizer(checkpoint: Path, tmp_path: Path):
     with serve(STUB, checkpoint, tmp_path, flags=flags, SGLANG_SM120_URL_FILE=str(written)) as running:
         running.wait_for(READY, 60)
         assert written.read_text() == f"http://[::1]:{running.port}"
+        assert f"Everybody who reaches port {running.port}" in running.text()
+        assert f"{READY}: unverified, which is no fault of this server" in running.text()
         assert f"ready: http://[::1]:{running.port} after" in running.text()
         assert health(written) == 0
     assert health(tmp_path / "none") == 1

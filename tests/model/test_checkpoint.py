@@ -22,6 +22,7 @@ import sglang_sm120
 from sglang_sm120.checkpoint.config import ReferenceConfig
 from sglang_sm120.checkpoint.layout import stored
 from sglang_sm120_reference import tokenizer, write
+from sglang_sm120_reference.config_file import config_json, load_config
 from sglang_sm120_reference.write import main, write_checkpoint
 
 REAL_CONFIG = Path(sglang_sm120.__file__).with_name("model-config.json")
@@ -160,7 +161,7 @@ def test_default_is_the_published_layout(checkpoint: Path) -> None:
         expected[f"mtp.0.{name}.scale"] = ((2, 2), torch.float8_e8m0fnu)
         expected[f"mtp.0.{name[0]}norm.weight"] = ((256,), bf16)
     assert _shapes(checkpoint) == expected
-    assert stored(ReferenceConfig.load(checkpoint)) == expected
+    assert stored(load_config(checkpoint)) == expected
 
 
 def test_sizes_of_the_real_model() -> None:
@@ -198,8 +199,8 @@ def test_default_config(checkpoint: Path) -> None:
 
 
 def test_config_round_trip(checkpoint: Path) -> None:
-    assert ReferenceConfig.load(checkpoint) == ReferenceConfig()
-    assert ReferenceConfig.from_json(json.loads(REAL_CONFIG.read_text())).to_json() == json.loads(
+    assert load_config(checkpoint) == ReferenceConfig()
+    assert config_json(ReferenceConfig.from_json(json.loads(REAL_CONFIG.read_text()))) == json.loads(
         REAL_CONFIG.read_text()
     )
 
@@ -213,7 +214,7 @@ def test_command_line_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     out = tmp_path / "out"
     assert main([str(out), "--seed", "7", "--num-attention-heads", "4", *TINY_OPTIONS]) == 0
     assert capsys.readouterr().out == f"{out}\n"
-    config = ReferenceConfig.load(out)
+    config = load_config(out)
     assert (config.hidden_size, config.vocab_size, config.n_routed_experts) == (128, 300, 6)
     assert (config.num_hidden_layers, config.compress_ratios, config.num_attention_heads) == (1, (0, 0), 4)
     assert _shapes(out) == stored(config)
@@ -221,9 +222,9 @@ def test_command_line_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_command_line_takes_another_config(tmp_path: Path) -> None:
     like = tmp_path / "config.json"
-    like.write_text(json.dumps(TINY.to_json()))
+    like.write_text(json.dumps(config_json(TINY)))
     assert main([str(tmp_path / "out"), "--like", str(like), "--vocab-size", "400"]) == 0
-    assert ReferenceConfig.load(tmp_path / "out") == ReferenceConfig(**{**vars(TINY), "vocab_size": 400})
+    assert load_config(tmp_path / "out") == ReferenceConfig(**{**vars(TINY), "vocab_size": 400})
 
 
 @pytest.mark.parametrize("has", [False, True])
@@ -232,10 +233,10 @@ def test_command_line_mtp(tmp_path: Path, has: bool, option: str | None) -> None
     """An MTP layer by option, otherwise as the config that is taken has it."""
     like, out = tmp_path / "config.json", tmp_path / "out"
     ratios = TINY.compress_ratios + (0,) * has
-    like.write_text(json.dumps(TINY.to_json() | {"num_nextn_predict_layers": int(has), "compress_ratios": ratios}))
+    like.write_text(json.dumps(config_json(TINY) | {"num_nextn_predict_layers": int(has), "compress_ratios": ratios}))
     assert main([str(out), "--like", str(like), *([option] if option else [])]) == 0
     wanted = option == "--mtp" or (option is None and has)
-    config = ReferenceConfig.load(out)
+    config = load_config(out)
     assert (config.num_hidden_layers, config.num_nextn_predict_layers) == (1, int(wanted))
     assert config.compress_ratios == TINY.compress_ratios + (0,) * wanted
     assert _shapes(out) == stored(config)
@@ -288,7 +289,7 @@ def test_misuse_exits_with_2(
 
 def test_another_models_config_is_misuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     like = tmp_path / "config.json"
-    like.write_text(json.dumps(TINY.to_json() | {"head_dim": 128}))
+    like.write_text(json.dumps(config_json(TINY) | {"head_dim": 128}))
     with pytest.raises(SystemExit) as exit_:
         main([str(tmp_path / "out"), "--like", str(like)])
     assert exit_.value.code == 2

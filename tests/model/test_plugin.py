@@ -29,13 +29,13 @@ from sglang.srt.server_args import ServerArgs
 from standin import New, Server, Weights, stub_sglang
 
 from sglang_sm120 import plugin, registry, warmup
-from sglang_sm120.checkpoint.config import ReferenceConfig
 from sglang_sm120.limits import MAX_DRAFT_TOKENS, MAX_ROWS
 from sglang_sm120.plugin import Built, Checked, check_graphs, install_on_cpu, why_left
 from sglang_sm120.step import reasons, target
 from sglang_sm120.step.passes import Passes
 from sglang_sm120.step.prepare import prepare
 from sglang_sm120.step.target import Target
+from sglang_sm120_reference.config_file import load_config
 
 
 @pytest.fixture
@@ -250,7 +250,7 @@ def test_a_built_step_plans_and_counts(
         assert found == spec.Step("target_verify", len(ids))
         return built.forward(msgspec.structs.replace(found, view=view), _not_called, ids, positions, forward_batch)
 
-    tokens, ratios = prompt_of(6, 1), ReferenceConfig.load(checkpoint).compress_ratios
+    tokens, ratios = prompt_of(6, 1), load_config(checkpoint).compress_ratios
     server = Server(step, ratios, 1, 256, torch.Generator().manual_seed(1), rings=(16, 256))
     assert server.extend(New(1, 0, tokens[:4])).logits.shape[0] == 4
     server.extend(New(1, 4, tokens[4:5]))

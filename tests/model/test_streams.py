@@ -18,10 +18,10 @@ from standin import New, Server, Weights, stub_sglang
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_sm120 import ops, streams
-from sglang_sm120.checkpoint.config import ReferenceConfig
 from sglang_sm120.step.target import Target
 from sglang_sm120.streams import Beside
 from sglang_sm120.warmup import served
+from sglang_sm120_reference.config_file import load_config
 
 ALTERNATES = len(streams.PRIORITIES)
 
@@ -147,7 +147,7 @@ def test_a_captured_pass_has_no_race(
     seed: int,
 ) -> None:
     ranks, model, tokens = stub_sglang(monkeypatch), Weights(checkpoint).target(), prompt_of(270, seed)
-    ratios = ReferenceConfig.load(checkpoint).compress_ratios
+    ratios = load_config(checkpoint).compress_ratios
     with torch.no_grad():
         model.model.alt_streams = ["one of SGLang's"]
         server = Server(Target(model), ratios, 1, 270, torch.Generator().manual_seed(seed))

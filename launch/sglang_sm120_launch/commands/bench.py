@@ -78,19 +78,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", metavar="PATH|ID", help="where the server's own is not readable from here")
     parser.add_argument("--seed", type=int, default=1, help="of the prompts (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("bench.json"), metavar="FILE.json",
-                        help="result; the picture lies beside it as FILE.png (default: %(default)s)")  # fmt: skip
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Measure every point; 1 when a request failed."""
-    out: Path = arguments.out
-    if out.suffix != ".json" or not out.absolute().parent.is_dir():
-        raise LaunchError(f"--out {out} cannot be written: name a file that ends in .json in an existing folder.")
-    server = find_server(arguments.base_url, arguments.tokenizer)
-    return measure_all(
-        server, arguments.prompt_tokens, arguments.concurrency, arguments.output_tokens, arguments.rounds,
-        arguments.seed, out,
-    )  # fmt: skip
+                        help="result; the picture lies beside it as FILE.svg (default: %(default)s)")  # fmt: skip
 
 
 class _Stopped(Exception):
@@ -107,17 +95,19 @@ class Server(NamedTuple):
     settings: dict[str, Any]
 
 
-def measure_all(
-    server: Server, prompt_tokens: Sequence[int], concurrency: Sequence[int], output_tokens: int, rounds: int,
-    seed: int, out: Path,
-) -> int:  # fmt: skip
+def run(arguments: argparse.Namespace) -> int:
     """Measure every point, write the JSON file after each and the picture at the end; 1 when a request failed.
 
     Raises:
-        LaunchError: no point fits into the server's context.
+        LaunchError: the file cannot be written, no SGLang server answers, or no point fits into its context.
     """
+    out: Path = arguments.out
+    if out.suffix != ".json" or not out.absolute().parent.is_dir():
+        raise LaunchError(f"--out {out} cannot be written: name a file that ends in .json in an existing folder.")
+    server = find_server(arguments.base_url, arguments.tokenizer)
+    prompt_tokens, output_tokens, rounds = arguments.prompt_tokens, arguments.output_tokens, arguments.rounds
     room = None if server.longest is None else server.longest - output_tokens
-    fitting = [(p, c) for p in prompt_tokens for c in concurrency if room is None or p <= room]
+    fitting = [(p, c) for p in prompt_tokens for c in arguments.concurrency if room is None or p <= room]
     if not fitting:
         raise LaunchError(
             f"No point fits: the server's context is {server.longest} tokens, the shortest prompt and its answer need "
@@ -130,7 +120,7 @@ def measure_all(
         "server": server.settings,
         "output_tokens": output_tokens,
         "rounds": rounds,
-        "seed": seed,
+        "seed": arguments.seed,
         "too_long": [p for p in prompt_tokens if room is not None and p > room],
         "complete": False,
         "passes": None,
@@ -139,7 +129,7 @@ def measure_all(
     before = _passes(server.url)
     for length in result["too_long"]:
         print(f"left out: prompts of {length} tokens, the server's context is {server.longest}")
-    measure = _measure(server, output_tokens, rounds, seed)
+    measure = _measure(server, output_tokens, rounds, arguments.seed)
     with tqdm(total=sum(c for _, c in fitting) * rounds, unit="req", dynamic_ncols=True) as bar:
         for length, count in fitting:
             bar.set_description(f"{length} tokens x {count}")
@@ -158,8 +148,8 @@ def measure_all(
             bar.update(point["requests"])
     result["complete"] = True
     _write(out, result)
-    picture(result, out.with_suffix(".png"))
-    print("\n".join([*passes.lines(result["passes"]), str(out), str(out.with_suffix(".png"))]))
+    picture(result, out.with_suffix(".svg"))
+    print("\n".join([*passes.lines(result["passes"]), str(out), str(out.with_suffix(".svg"))]))
     failed = sum(point["requests"] - point["completed"] for point in result["points"])
     if failed:
         print(f"{failed} requests failed, {out} has the first error of each point")

@@ -17,6 +17,7 @@ from ..checks_checkpoint import checkpoint_checks
 from ..checks_software import software_checks
 from ..errors import LaunchError
 from ..machine import Machine
+from ..model import located
 
 SCHEMA = 1
 """Version of the JSON report, described in docs/doctor.md: raised when a reader of the old one would go wrong."""
@@ -25,7 +26,7 @@ ORDER: tuple[Status, ...] = ("ok", "warn", "fail")
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of `doctor`."""
-    parser.add_argument("--model", type=Path, metavar="DIR", help="also check the checkpoint in this directory")
+    parser.add_argument("--model", metavar="PATH|ID", help="also check a checkpoint's directory, or a downloaded model")
     parser.add_argument("--host", default=HOST, help="address the server will listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=PORT, help="port the server will listen on (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON (schema: docs/doctor.md)")
@@ -33,11 +34,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the report; 0 when no check failed, 1 otherwise."""
-    if arguments.model is not None and not arguments.model.is_dir():
-        raise LaunchError(f"--model {arguments.model} is not a directory: name the folder of a downloaded checkpoint.")
+    folder = located(arguments.model) if arguments.model is not None else None
+    if folder is None and arguments.model is not None:
+        raise LaunchError(
+            f"{arguments.model} is not downloaded: run `hf download {arguments.model} --local-dir DIR`, then name DIR."
+        )
     _, findings = look(arguments.host, arguments.port)
-    if arguments.model is not None:
-        findings += checkpoint_checks(arguments.model)
+    if folder is not None:
+        findings += checkpoint_checks(folder)
     print(json.dumps(report(findings), indent=2) if arguments.json else table(findings))
     return 1 if worst(findings) == "fail" else 0
 

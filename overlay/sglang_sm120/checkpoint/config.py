@@ -6,7 +6,6 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 HEAD_DIM = 512
@@ -15,7 +14,7 @@ INDEX_HEAD_DIM = 128
 WINDOW = 128
 FP8_BLOCK = 128
 
-_FIXED = {
+FIXED = {
     "head_dim": HEAD_DIM,
     "qk_rope_head_dim": ROPE_DIM,
     "index_head_dim": INDEX_HEAD_DIM,
@@ -24,8 +23,12 @@ _FIXED = {
     "n_shared_experts": 1,
     "hc_mult": 4,
 }
-
-
+"""What no DeepSeek-V4 has otherwise."""
+_YARN = {
+    "yarn_factor": "factor", "yarn_original_positions": "original_max_position_embeddings",
+    "yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow",
+}  # fmt: skip
+"""Fields, and their keys of `rope_scaling`."""
 _SIZES = (
     "hidden_size",
     "vocab_size",
@@ -119,69 +122,23 @@ class ReferenceConfig:
     @classmethod
     def from_json(cls, source: dict[str, Any]) -> ReferenceConfig:
         """Read a parsed `config.json`. Raises ValueError where it is not a DeepSeek-V4 we can compute."""
-        for key, needed in _FIXED.items():
-            if source.get(key) != needed:
-                raise ValueError(f"config.json has {key}={source.get(key)}, this model needs {needed}")
-        rope = source["rope_scaling"]
-        values: dict[str, Any] = {
-            "yarn_factor": rope["factor"],
-            "yarn_original_positions": rope["original_max_position_embeddings"],
-            "yarn_beta_fast": rope["beta_fast"],
-            "yarn_beta_slow": rope["beta_slow"],
-        }
+        needed = (*FIXED, *_SIZES, "index_topk", "compress_ratios", "rope_scaling")
+        if missing := [key for key in needed if key not in source]:
+            raise ValueError(f"config.json lacks {', '.join(missing)}")
+        values = {field.name: source[field.name] for field in dataclasses.fields(cls) if field.name in source}
+        ratios, rope = source["compress_ratios"], source["rope_scaling"]
+        if not isinstance(ratios, list) or not isinstance(rope, dict) or not set(_YARN.values()) <= rope.keys():
+            raise ValueError(f"config.json has compress_ratios={ratios!r} and rope_scaling={rope!r}, of another kind")
+        values |= {"compress_ratios": tuple(ratios), **{name: rope[key] for name, key in _YARN.items()}}
         for field in dataclasses.fields(cls):
-            if field.name in source:
-                values[field.name] = source[field.name]
-        values["compress_ratios"] = tuple(source["compress_ratios"])
+            value = values.get(field.name, field.default)
+            kinds = (int, float) if field.type == "float" else (int,)
+            if any(type(one) not in kinds for one in (value if isinstance(value, tuple) else (value,))):
+                raise ValueError(f"config.json has {field.name}={value!r}, which is of another kind")
+        for key, fixed in FIXED.items():
+            if source[key] != fixed:
+                raise ValueError(f"config.json has {key}={source[key]}, this model needs {fixed}")
         return cls(**values)
-
-    @classmethod
-    def load(cls, checkpoint: str | Path) -> ReferenceConfig:
-        """Read `config.json` of a checkpoint directory."""
-        return cls.from_json(json.loads((Path(checkpoint) / "config.json").read_text()))
-
-    def to_json(self) -> dict[str, Any]:
-        """The `config.json` of this model, with exactly the keys of the published one."""
-        own = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if not field.name.startswith("yarn_")
-        }
-        return {
-            "architectures": ["DeepseekV4ForCausalLM"],
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-            "bos_token_id": 0,
-            "eos_token_id": 1,
-            "expert_dtype": "fp4",
-            "hidden_act": "silu",
-            "initializer_range": 0.02,
-            "model_type": "deepseek_v4",
-            "norm_topk_prob": True,
-            "quantization_config": {
-                "activation_scheme": "dynamic",
-                "fmt": "e4m3",
-                "quant_method": "fp8",
-                "scale_fmt": "ue8m0",
-                "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
-            },
-            "rope_scaling": {
-                "beta_fast": self.yarn_beta_fast,
-                "beta_slow": self.yarn_beta_slow,
-                "factor": self.yarn_factor,
-                "original_max_position_embeddings": self.yarn_original_positions,
-                "type": "yarn",
-            },
-            "scoring_func": "sqrtsoftplus",
-            "tie_word_embeddings": False,
-            "topk_method": "noaux_tc",
-            "torch_dtype": "bfloat16",
-            "transformers_version": "4.57.1",
-            "use_cache": True,
-            **_FIXED,
-            **own,
-            "compress_ratios": list(self.compress_ratios),
-        }
 
 
 def model_config() -> dict[str, Any]:

@@ -1,0 +1,59 @@
+"""A model's `config.json`: read from a checkpoint, and written with exactly the keys of the published one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from sglang_sm120.checkpoint.config import FIXED, FP8_BLOCK, ReferenceConfig
+
+
+def load_config(checkpoint: str | Path) -> ReferenceConfig:
+    """Read `config.json` of a checkpoint directory."""
+    return ReferenceConfig.from_json(json.loads((Path(checkpoint) / "config.json").read_text()))
+
+
+def config_json(config: ReferenceConfig) -> dict[str, Any]:
+    """The `config.json` of this model, with exactly the keys of the published one."""
+    own = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if not field.name.startswith("yarn_")
+    }
+    return {
+        "architectures": ["DeepseekV4ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "expert_dtype": "fp4",
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "model_type": "deepseek_v4",
+        "norm_topk_prob": True,
+        "quantization_config": {
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "quant_method": "fp8",
+            "scale_fmt": "ue8m0",
+            "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+        },
+        "rope_scaling": {
+            "beta_fast": config.yarn_beta_fast,
+            "beta_slow": config.yarn_beta_slow,
+            "factor": config.yarn_factor,
+            "original_max_position_embeddings": config.yarn_original_positions,
+            "type": "yarn",
+        },
+        "scoring_func": "sqrtsoftplus",
+        "tie_word_embeddings": False,
+        "topk_method": "noaux_tc",
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.57.1",
+        "use_cache": True,
+        **FIXED,
+        **own,
+        "compress_ratios": list(config.compress_ratios),
+    }
