@@ -86,33 +86,18 @@ def enter(
     (parts,) = kernels.scratch(op, x.device, ((rows, c.parts, WIDTH.value), torch.float32))
     f, f_post, f_comb = block if block is not None else (x, x, x)
     kernels.launch(
-        _mix,
-        (c.parts, triton.cdiv(rows, c.rows)),
-        *(f, x, f_post, f_comb, a.fn, out, parts, rows),
-        H=hidden,
-        N=mixes,
-        NP=16 if head else 32,
-        EXIT=block is not None,
-        R=c.rows,
-        B=c.columns,
-        PART=triton.cdiv(triton.cdiv(hidden, c.columns), c.parts) * c.columns,
-        STAGES=c.stages,
-        num_warps=c.warps,
-    )
+        _mix, (c.parts, triton.cdiv(rows, c.rows)), *(f, x, f_post, f_comb, a.fn, out, parts, rows),
+        H=hidden, N=mixes, NP=16 if head else 32, EXIT=block is not None, R=c.rows, B=c.columns,
+        PART=triton.cdiv(triton.cdiv(hidden, c.columns), c.parts) * c.columns, STAGES=c.stages, num_warps=c.warps,
+    )  # fmt: skip
     tiles = 0 if head else triton.cdiv(rows, c.sinkhorn_rows)
     kernels.launch(
-        _finish,
-        (tiles + rows,),
+        _finish, (tiles + rows,),
         *(out, parts, a.scale, a.base, norm_weight if norm_weight is not None else x, y, post, comb),
         *(rows, tiles, a.rms_eps, a.hc_eps, norm_eps),
-        H=hidden,
-        HP=triton.next_power_of_2(hidden),
-        PARTS=c.parts,
-        R=1 if head else c.sinkhorn_rows,
-        ITERS=iters,
-        NORM=norm_weight is not None,
-        num_warps=4,
-    )
+        H=hidden, HP=triton.next_power_of_2(hidden), PARTS=c.parts, R=1 if head else c.sinkhorn_rows, ITERS=iters,
+        NORM=norm_weight is not None, num_warps=4,
+    )  # fmt: skip
     return out, y, post, comb
 
 

@@ -50,27 +50,10 @@ def _keys(pages, page_stride, page, block, length, PAGE: tl.constexpr, BLOCK: tl
     do_not_specialize_on_alignment=["table", "lengths", "logits"],
 )
 def _score(
-    q,
-    q_row,
-    q_head,
-    weights,
-    weights_row,
-    pages,
-    page_stride,
-    table,
-    table_row,
-    lengths,
-    logits,
-    logits_row,
-    width,
-    least,
-    programs,
-    HEADS: tl.constexpr,
-    PADDED: tl.constexpr,
-    PAGE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    q, q_row, q_head, weights, weights_row, pages, page_stride, table, table_row, lengths, logits, logits_row, width,
+    least, programs, HEADS: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
     FILL: tl.constexpr,
-):
+):  # fmt: skip
     """q E4M3 bytes [T, HEADS, 128], weights fp32 [T, HEADS] -> logits fp32 [T, width] below lengths.
 
     Programs: T x programs, those of a row adjacent. Rows of up to `least` entries are left out. With FILL, what lies at
@@ -137,30 +120,12 @@ def score(a: Arguments, part: slice, logits: torch.Tensor, least: int | None = N
     spread = kernels.multiprocessors(q.device) * c.programs_per_sm // max(rows, 1)
     programs = max(1, min(blocks, spread))
     kernels.launch(
-        _score,
-        (rows * programs if width else 0,),
-        q.view(torch.uint8),
-        q.stride(0),
-        q.stride(1),
-        weights,
-        weights.stride(0),
-        a.pages,
-        a.pages.stride(0),
-        page_table,
-        page_table.stride(0),
-        lengths,
-        logits,
-        logits.stride(0),
-        width,
-        0 if least is None else least,
-        programs,
-        HEADS=heads,
-        PADDED=max(16, triton.next_power_of_2(heads)),
-        PAGE=a.page_size,
-        BLOCK=c.block,
-        FILL=least is None,
-        num_warps=c.warps,
-    )
+        _score, (rows * programs if width else 0,), q.view(torch.uint8), q.stride(0), q.stride(1), weights,
+        weights.stride(0), a.pages, a.pages.stride(0), page_table, page_table.stride(0), lengths, logits,
+        logits.stride(0), width, 0 if least is None else least, programs,
+        HEADS=heads, PADDED=max(16, triton.next_power_of_2(heads)), PAGE=a.page_size, BLOCK=c.block,
+        FILL=least is None, num_warps=c.warps,
+    )  # fmt: skip
 
 
 def refusal(a: Arguments) -> str | None:

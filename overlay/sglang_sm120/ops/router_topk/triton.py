@@ -24,19 +24,9 @@ def _sqrt_softplus(x):
 
 @triton.jit(do_not_specialize=["rows", "stride"])
 def _route(
-    logits_ptr,
-    bias_ptr,
-    weights_ptr,
-    ids_ptr,
-    rows,
-    stride,
-    EXPERTS: tl.constexpr,
-    K: tl.constexpr,
-    RENORMALIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-    LANES: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    logits_ptr, bias_ptr, weights_ptr, ids_ptr, rows, stride, EXPERTS: tl.constexpr, K: tl.constexpr,
+    RENORMALIZE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     expert = tl.arange(0, LANES)
     live = (row < rows)[:, None] & (expert < EXPERTS)[None, :]
@@ -83,20 +73,8 @@ def router_topk_triton(a: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
     ids = torch.empty(rows, k, dtype=torch.int32, device=logits.device)
     block = 1 if rows <= 64 else 4
     kernels.launch(
-        _route,
-        (triton.cdiv(rows, block),),
-        logits,
-        a.correction_bias,
-        weights,
-        ids,
-        rows,
-        logits.stride(0),
-        EXPERTS=experts,
-        K=k,
-        RENORMALIZE=a.renormalize,
-        ROWS=block,
-        LANES=1 << (experts - 1).bit_length(),
-        WIDTH=1 << (k - 1).bit_length(),
-        num_warps=block,
-    )
+        _route, (triton.cdiv(rows, block),), logits, a.correction_bias, weights, ids, rows, logits.stride(0),
+        EXPERTS=experts, K=k, RENORMALIZE=a.renormalize, ROWS=block, LANES=1 << (experts - 1).bit_length(),
+        WIDTH=1 << (k - 1).bit_length(), num_warps=block,
+    )  # fmt: skip
     return weights, ids

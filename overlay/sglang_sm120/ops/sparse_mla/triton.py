@@ -91,39 +91,11 @@ def _gather(slot, is_extra, window, extra):
     do_not_specialize_on_alignment=["window_slots", "window_lengths", "extra_slots", "extra_lengths", "positions"],
 )
 def _attend(
-    q,
-    q_row,
-    q_head,
-    window_pages,
-    window_page_stride,
-    window_slots,
-    window_row,
-    window_width,
-    window_lengths,
-    extra_pages,
-    extra_page_stride,
-    extra_slots,
-    extra_row,
-    extra_width,
-    extra_lengths,
-    sink,
-    freqs,
-    positions,
-    out,
-    parts,
-    stats,
-    scale,
-    q_eps,
-    splits,
-    HEADS: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WINDOW_PAGE: tl.constexpr,
-    EXTRA_PAGE: tl.constexpr,
-    SPLIT: tl.constexpr,
-    TURN: tl.constexpr,
-    NORM: tl.constexpr,
-):
+    q, q_row, q_head, window_pages, window_page_stride, window_slots, window_row, window_width, window_lengths,
+    extra_pages, extra_page_stride, extra_slots, extra_row, extra_width, extra_lengths, sink, freqs, positions, out,
+    parts, stats, scale, q_eps, splits, HEADS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    WINDOW_PAGE: tl.constexpr, EXTRA_PAGE: tl.constexpr, SPLIT: tl.constexpr, TURN: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
     """q bf16 [T, HEADS, 512] -> out bf16 [T, HEADS, 512], or with SPLIT parts fp32 [T, splits, HEADS, 512] and stats
     fp32 [T, splits, HEADS, 2]: a part's weighted sum, its largest score (base 2) and its sum of weights.
 
@@ -372,51 +344,19 @@ def sparse_mla_triton(a: Arguments) -> torch.Tensor:
             ((at_once // tiles, heads, 2), torch.float32),
         )
     kernels.launch(
-        _attend,
-        (rows * splits * tiles,),
-        q,
-        q.stride(0),
-        q.stride(1),
-        *_given(*window),
-        *_given(*extra),
-        sink,
-        freqs,
-        positions,
-        out,
-        parts,
-        stats,
-        a.scale,
-        0.0 if a.q_eps is None else float(a.q_eps),
-        splits,
-        HEADS=heads,
-        TILE=TILE,
-        BLOCK=BLOCK,
-        WINDOW_PAGE=a.window_page_size,
-        EXTRA_PAGE=a.extra_page_size if extra is not window else 0,
-        SPLIT=splits > 1,
-        TURN=turn,
-        NORM=a.q_eps is not None,
-        num_warps=WARPS,
-    )
+        _attend, (rows * splits * tiles,), q, q.stride(0), q.stride(1), *_given(*window), *_given(*extra), sink,
+        freqs, positions, out, parts, stats, a.scale, 0.0 if a.q_eps is None else float(a.q_eps), splits,
+        HEADS=heads, TILE=TILE, BLOCK=BLOCK, WINDOW_PAGE=a.window_page_size,
+        EXTRA_PAGE=a.extra_page_size if extra is not window else 0, SPLIT=splits > 1, TURN=turn,
+        NORM=a.q_eps is not None, num_warps=WARPS,
+    )  # fmt: skip
     if splits > 1:
         width = 128 if rows < 16 else kv_page.DIM
         for many in _merged(splits, at_once // (rows * tiles)):
             kernels.launch(
-                _merge,
-                (rows * heads, kv_page.DIM // width),
-                parts,
-                stats,
-                sink,
-                freqs,
-                positions,
-                out,
-                splits,
-                HEADS=heads,
-                SPLITS=many,
-                WIDTH=width,
-                TURN=turn,
-                num_warps=4,
-            )
+                _merge, (rows * heads, kv_page.DIM // width), parts, stats, sink, freqs, positions, out, splits,
+                HEADS=heads, SPLITS=many, WIDTH=width, TURN=turn, num_warps=4,
+            )  # fmt: skip
     return out
 
 

@@ -140,23 +140,9 @@ def _fill(out, out_width, count):
     do_not_specialize_on_alignment=["lengths", "table", "out"],
 )
 def _choose(
-    logits,
-    logits_row,
-    width,
-    lengths,
-    table,
-    table_row,
-    out,
-    out_row,
-    out_width,
-    best_keys,
-    best_entries,
-    tiles,
-    K: tl.constexpr,
-    PAGE: tl.constexpr,
-    TILE: tl.constexpr,
-    PARTS: tl.constexpr,
-):
+    logits, logits_row, width, lengths, table, table_row, out, out_row, out_width, best_keys, best_entries, tiles,
+    K: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     """logits fp32 [T, width] -> out int32 [T, >= K] for rows of up to TILE entries; for longer ones best_keys and
     best_entries int32 [T, tiles, K], the K best of each tile in order.
 
@@ -211,22 +197,9 @@ def _row_keys(logits, entry, live):
     do_not_specialize_on_alignment=["lengths", "table", "out"],
 )
 def _choose_again(
-    width,
-    lengths,
-    table,
-    table_row,
-    out,
-    out_row,
-    out_width,
-    best_keys,
-    best_entries,
-    tiles,
-    K: tl.constexpr,
-    PAGE: tl.constexpr,
-    TILE: tl.constexpr,
-    AGAIN: tl.constexpr,
-    PARTS: tl.constexpr,
-):
+    width, lengths, table, table_row, out, out_row, out_width, best_keys, best_entries, tiles, K: tl.constexpr,
+    PAGE: tl.constexpr, TILE: tl.constexpr, AGAIN: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     """What `_choose` left in best_keys and best_entries -> out. AGAIN is at least tiles * K.
 
     Programs: T x PARTS, as in `_choose`.
@@ -337,31 +310,14 @@ def choose(a: Arguments, part: slice, logits: torch.Tensor, out: torch.Tensor) -
         given = (lengths[here], page_table[here], page_table.stride(0), slots, slots.stride(0), slots.shape[1])
         given += (best_keys, best_entries, tiles)
         kernels.launch(
-            _choose,
-            (slots.shape[0] * tiles * parts,),
-            logits[here],
-            logits.stride(0),
-            width,
-            *given,
-            K=k,
-            PAGE=a.page_size,
-            TILE=tile,
-            PARTS=parts,
-            num_warps=c.warps,
-        )
+            _choose, (slots.shape[0] * tiles * parts,), logits[here], logits.stride(0), width, *given,
+            K=k, PAGE=a.page_size, TILE=tile, PARTS=parts, num_warps=c.warps,
+        )  # fmt: skip
         if tiles > 1:
             kernels.launch(
-                _choose_again,
-                (slots.shape[0] * parts_again,),
-                width,
-                *given,
-                K=k,
-                PAGE=a.page_size,
-                TILE=tile,
-                AGAIN=again,
-                PARTS=parts_again,
-                num_warps=c.warps_again,
-            )
+                _choose_again, (slots.shape[0] * parts_again,), width, *given,
+                K=k, PAGE=a.page_size, TILE=tile, AGAIN=again, PARTS=parts_again, num_warps=c.warps_again,
+            )  # fmt: skip
 
 
 def refusal(width: int, k: int) -> str | None:
