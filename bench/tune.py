@@ -10,6 +10,7 @@ left out; entries of calls that were not reached stay as they are in the file.
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import sys
@@ -224,6 +225,21 @@ def main() -> int:
     return 1 if wrong else 0
 
 
+def entry_of(key: tuned.Key, config: Any, **notes: Any) -> dict[str, Any]:
+    """What `tuned.parse` reads, with notes that it leaves alone."""
+    name, shape, rows = key
+    sizes = dict(zip(tuned.FAMILIES[name].shape, shape, strict=True))
+    return {"family": name, "shape": sizes, "rows": rows, "config": config._asdict(), **notes}
+
+
+def save(path: Path, written: list[dict[str, Any]], **about: Any) -> None:
+    """Write a table, an entry a line; `about` says where it comes from."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [f"{json.dumps(name)}: {json.dumps(value)}," for name, value in about.items()]
+    listed = ",\n".join(json.dumps(entry) for entry in sorted(written, key=lambda e: json.dumps(tuned.parse(e)[0])))
+    path.write_text("\n".join(["{", *lines, '"entries": [', listed, "]", "}", ""]), encoding="utf-8")
+
+
 def write(path: Path, found: list[Found], copy: float) -> None:
     """Put the entries of `found` into the file, in place of what it had for the same calls."""
     swept = {key for f in found for key in f.case.tried}
@@ -231,9 +247,9 @@ def write(path: Path, found: list[Found], copy: float) -> None:
     for f in found:
         notes = {"call": f"{f.case.op} {f.case.label}", "us": round(f.us, 2), "heuristic_us": round(f.heuristic_us, 2)}
         notes |= {"date": date.today().isoformat(), "triton": triton.__version__}
-        kept += [tuned.entry_of(key, config, **notes) for key, config in f.table.items()]
+        kept += [entry_of(key, config, **notes) for key, config in f.table.items()]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    tuned.save(path, kept, gpu=gpu, copy_bytes_per_s=round(copy))
+    save(path, kept, gpu=gpu, copy_bytes_per_s=round(copy))
 
 
 if __name__ == "__main__":

@@ -171,11 +171,6 @@ def ops() -> dict[str, Op]:
     return dict(_ops)
 
 
-def runs_on(provider: Provider, kind: str) -> bool:
-    """Whether the provider can serve device kind `kind`."""
-    return _matches(provider.runs_on, kind)
-
-
 def reset() -> None:
     """Forget past selections, so that the next call reads the environment again."""
     for cached in (_choose, _asked, forced, _log_refusal):

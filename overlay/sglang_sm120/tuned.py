@@ -183,20 +183,5 @@ def parse(entry: Any) -> tuple[Key, Any]:
     return family.key(sizes, rows), config
 
 
-def entry_of(key: Key, config: Any, **notes: Any) -> dict[str, Any]:
-    """What `parse` reads, with notes that it leaves alone."""
-    name, shape, rows = key
-    sizes = dict(zip(FAMILIES[name].shape, shape, strict=True))
-    return {"family": name, "shape": sizes, "rows": rows, "config": config._asdict(), **notes}
-
-
-def save(path: Path, written: list[dict[str, Any]], **about: Any) -> None:
-    """Write a table, an entry a line; `about` says where it comes from."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [f"{json.dumps(name)}: {json.dumps(value)}," for name, value in about.items()]
-    listed = ",\n".join(json.dumps(entry) for entry in sorted(written, key=lambda e: json.dumps(parse(e)[0])))
-    path.write_text("\n".join(["{", *lines, '"entries": [', listed, "]", "}", ""]), encoding="utf-8")
-
-
 def _is_size(value: Any) -> bool:
     return type(value) is int and value >= 1

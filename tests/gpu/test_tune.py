@@ -35,7 +35,7 @@ def test_candidates_are_accepted_and_start_with_the_heuristic_s(wanted: list[Cas
             assert 8 <= len(tried) <= 60
             for config in tried:
                 assert family.refusal(key[1], key[2], config) is None, (key, config)
-                assert tuned.parse(tuned.entry_of(key, config)) == (key, config)
+                assert tuned.parse(tune.entry_of(key, config)) == (key, config)
                 # Read once, weights must not push out of L2 what the rest of a step keeps there.
                 assert key[2] > 1 or getattr(config, "kernel", None) != "gemv" or config.evict_first
     (moe,) = (c for c in wanted if (c.op, c.rows) == ("mxfp4_moe", 1))

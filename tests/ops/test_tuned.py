@@ -19,6 +19,7 @@ from sglang_sm120.ops.indexer_logits.triton import Config as Logits
 from sglang_sm120.ops.mxfp4_moe.triton import Config as Moe
 from sglang_sm120.ops.topk_slots.triton import Config as TopK
 from sglang_sm120.spec import Inputs
+from tune import entry_of, save
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = ("linear", (1, 256, 512, 1), 8)
@@ -38,14 +39,14 @@ TABLE = {
 
 def entry(**changes: Any) -> dict[str, Any]:
     """A good entry of `linear`; a change of `config` replaces single fields of it."""
-    good = tuned.entry_of(SMALL, Linear("few", 8, 16, 128, 4, 1, 2, 4))
+    good = entry_of(SMALL, Linear("few", 8, 16, 128, 4, 1, 2, 4))
     config = {**good["config"], **changes.pop("config", {})}
     return {**good, "config": {name: value for name, value in config.items() if value is not None}, **changes}
 
 
 def test_a_saved_table_is_loaded_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "new" / "GPU.json"
-    tuned.save(path, [tuned.entry_of(key, config, us=1.5) for key, config in TABLE.items()], gpu="GPU")
+    save(path, [entry_of(key, config, us=1.5) for key, config in TABLE.items()], gpu="GPU")
     assert tuned.load(path) == TABLE
     assert json.loads(path.read_text())["gpu"] == "GPU"
     assert {key[0] for key in TABLE} == set(tuned.FAMILIES), "a family without an example"
@@ -75,18 +76,18 @@ def test_fields_with_a_default_may_be_left_out() -> None:
         (entry(config={"kernel": "gemv", "bm": 1, "bk": 256, "warps_k": 1, "stages": 1}), "bk is 256"),
         (entry(shape={"groups": 1, "n": 99999, "k": 512, "bytes": 1}, rows=4096,
                config={"kernel": "many", "bm": 128, "warps_k": 1, "split": 16}), "bytes of scratch"),
-        (tuned.entry_of(("mxfp4_moe.gate_up", MOE, 1), Moe(32, 2, 4, 64, 4, 3)), "a stretch has 8 rows"),
-        (tuned.entry_of(("mxfp4_moe.gate_up", MOE, 128), Moe(128, 8, 2, 64, 4, 3)), "split is 2"),
-        (tuned.entry_of(("mxfp4_moe.gate_up", MOE, 1), Moe(64, 2, 2, 64, 4, 3)), "tokens times split is 4"),
-        (tuned.entry_of(("mxfp4_moe.gate_up", (4, 128, 128, 6), 1), Moe(64, 4, 2, 64, 4, 3)), "split is 2"),
-        (tuned.entry_of(("mxfp4_moe.down", (4, 128, 128, 8), 1), Moe(64, 4, 1, 32, 4, 3)), "tokens are 4"),
-        (tuned.entry_of(("mxfp4_moe.down", (4, 128, 128, 8), 1), Moe(64, 8, 1, 64, 4, 3)), "depth is 64"),
-        (tuned.entry_of(("mxfp4_moe.down", (4, 384, 128, 6), 8), Moe(256, 8, 1, 32, 4, 3)), "divide the 384 channels"),
-        (tuned.entry_of(("mxfp4_moe.down", MOE, 8), Moe(128, 8, 1, 16, 4, 3)), "depth is 16"),
-        (tuned.entry_of(("mxfp4_moe.down", MOE, 8), Moe(256, 8, 1, 128, 4, 5)), "shared memory"),
-        (tuned.entry_of(("topk_slots", (65536, 512), 1), TopK(1024, 4, 4)), "at most 16384 of all"),
-        (tuned.entry_of(("topk_slots", (4096, 2048), 1), TopK(1024, 4, 4)), "needs k of one"),
-        (tuned.entry_of(("indexer_logits", (16384, 64), 1), Logits(48, 4, 4)), "block is 48"),
+        (entry_of(("mxfp4_moe.gate_up", MOE, 1), Moe(32, 2, 4, 64, 4, 3)), "a stretch has 8 rows"),
+        (entry_of(("mxfp4_moe.gate_up", MOE, 128), Moe(128, 8, 2, 64, 4, 3)), "split is 2"),
+        (entry_of(("mxfp4_moe.gate_up", MOE, 1), Moe(64, 2, 2, 64, 4, 3)), "tokens times split is 4"),
+        (entry_of(("mxfp4_moe.gate_up", (4, 128, 128, 6), 1), Moe(64, 4, 2, 64, 4, 3)), "split is 2"),
+        (entry_of(("mxfp4_moe.down", (4, 128, 128, 8), 1), Moe(64, 4, 1, 32, 4, 3)), "tokens are 4"),
+        (entry_of(("mxfp4_moe.down", (4, 128, 128, 8), 1), Moe(64, 8, 1, 64, 4, 3)), "depth is 64"),
+        (entry_of(("mxfp4_moe.down", (4, 384, 128, 6), 8), Moe(256, 8, 1, 32, 4, 3)), "divide the 384 channels"),
+        (entry_of(("mxfp4_moe.down", MOE, 8), Moe(128, 8, 1, 16, 4, 3)), "depth is 16"),
+        (entry_of(("mxfp4_moe.down", MOE, 8), Moe(256, 8, 1, 128, 4, 5)), "shared memory"),
+        (entry_of(("topk_slots", (65536, 512), 1), TopK(1024, 4, 4)), "at most 16384 of all"),
+        (entry_of(("topk_slots", (4096, 2048), 1), TopK(1024, 4, 4)), "needs k of one"),
+        (entry_of(("indexer_logits", (16384, 64), 1), Logits(48, 4, 4)), "block is 48"),
         ("few", "no object"),
     ],
 )  # fmt: skip
@@ -140,7 +141,7 @@ def test_a_device_without_a_table_follows_the_heuristics(monkeypatch: pytest.Mon
     monkeypatch.setattr(tuned, "path_of", lambda _: path)
     tuned.of_device.cache_clear()
     assert tuned.active(device) == {}
-    tuned.save(path, [entry()])
+    save(path, [entry()])
     tuned.of_device.cache_clear()
     assert set(tuned.active(device)) == {SMALL}
     tuned.of_device.cache_clear()

@@ -120,7 +120,8 @@ def _run_gemv(call: Call, norm: tuple[torch.Tensor, float] | None) -> None:
     kernels.launch(
         _gemv, (x.shape[0], triton.cdiv(w.shape[1], c.bn), w.shape[0]),
         x, norm_weight, eps, w, call.scales, call.y, *call.strides, **call.constants,
-        NORM=norm is not None, POLICY=_policy(c), BN=c.bn, KP=c.bk, STEP=step, num_warps=c.warps,
+        NORM=norm is not None, POLICY="evict_first" if c.evict_first else "", BN=c.bn, KP=c.bk, STEP=step,
+        num_warps=c.warps,
     )  # fmt: skip
 
 
@@ -129,13 +130,9 @@ def _run_few_rows(call: Call) -> None:
     kernels.launch(
         _few_rows, (triton.cdiv(w.shape[1], c.bn), w.shape[0]),
         call.x, w, call.scales, call.y, call.x.shape[0], *call.strides, **call.constants,
-        BM=c.bm, BN=c.bn, KW=c.warps_k, EVEN=w.shape[2] % (c.warps_k * c.bk) == 0, STAGES=c.stages, POLICY=_policy(c),
-        num_warps=c.warps,
+        BM=c.bm, BN=c.bn, KW=c.warps_k, EVEN=w.shape[2] % (c.warps_k * c.bk) == 0, STAGES=c.stages,
+        POLICY="evict_first" if c.evict_first else "", num_warps=c.warps,
     )  # fmt: skip
-
-
-def _policy(c: Config) -> str:
-    return "evict_first" if c.evict_first else ""
 
 
 def _run_many_rows(call: Call, op: str) -> None:
@@ -150,9 +147,10 @@ def _run_many_rows(call: Call, op: str) -> None:
     if c.kernel == "tma" and k % c.bk == 0 and _readable_by_tma(x) and w.data_ptr() % 16 == 0:
         x_tiles = TensorDescriptor.from_tensor(x.as_strided((rows, groups * k), (x.stride(0), 1)), [c.bm, c.bk])
         w_tiles = TensorDescriptor.from_tensor(w.view(-1, k), [c.bn, c.bk])
-        model = {"G": groups, "N": n, "K": k, "SCALE": form}
-        given = (x_tiles, w_tiles, call.scales, parts, rows)
-        kernels.launch(_many_rows_tma, tiles, *given, **model, **tile, num_warps=c.warps)
+        kernels.launch(
+            _many_rows_tma, tiles, x_tiles, w_tiles, call.scales, parts, rows, G=groups, N=n, K=k, SCALE=form, **tile,
+            num_warps=c.warps,
+        )  # fmt: skip
     else:
         most = kernels.registers(c.warps) if form == UNSCALED.value else None
         kernels.launch(
@@ -161,8 +159,9 @@ def _run_many_rows(call: Call, op: str) -> None:
         )  # fmt: skip
     if c.split > 1:
         total = math.prod(y.shape)
-        grid = (triton.cdiv(total, 1024),)
-        kernels.launch(_add_parts, grid, parts, y, total, SPLIT=c.split, BLOCK=1024, num_warps=4)
+        kernels.launch(
+            _add_parts, (triton.cdiv(total, 1024),), parts, y, total, SPLIT=c.split, BLOCK=1024, num_warps=4
+        )
 
 
 def _readable_by_tma(x: torch.Tensor) -> bool:

@@ -64,12 +64,7 @@ def contiguous(a: Arguments, *names: str) -> str | None:
 
 
 def enter(
-    op: str,
-    block: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
-    a: Arguments,
-    iters: int,
-    norm_weight: torch.Tensor | None,
-    norm_eps: float,
+    op: str, a: Arguments, block: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(X', y, post', comb') of X' = mhc_post(f, x, post, comb) for block (f, post, comb), or of X' = x for None.
 
@@ -78,6 +73,7 @@ def enter(
     x = a.x
     rows, _, hidden = x.shape
     mixes, head = a.fn.shape[0], a.fn.shape[0] == 4
+    iters, norm_weight, norm_eps = (1, None, 0.0) if head else (a.iters, a.norm_weight, a.norm_eps)
     out = torch.empty_like(x) if block is not None else x
     y = torch.empty((rows, hidden), dtype=torch.bfloat16, device=x.device)
     post = torch.empty((0 if head else rows, 4), dtype=torch.float32, device=x.device)
@@ -103,12 +99,12 @@ def enter(
 
 def exit_block(f: torch.Tensor, x: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> torch.Tensor:
     """X' alone."""
-    rows, _, hidden = x.shape
-    out = torch.empty_like(x)
-    columns = min(2048, triton.next_power_of_2(hidden)) if rows > 64 else min(512, triton.next_power_of_2(hidden))
-    warps = max(1, min(4, columns // 256))
-    grid = (rows, triton.cdiv(hidden, columns))
-    kernels.launch(_exit, grid, f, x, post, comb, out, H=hidden, B=columns, num_warps=warps)
+    (rows, _, hidden), out = x.shape, torch.empty_like(x)
+    columns = min(2048 if rows > 64 else 512, triton.next_power_of_2(hidden))
+    kernels.launch(
+        _exit, (rows, triton.cdiv(hidden, columns)), f, x, post, comb, out,
+        H=hidden, B=columns, num_warps=max(1, min(4, columns // 256)),
+    )  # fmt: skip
     return out
 
 

@@ -9,11 +9,9 @@ from .._linear_triton import linear, refusal
 from . import fp8_grouped_linear
 
 
-def _accepts(a: Arguments) -> str | None:
-    return refusal(a.w, a.scale)
-
-
-@fp8_grouped_linear.provider("triton", runs_on="cpu sm90+", default_on="sm120 sm121", accepts=_accepts)
+@fp8_grouped_linear.provider(
+    "triton", runs_on="cpu sm90+", default_on="sm120 sm121", accepts=lambda a: refusal(a.w, a.scale)
+)
 def fp8_grouped_linear_triton(a: Arguments) -> torch.Tensor:
     """`linear` as it is: the groups are a grid dimension."""
     return linear("fp8_grouped_linear", a.o, a.w, a.scale, torch.bfloat16)

@@ -9,11 +9,9 @@ from .._mhc_triton import contiguous, exit_block
 from . import mhc_post
 
 
-def _accepts(a: Arguments) -> str | None:
-    return contiguous(a, "f", "x", "post", "comb")
-
-
-@mhc_post.provider("triton", runs_on="cpu sm90+", default_on="sm120 sm121", accepts=_accepts)
+@mhc_post.provider(
+    "triton", runs_on="cpu sm90+", default_on="sm120 sm121", accepts=lambda a: contiguous(a, "f", "x", "post", "comb")
+)
 def mhc_post_triton(a: Arguments) -> torch.Tensor:
     """One launch, each tensor read or written once."""
     return exit_block(a.f, a.x, a.post, a.comb)

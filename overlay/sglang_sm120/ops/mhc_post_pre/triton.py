@@ -16,4 +16,4 @@ def _accepts(a: Arguments) -> str | None:
 @mhc_post_pre.provider("triton", runs_on="cpu sm90+", default_on="sm120 sm121", accepts=_accepts)
 def mhc_post_pre_triton(a: Arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Two launches: X' with its products and squares, then gates, Sinkhorn, combine and norm."""
-    return enter("mhc_post_pre", (a.f, a.post, a.comb), a, a.iters, a.norm_weight, a.norm_eps)
+    return enter("mhc_post_pre", a, (a.f, a.post, a.comb))

@@ -9,12 +9,8 @@ from .._mhc_triton import contiguous, enter
 from . import mhc_pre
 
 
-def _accepts(a: Arguments) -> str | None:
-    return contiguous(a, "x", "fn")
-
-
-@mhc_pre.provider("triton", runs_on="cpu sm90+", default_on="sm120 sm121", accepts=_accepts)
+@mhc_pre.provider("triton", runs_on="cpu sm90+", default_on="sm120 sm121", accepts=lambda a: contiguous(a, "x", "fn"))
 def mhc_pre_triton(a: Arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Two launches: products and squares of X, then gates, Sinkhorn, combine and norm."""
-    _, y, post, comb = enter("mhc_pre", None, a, a.iters, a.norm_weight, a.norm_eps)
+    _, y, post, comb = enter("mhc_pre", a)
     return y, post, comb
