@@ -1,9 +1,10 @@
 """SGLang's own forward and the step, on one card in one run: `python bench/side_by_side.py --out DIR`.
 
 All 43 layers at full width with the experts cut to what fits one card, random weights (`random_weights`), served by
-`sglang.launch_server`. The sides take turns, `--runs` times; medians and spreads go into DIR/side_by_side.json and a
-table. On a Hopper card the step runs under SM120 lowering (`sm120`) and compiled natively (`native`); `sglang` has the
-card's own kernels and Marlin's experts there.
+`sglang.launch_server`. The sides take turns, `--runs` times; medians and spreads go into DIR/side_by_side.json, a
+picture beside it and a table (`--draw FILE.json`: the picture of a finished run). On a Hopper card the step runs under
+SM120 lowering (`sm120`) and compiled natively (`native`); `sglang` has the card's own kernels and Marlin's experts
+there.
 
 Decode: milliseconds from token to token while all requests decode. At 1,024 tokens of context each request has its own
 prompt; at more they share all but the last tokens of one, so that their cached pages are the same. EAGLE: milliseconds
@@ -43,6 +44,7 @@ import torch
 import sm120_lowering
 from decode_step import write_model
 from local_server import LocalServer, ServerError
+from sglang_sm120_launch.picture import Panel, draw
 from streamed import INTERVAL, ask, cycle, drawn, pace
 
 HERE = Path(__file__).parent
@@ -62,6 +64,11 @@ def speculation(steps: int) -> tuple[str, ...]:
 
 
 EAGLE = speculation(3)
+AXES = {
+    "decode": ("requests", "ms a token"), "eagle": ("requests", "ms a cycle"),
+    "prefill": ("tokens of the prompt", "tokens/s"),
+}  # fmt: skip
+"""Of a figure's kind, for the picture."""
 
 
 @dataclass(frozen=True)
@@ -213,9 +220,32 @@ def table(figures: dict[str, dict[str, list[float]]]) -> str:
     return "\n".join(lines)
 
 
+def panels(figures: dict[str, dict[str, list[float]]]) -> list[Panel]:
+    """Medians by requests or by the prompt's length: a panel for decoding at each context, EAGLE's cycle, prefill."""
+    found: dict[tuple[str, ...], dict[str, list[tuple[float, float]]]] = {}
+    for side, rows in figures.items():
+        for what, values in rows.items():
+            kind, size, *context = what.split() if " " in what else (what, "")
+            if kind in AXES and size.isdigit():
+                panel = found.setdefault((kind, *context), {})
+                panel.setdefault(side, []).append((int(size), statistics.median(values)))
+    return [
+        Panel(", ".join([kind, *(f"{int(one):,} tokens of context" for one in context)]), *AXES[kind], series)
+        for (kind, *context), series in sorted(found.items(), key=lambda one: [*AXES].index(one[0][0]))
+    ]
+
+
+def picture(run: dict[str, Any], path: Path) -> None:
+    """Draw a run as DIR/side_by_side.json has it."""
+    heading = f"{run['gpu']}, torch {run['torch']}, {run['experts']} experts, {run['date']}"
+    draw(heading, panels(run["figures"]), path)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results and the servers' logs")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--out", type=Path, help="folder for the results and the servers' logs")
+    what.add_argument("--draw", type=Path, metavar="FILE.json", help="draw this finished run as FILE.svg, and end")
     parser.add_argument("--side", nargs="+", help="default: all that this card has, and the overlays")
     parser.add_argument("--overlay", type=overlay, nargs="+", default=[], metavar="NAME=FOLDER", help="more sides")
     parser.add_argument("--runs", type=int, default=3)
@@ -229,6 +259,9 @@ def main() -> int:
     parser.add_argument("--ready", type=float, default=1200, help="seconds that a server may take to be ready")
     parser.add_argument("--seconds", type=float, default=7200, help="no cell begins later than this")
     args = parser.parse_args()
+    if args.draw:
+        picture(json.loads(args.draw.read_text()), args.draw.with_suffix(".svg"))
+        return 0
     if not torch.cuda.is_available():
         print("side_by_side: this machine has no CUDA device, needed one: run it on a GPU machine.", file=sys.stderr)
         return 1
@@ -240,7 +273,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     args.out.mkdir(parents=True, exist_ok=True)
-    asked = {name: value for name, value in vars(args).items() if name not in ("out", "overlay")}
+    asked = {name: value for name, value in vars(args).items() if name not in ("out", "draw", "overlay")}
     args.deadline = time.monotonic() + args.seconds
     figures: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in args.side or known}
     about: dict[str, Any] = {
@@ -271,6 +304,7 @@ def main() -> int:
                 (args.out / "side_by_side.json").write_text(json.dumps(about | {"figures": figures}, indent=1))
         finally:
             turns.close()
+    picture(about | {"figures": figures}, args.out / "side_by_side.svg")
     print("\n".join(["", table(figures), *(f"problem: {one[-700:]}" for one in about["problems"])]))
     print(f"{about['gpu']}, torch {about['torch']}, {args.experts} experts, {args.runs} runs; ready in s, prefill in "
           "tokens/s, the rest in ms")  # fmt: skip

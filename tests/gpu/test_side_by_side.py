@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import subprocess
 import sys
 import threading
 import time
@@ -121,6 +122,25 @@ class Recorded:
     def stop(self) -> None:
         self._stopped.set()
         self.events.append(f"{self.url} stops")
+
+
+def test_the_picture_has_a_panel_for_each_kind_of_figure(tmp_path: Path) -> None:
+    figures = {
+        "sglang": {"ready": [73.0], "prefill 1024": [9.0], "decode 1 1024": [3.0, 1.0, 2.0], "eagle 4 1024": [5.0]},
+        "sm120": {"eagle ready": [60.0], "decode 1 1024": [1.0], "decode 8 1024": [4.0], "decode 1 16384": [7.0]},
+    }
+    own = {"sglang": [(1, 2.0)], "sm120": [(1, 1.0), (8, 4.0)]}
+    assert [(panel.title, panel.x_label, panel.y_label, panel.series) for panel in side_by_side.panels(figures)] == [
+        ("decode, 1,024 tokens of context", "requests", "ms a token", own),
+        ("decode, 16,384 tokens of context", "requests", "ms a token", {"sm120": [(1, 7.0)]}),
+        ("eagle, 1,024 tokens of context", "requests", "ms a cycle", {"sglang": [(4, 5.0)]}),
+        ("prefill", "tokens of the prompt", "tokens/s", {"sglang": [(1024, 9.0)]}),
+    ]
+    run = {"gpu": "NVIDIA <1>", "torch": "2", "experts": 128, "date": "2026-11-30", "figures": figures}
+    (tmp_path / "a.json").write_text(json.dumps(run))
+    script = Path(side_by_side.__file__)
+    subprocess.run([sys.executable, script, "--draw", tmp_path / "a.json"], check=True, timeout=120)
+    assert "NVIDIA &lt;1&gt;" in (tmp_path / "a.svg").read_text()
 
 
 @pytest.fixture
