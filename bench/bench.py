@@ -208,7 +208,7 @@ def prepare(names: list[str], tp: int, steps: list[tuple[int, int]], chosen: lis
     """Compile everything the benchmark runs in parallel processes, and reserve the overlay's scratch."""
     jobs: dict[str, Job] = {}
     scratch: dict[str, int] = {}
-    sms = kernels.multiprocessors(DEVICE)
+    sms = kernels.sms(DEVICE)
     for op in names:
         for step in steps:
             job = Job(model_config(), op, tp, (step,), sms, table=tuned.of_device(DEVICE))
@@ -302,7 +302,7 @@ def main() -> int:
                         help="default: all but marlin and tilelang, whose first calls build for minutes")  # fmt: skip
     parser.add_argument("--lowering", choices=("sm120", "native"), default="sm120", help="on a Hopper card")
     parser.add_argument("--shared-memory", choices=("sm120", "native"), default="native",
-                        help="a multiprocessor's, for Triton kernels on a Hopper card: SM120's 100 KiB, or all it has")
+                        help="an SM's, for Triton kernels on a Hopper card: SM120's 100 KiB, or all it has")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes that compile")
     parser.add_argument("--out", type=argparse.FileType("w"), default=sys.stdout, help="file for the rows")
     args = parser.parse_args()

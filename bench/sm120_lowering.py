@@ -23,7 +23,7 @@ SERVER_ENVIRONMENT = {
 }  # fmt: skip
 """Beside them; the step calls none of the shapes that DeepGEMM would compile for minutes."""
 PREFERRED_CARVEOUT, CARVEOUT_PERCENT = 9, 100 * 100 // 228
-"""The driver's name of the attribute; SM120's 100 KiB a multiprocessor of Hopper's 228."""
+"""The driver's name of the attribute; SM120's 100 KiB an SM of Hopper's 228."""
 HOPPER_LACKS = re.compile(
     r"kind::\w+|tcgen05|\.e2m1x2|\.ue8m0x2|ldmatrix\S*\.b8|\.tile::gather4|ld\.global\S*\.v8|\.f32x2"
 )
@@ -65,7 +65,7 @@ def install(cache: str = ".triton-sm120-on-hopper") -> None:
 
 
 def limit_shared_memory() -> None:
-    """Have every Triton kernel that this process loads from now on run with SM120's shared memory per multiprocessor.
+    """Have every Triton kernel that this process loads from now on run with SM120's shared memory per SM.
 
     Fewer blocks then share one, as on SM120. The driver takes it as a wish.
     """

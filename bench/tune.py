@@ -188,7 +188,7 @@ def main() -> int:
     path = args.out / tuned.path_of(DEVICE).name
     if path.exists():
         tuned.load(path)
-    sms = kernels.multiprocessors(DEVICE)
+    sms = kernels.sms(DEVICE)
     rows = (*args.rows, *(MANY_ROWS if args.many_rows else ()))
     wanted = cases(args.op, args.tp, rows, args.context, sms)
     planned = plan(wanted, sms)

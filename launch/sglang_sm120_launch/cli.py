@@ -14,6 +14,7 @@ COMMANDS = {
     "serve": "plan, start the server, wait until it answers, watch it",
     "doctor": "what is missing on this machine",
     "prove": "doctor, every kernel's parity and its CUDA graph on this machine's GPU, as one file to send",
+    "demo": "a small model, served and asked on this machine's CPU, from a clone of the repository",
     "kernels": "which implementation serves each op here, and why",
     "bench": "throughput and latency of a running server",
     "compare": "ratios of two benchmark files",

@@ -23,7 +23,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 SM120_SMS = 188
-"""Streaming multiprocessors of an RTX PRO 6000: what a rehearsal without a GPU plans for."""
+"""SMs of an RTX PRO 6000: what a rehearsal without a GPU plans for."""
 ALIGNMENT = 256
 
 
@@ -105,16 +105,16 @@ def fix_cache_keys(module: ModuleType) -> None:
             hash(value.cache_key)
 
 
-def multiprocessors(device: torch.device) -> int:
-    """Streaming multiprocessors of `device`; the target's in a rehearsal; 1 on CPU."""
+def sms(device: torch.device) -> int:
+    """SMs of `device`; the target's in a rehearsal; 1 on CPU."""
     rehearsal = _rehearsal.get()
     if rehearsal is not None:
         return rehearsal.sms
-    return _multiprocessors(device) if device.type == "cuda" else 1
+    return _sms(device) if device.type == "cuda" else 1
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
+def _sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

@@ -143,7 +143,7 @@ def replay(call: Call, seed: int) -> str | None:
     graph is to write are filled with ones and NaN.
     """
     kernels.reset()
-    with kernels.rehearse(kernels.Rehearsal(lambda *_: None, kernels.multiprocessors(DEVICE))) as rehearsal:
+    with kernels.rehearse(kernels.Rehearsal(lambda *_: None, kernels.sms(DEVICE))) as rehearsal:
         triton_result(call)
     for owner, size in rehearsal.scratch.items():
         kernels.reserve(owner, size, torch.device("cuda", 0))

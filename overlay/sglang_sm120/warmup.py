@@ -80,7 +80,7 @@ def warm_up(
     began = time.monotonic()
     table = registry.table(registry.device_kind(device))
     names = [row.op for row in table if row.chosen and row.provider == "triton" and row.op in served()]
-    found = variants(config, *sizes, names, kernels.multiprocessors(device), tuned.of_device(device), lent_rows)
+    found = variants(config, *sizes, names, kernels.sms(device), tuned.of_device(device), lent_rows)
     for op, size in found.scratch.items():
         kernels.reserve(op, size, device, kernels.STREAMS + ops.SPECS[op].streams)
     mark = _mark(found.launches)
@@ -130,7 +130,7 @@ def variants(
     table: tuned.Table = tuned.EMPTY,
     lent_rows: int = 0,
 ) -> Variants:
-    """Rehearse the ops `names` at all their `steps`, for the active Triton target with `sms` multiprocessors."""
+    """Rehearse the ops `names` at all their `steps`, for the active Triton target with `sms` SMs."""
     found = Variants()
     for name in names:
         spec = ops.SPECS[name]

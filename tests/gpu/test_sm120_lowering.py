@@ -50,7 +50,7 @@ def test_sm120_s_shared_memory_is_asked_of_a_hopper_card(
     assert "a card, needed a Hopper card" in capsys.readouterr().err
 
 
-def test_a_multiprocessor_holds_what_one_of_sm120_would(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+def test_an_sm_holds_what_one_of_sm120_would(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """Two blocks of 64 KiB by their registers and Hopper's shared memory, one by SM120's."""
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("on this card there is nothing to emulate")

@@ -50,6 +50,17 @@ def test_of_another_release_sglang_is_asked_and_that_is_announced(
     assert captured.out == "" and captured.err == ANNOUNCED
 
 
+def test_the_demo_is_a_clones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    assert "no evals/demo.py here, which a wheel does not hold: run this in a clone" in refused(["demo"], capfd)
+    (tmp_path / "evals").mkdir()
+    (tmp_path / "evals/demo.py").write_text("import sys; print(sys.argv[1:]); sys.exit(3)")
+    assert cli.main(["demo"]) == 3
+    assert capfd.readouterr().out == "['evals/small-deepseek-v4.xz']\n"
+
+
 def test_the_table_is_the_installed_releases(sglangs: argparse.ArgumentParser):
     assert json.loads(TABLE.read_text()) == json.loads(flag_table.text(flag_table.table(sglangs))), (
         "the table of flags is old: python tests/launch/flag_table.py"

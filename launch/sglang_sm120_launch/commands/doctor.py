@@ -34,8 +34,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the report; 0 when no check failed, 1 otherwise."""
-    folder = located(arguments.model) if arguments.model is not None else None
-    if folder is None and arguments.model is not None:
+    folder = None
+    if arguments.model is not None and (folder := located(arguments.model)) is None:
         raise LaunchError(
             f"{arguments.model} is not downloaded: run `hf download {arguments.model} --local-dir DIR`, then name DIR."
         )

@@ -85,7 +85,7 @@ def linear(
     """
     rows, (groups, n, k) = x.shape[0], w.shape
     # At least 8 SMs, for the interpreter, whose one would never split K.
-    c = config(rows, groups, n, k, w.element_size(), max(8, kernels.multiprocessors(x.device)))
+    c = config(rows, groups, n, k, w.element_size(), max(8, kernels.sms(x.device)))
     c = TUNED.choose(x.device, (groups, n, k, w.element_size()), rows, c)
     if norm is not None and c.kernel != "gemv":
         x, norm = _normalised(x, *norm), None

@@ -78,7 +78,7 @@ def enter(
     y = torch.empty((rows, hidden), dtype=torch.bfloat16, device=x.device)
     post = torch.empty((0 if head else rows, 4), dtype=torch.float32, device=x.device)
     comb = torch.empty((0 if head else rows, 4, 4), dtype=torch.float32, device=x.device)
-    c = config(rows, hidden, kernels.multiprocessors(x.device))
+    c = config(rows, hidden, kernels.sms(x.device))
     (parts,) = kernels.scratch(op, x.device, ((rows, c.parts, WIDTH.value), torch.float32))
     f, f_post, f_comb = block if block is not None else (x, x, x)
     kernels.launch(

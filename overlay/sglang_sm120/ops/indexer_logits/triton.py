@@ -117,7 +117,7 @@ def score(a: Arguments, part: slice, logits: torch.Tensor, least: int | None = N
     width = logits.shape[1]
     c = TUNED.choose(q.device, (tuned.bucket(width), heads), rows, Config())
     blocks = -(-width // c.block)
-    spread = kernels.multiprocessors(q.device) * c.programs_per_sm // max(rows, 1)
+    spread = kernels.sms(q.device) * c.programs_per_sm // max(rows, 1)
     programs = max(1, min(blocks, spread))
     kernels.launch(
         _score, (rows * programs if width else 0,), q.view(torch.uint8), q.stride(0), q.stride(1), weights,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...spec import Arguments, Calls, Inputs, Spec
+from ...spec import Calls, Inputs, Spec
 from ..indexer_logits.spec import SPEC as LOGITS
 from ..indexer_logits.spec import arguments, traffic
 from ..topk_slots.spec import SPEC as SLOTS
@@ -14,14 +14,10 @@ def _calls(make: Inputs, c: dict[str, Any], tp: int, rows: int, context: int) ->
     yield "c4", {**arguments(make, c, rows, max(1, context // 4)), "k": c["index_topk"]}
 
 
-def _aim(a: Arguments, rows: int, context: int) -> tuple[str, float] | None:
-    return ("time_us", 15.0) if rows == 1 and context == 65_536 else None
-
-
 SPEC = Spec(
     calls=_calls,
     traffic=traffic,
-    aim=_aim,
+    aim=lambda a, rows, context: ("time_us", 15.0) if rows == 1 and context == 65_536 else None,
     tunables={**LOGITS.tunables, **SLOTS.tunables},
     served=True,
     context=1,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...spec import Arguments, Calls, Inputs, Spec
+from ...spec import Calls, Inputs, Spec
 from .._mhc_spec import entry, leaving, left
 
 
@@ -12,14 +12,10 @@ def _calls(make: Inputs, c: dict[str, Any], tp: int, rows: int, context: int) ->
     yield "block", {**leaving(make, c, rows), **entry(make, c)}
 
 
-def _aim(a: Arguments, rows: int, context: int) -> tuple[str, float] | None:
-    return {1: ("time_us", 10.0), 4096: ("copy_share", 0.6)}.get(rows)
-
-
 SPEC = Spec(
     calls=_calls,
     traffic=left,
-    aim=_aim,
+    aim=lambda a, rows, context: {1: ("time_us", 10.0), 4096: ("copy_share", 0.6)}.get(rows),
     served=True,
     prefill="TileLang",
 )

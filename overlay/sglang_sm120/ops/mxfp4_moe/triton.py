@@ -367,9 +367,7 @@ def mxfp4_moe_triton(a: Arguments) -> torch.Tensor:
         X_STRIDE=x.stride(0), LIMITED=a.limit is not None, R=gate_up.rows, T=gate_up.tokens, SPLIT=gate_up.split,
         DEPTH=gate_up.depth, STAGES=gate_up.stages, num_warps=gate_up.warps, maxnreg=most, **common, **grouping,
     )  # fmt: skip
-    second = {
-        "R": down.rows, "T": down.tokens, "DEPTH": down.depth, "STAGES": down.stages, "num_warps": down.warps,
-    }  # fmt: skip
+    second = {"R": down.rows, "T": down.tokens, "DEPTH": down.depth, "STAGES": down.stages, "num_warps": down.warps}
     if p.alone:
         kernels.launch(
             _down_row, (triton.cdiv(width, down.rows // down.tokens),),

@@ -2,8 +2,8 @@
 
 One program takes one row x 16 heads x a range of blocks of 32 candidates. The bytes of the next block and the slots of
 the one after are in flight while a block is worked on; its keys are expanded to fp16 (exact, see `kv_f16`) into one
-shared-memory copy that both dots read. The query stays in shared memory too (49 KiB in all: two programs on an SM120
-multiprocessor), and each of 4 warps owns a quarter of the value channels, so that the 16 x 512 fp32 sums fit registers.
+shared-memory copy that both dots read. The query stays in shared memory too (49 KiB in all: two programs on an SM
+of SM120), and each of 4 warps owns a quarter of the value channels, so that the 16 x 512 fp32 sums fit registers.
 (32 heads in 8 warps share the gather but read more shared memory, for every warp reads the whole query.)
 Weights enter the second dot as fp16: that moves the bf16 result by 7e-4 of its RMS, bf16 weights would by 2e-3.
 With few rows the blocks are split over programs, whose partial sums a second launch merges in a fixed order.
@@ -330,13 +330,12 @@ def sparse_mla_triton(a: Arguments) -> torch.Tensor:
     # Without a turn, read by nobody.
     freqs, positions = (torch.view_as_real(a.freqs_cis), a.positions) if turn else (sink, sink)
     tiles = -(-heads // TILE)
-    # At least 8 multiprocessors, for the interpreter, whose one would never split.
-    at_once = max(8, kernels.multiprocessors(q.device)) * PROGRAMS_PER_SM
+    # At least 8 SMs, for the interpreter, whose one would never split.
+    at_once = max(8, kernels.sms(q.device)) * PROGRAMS_PER_SM
     splits = _splits(rows * tiles, blocks, at_once)
     parts, stats = out, sink
     if splits > 1:
-        # The same for every number of rows, since the largest need is at none that stands out: 12 MiB on 188
-        # multiprocessors.
+        # The same for every number of rows, since the largest need is at none that stands out: 12 MiB on 188 SMs.
         parts, stats = kernels.scratch(
             "sparse_mla",
             q.device,

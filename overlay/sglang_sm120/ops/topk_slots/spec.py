@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ...spec import C4_PAGE, Arguments, Calls, Inputs, Spec, nbytes
+from ...spec import C4_PAGE, Calls, Inputs, Spec, nbytes
 from ...tuned import Shape
 from ..indexer_logits.spec import page_table
 from .triton import TUNED, WARPS, Config
@@ -19,10 +19,6 @@ def _calls(make: Inputs, c: dict[str, Any], tp: int, rows: int, context: int) ->
         yield f"k{k}", {"logits": logits, **table, "k": k, "page_size": C4_PAGE}
 
 
-def _traffic(a: Arguments) -> tuple[int, int]:
-    return nbytes(a["logits"]) + a["lengths"].numel() * a["k"] * 4, 0
-
-
 def others(shape: Shape, rows: int, h: Any) -> Iterator[Any]:
     for tile, usual in WARPS.items():
         for warps in (usual, usual // 2, usual * 2):
@@ -33,7 +29,7 @@ def others(shape: Shape, rows: int, h: Any) -> Iterator[Any]:
 
 SPEC = Spec(
     calls=_calls,
-    traffic=_traffic,
+    traffic=lambda a: (nbytes(a["logits"]) + a["lengths"].numel() * a["k"] * 4, 0),
     tunables={TUNED.name: others},
     exact=True,
     synchronises=True,

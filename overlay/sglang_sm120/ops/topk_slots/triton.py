@@ -289,7 +289,7 @@ def choose(a: Arguments, part: slice, logits: torch.Tensor, out: torch.Tensor) -
     lengths, page_table, k = a.lengths[part], a.page_table[part], a.k
     rows, width = logits.shape
     # At least 8, for the interpreter, whose one would never share a row.
-    sms = max(8, kernels.multiprocessors(logits.device))
+    sms = max(8, kernels.sms(logits.device))
     c = config(rows, width, k, sms)
     c = TUNED.choose(logits.device, (tuned.bucket(width), k), rows, c)
     tile = c.tile
