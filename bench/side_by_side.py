@@ -161,7 +161,7 @@ class Turns:
             "--load-format", "dummy", "--mem-fraction-static", str(args.mem_fraction), "--grammar-backend", "none",
             "--max-running-requests", str(max(sizes)), "--cuda-graph-bs-decode", *map(str, sorted(sizes)),
             "--context-length", str(max([*args.context, *args.prefill]) + 1024), "--chunked-prefill-size", "8192",
-            *side.flags, *(EAGLE if turn.eagle else ()),
+            "--tp", str(args.tp), "--ep-size", str(args.ep), *side.flags, *(EAGLE if turn.eagle else ()),
         ]  # fmt: skip
         path = os.pathsep.join(map(str, (*side.path, HERE / "random_weights", os.environ.get("PYTHONPATH", ""))))
         env = {**side.env, "PYTHONPATH": path, "RANDOM_WEIGHTS_GATE": str(self._gate(turn))}
@@ -237,8 +237,8 @@ def panels(figures: dict[str, dict[str, list[float]]]) -> list[Panel]:
 
 def picture(run: dict[str, Any], path: Path) -> None:
     """Draw a run as DIR/side_by_side.json has it."""
-    heading = f"{run['gpu']}, torch {run['torch']}, {run['experts']} experts, {run['date']}"
-    draw(heading, panels(run["figures"]), path)
+    where = f"{run['gpu']}, TP {run['asked'].get('tp', 1)}, torch {run['torch']}"
+    draw(f"{where}, {run['experts']} experts, {run['date']}", panels(run["figures"]), path)
 
 
 def main() -> int:
@@ -255,6 +255,8 @@ def main() -> int:
     parser.add_argument("--eagle", type=int, nargs="*", default=[1, 4, 16], help="batches; none leaves EAGLE out")
     parser.add_argument("--prefill", type=int, nargs="*", default=[1024, 8192, 32_768], help="tokens of the prompt")
     parser.add_argument("--experts", type=int, default=128, help="of 256; 64 fit an 80 GB card")
+    parser.add_argument("--tp", type=int, default=1, help="cards, which share each layer")
+    parser.add_argument("--ep", type=int, default=1, help="how many of them divide the experts by number")
     parser.add_argument("--mem-fraction", type=float, default=0.85)
     parser.add_argument("--ready", type=float, default=1200, help="seconds that a server may take to be ready")
     parser.add_argument("--seconds", type=float, default=7200, help="no cell begins later than this")

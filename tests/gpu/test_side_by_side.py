@@ -136,11 +136,11 @@ def test_the_picture_has_a_panel_for_each_kind_of_figure(tmp_path: Path) -> None
         ("eagle, 1,024 tokens of context", "requests", "ms a cycle", {"sglang": [(4, 5.0)]}),
         ("prefill", "tokens of the prompt", "tokens/s", {"sglang": [(1024, 9.0)]}),
     ]
-    run = {"gpu": "NVIDIA <1>", "torch": "2", "experts": 128, "date": "2026-11-30", "figures": figures}
-    (tmp_path / "a.json").write_text(json.dumps(run))
+    run = {"gpu": "NVIDIA <1>", "asked": {"tp": 2}, "torch": "2", "experts": 128, "date": "2026-11-30"}
+    (tmp_path / "a.json").write_text(json.dumps(run | {"figures": figures}))
     script = Path(side_by_side.__file__)
     subprocess.run([sys.executable, script, "--draw", tmp_path / "a.json"], check=True, timeout=120)
-    assert "NVIDIA &lt;1&gt;" in (tmp_path / "a.svg").read_text()
+    assert "NVIDIA &lt;1&gt;, TP 2, torch 2, 128 experts" in (tmp_path / "a.svg").read_text()
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> side_by_side.Turns
     monkeypatch.setattr(side_by_side, "sides", lambda _: {"sglang": Side(is_step=False), "step": Side()})
     args = SimpleNamespace(
         out=tmp_path, overlay=[], batch=[1], eagle=[1], context=[1024], prefill=[], mem_fraction=0.8, ready=9,
-        deadline=0,
+        deadline=0, tp=1, ep=1,
     )  # fmt: skip
     return side_by_side.Turns(tmp_path, args)  # type: ignore[arg-type]
 
