@@ -48,7 +48,7 @@ torch.cuda.is_available = lambda: True
 torch.cuda.synchronize = torch.cuda.empty_cache = lambda: None
 class Card: name, major, minor, multi_processor_count, total_memory = "Toy", 9, 0, 1, 1 << 30
 torch.cuda.get_device_properties = lambda device: Card
-ops.with_triton = lambda: ["mhc_post", "mhc_pre", "router_topk", "topk_slots"]
+ops.with_triton = lambda: ["mhc_post", "router_topk", "mhc_pre", "topk_slots"]
 def broken(name, change):
     right = registry.ops()[name].reference
     object.__setattr__(registry.ops()[name], "reference", lambda **given: change(right(**given)))
