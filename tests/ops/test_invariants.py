@@ -109,24 +109,45 @@ def test_topk_slots_ranks_nan_lowest() -> None:
     assert slots.tolist() == [[0, 1, 2, 4]]
 
 
-def test_topk_slots_refuses_a_narrow_out() -> None:
-    with pytest.raises(ValueError, match=r"needs torch.int32 \[1, 4\] or wider"):
-        ops.topk_slots(torch.zeros(1, 64), torch.tensor([5]), torch.zeros(1, 1).int(), 4, out=torch.zeros(1, 3).int())
+@pytest.mark.parametrize(
+    "out", [torch.zeros(1, 3).int(), torch.zeros(2, 4).int(), torch.zeros(1, 4), torch.zeros(1, 8).int()[:, ::2]]
+)
+def test_an_out_that_cannot_take_the_slots_is_refused(out: torch.Tensor, seed: int) -> None:
+    make = Maker(seed, CPU)
+    table = {"page_table": torch.zeros(1, 1).int(), "lengths": torch.tensor([5]), "k": 4, "out": out}
+    pages = torch.zeros(1, 64 * 132, dtype=torch.uint8)
+    scored = {"q": make.normal(1, 8, 128).to(torch.float8_e4m3fn), "weights": make.normal(1, 8), "pages": pages}
+    for op, inputs in ((ops.topk_slots, {"logits": torch.zeros(1, 64)}), (ops.indexer_topk, scored)):
+        for provider in op.providers:
+            op.by(provider, **inputs | table | {"out": None})
+            with pytest.raises(ValueError, match=r"needs torch.int32 \[1, 4\] or wider, with adjacent"):
+                op.by(provider, **inputs | table)
+
+
+E4M3 = torch.zeros(2, 130, 256).to(torch.float8_e4m3fn)
+LINEARS = {
+    "fp8_linear": {"x": torch.zeros(2, 256).bfloat16(), "w": E4M3[0], "scale": torch.ones(2, 2)},
+    "fp8_grouped_linear": {"o": torch.zeros(3, 2, 256).bfloat16(), "w": E4M3, "scale": torch.ones(2, 2, 2)},
+    "bf16_linear_fp32": {"x": torch.zeros(2, 256).bfloat16(), "w": torch.zeros(130, 256).bfloat16()},
+}
 
 
 @pytest.mark.parametrize(
-    ("wrong", "why"),
+    ("op", "wrong", "why"),
     [
-        ({"x": torch.zeros(2, 128).bfloat16()}, r"input is \[2, 128\] and needs \[256\] last"),
-        ({"scale": torch.ones(2, 1)}, r"has scales \[2, 1\] and needs \[2, 2\]"),
-        ({"norm_weight": torch.ones(255).bfloat16()}, r"norm_weight is \[255\] and needs \[256\]"),
+        ("fp8_linear", {"x": torch.zeros(2, 128).bfloat16()}, r"input is \[2, 128\] and needs \[256\] last"),
+        ("fp8_linear", {"scale": torch.ones(2, 1)}, r"has scales \[2, 1\] and needs \[2, 2\]"),
+        ("fp8_linear", {"norm_weight": torch.ones(255).bfloat16()}, r"norm_weight is \[255\] and needs \[256\]"),
+        ("fp8_grouped_linear", {"o": torch.zeros(3, 1, 256).bfloat16()}, r"is \[3, 1, 256\] and needs \[2, 256\]"),
+        ("fp8_grouped_linear", {"scale": torch.ones(2, 2)}, r"has scales \[2, 2\] and needs \[2, 2, 2\]"),
+        ("bf16_linear_fp32", {"x": torch.zeros(2, 255).bfloat16()}, r"input is \[2, 255\] and needs \[256\] last"),
     ],
 )
-def test_fp8_linear_refuses_shapes_that_disagree(wrong: dict, why: str) -> None:
-    right = {"x": torch.zeros(2, 256).bfloat16(), "w": torch.zeros(130, 256).to(torch.float8_e4m3fn)}
-    for provider in registry.ops()["fp8_linear"].providers:
-        with pytest.raises(ValueError, match=why):
-            ops.fp8_linear.by(provider, **{**right, "scale": torch.ones(2, 2)} | wrong)
+def test_linears_refuse_shapes_that_disagree(op: str, wrong: dict, why: str) -> None:
+    for provider in registry.ops()[op].providers:
+        registry.ops()[op].by(provider, **LINEARS[op])
+        with pytest.raises(ValueError, match=f"^{op}: .*{why}"):
+            registry.ops()[op].by(provider, **LINEARS[op] | wrong)
 
 
 def attention(make: Maker, heads: int = 4, candidates: int = 24) -> dict:
@@ -205,10 +226,21 @@ def test_sparse_mla_writes_no_part_beyond_its_scratch(rows: int, heads: int, ent
             assert rows * attend["splits"] <= scratch.shape[0]
 
 
-def test_sparse_mla_wants_all_of_extra(seed: int) -> None:
+@pytest.mark.parametrize(
+    ("alone", "why"),
+    [
+        ({"extra_pages": torch.zeros(2, 37_440, dtype=torch.uint8)}, "extra_pages came without its .* or none"),
+        ({"positions": torch.zeros(1, dtype=torch.int64)}, "freqs_cis and positions came without the other"),
+        ({"freqs_cis": torch.ones(1, 32, dtype=torch.complex64)}, "freqs_cis and positions came without the other"),
+        ({"q_eps": 1e-6}, "q_eps came without freqs_cis and positions"),
+    ],
+)
+def test_sparse_mla_wants_what_belongs_together(alone: dict, why: str, seed: int) -> None:
     inputs = attention(Maker(seed, CPU))
-    with pytest.raises(ValueError, match="pass all or none"):
-        ops.sparse_mla(**inputs | {"extra_pages": inputs["window_pages"]})
+    for provider in ops.sparse_mla.providers:
+        ops.sparse_mla.by(provider, **inputs)
+        with pytest.raises(ValueError, match=why):
+            ops.sparse_mla.by(provider, **inputs | alone)
 
 
 @SOME
