@@ -87,6 +87,7 @@ class Op(Generic[P, R]):
         self._signature = inspect.signature(reference)
         parameters = self._signature.parameters.values()
         self._positional = tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY)
+        self._names = frozenset(p.name for p in parameters)
         self._defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
         self._check: Check = _nothing
         self.providers = {TORCH: Provider(TORCH, self._by_reference, "cpu sm0+", "", _nothing)}
@@ -126,11 +127,11 @@ class Op(Generic[P, R]):
             TypeError: they are not the reference's.
             ValueError: the op's check says why no provider takes them.
         """
-        first = dict(zip(self._positional, args, strict=False))
-        values = {**self._defaults, **first, **kwargs}
-        if len(first) < len(args) or first.keys() & kwargs or values.keys() != self._signature.parameters.keys():
+        # Eager passes come here a thousand times each: inspect's own `bind` takes several times as long.
+        found = Arguments(**{**self._defaults, **dict(zip(self._positional, args, strict=False)), **kwargs})
+        twice = args and not kwargs.keys().isdisjoint(self._positional[: len(args)])
+        if twice or len(args) > len(self._positional) or vars(found).keys() != self._names:
             self._signature.bind(*args, **kwargs)  # says what is missing or too many
-        found = Arguments(**values)
         if why := self._check(found):
             raise ValueError(f"{self.name}: {why}")
         return found
@@ -162,8 +163,7 @@ class Op(Generic[P, R]):
         return provider.function(found)
 
     def _by_reference(self, a: Arguments) -> R:
-        reference: Callable[..., R] = self.reference
-        return reference(**vars(a))
+        return self.reference(**vars(a))  # type: ignore[call-arg]
 
 
 def ops() -> dict[str, Op]:
