@@ -1,8 +1,7 @@
-"""Poisoned scratch, and one thread: threads that wait for each other take most of the time on two cores."""
+"""Poisoned scratch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,14 +9,6 @@ import torch
 from cases.common import POISON
 
 from sglang_sm120 import kernels
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
