@@ -63,6 +63,13 @@ def require_overlay(version: str) -> None:
         )
 
 
+def sampled(logits: Any, info: Any) -> Any:
+    """`step.sample.sampled`, imported when it is called: SGLang imports the patched module for every model."""
+    from .step import sample
+
+    return sample.sampled(logits, info)
+
+
 def sample_chain_target_only(*, retrive_index: Any, **arguments: Any) -> None:
     """`step.cpu_speculation.sample_chain_target_only`, called as SGLang calls `tree_speculative_sampling_target_only`.
 

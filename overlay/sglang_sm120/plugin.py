@@ -102,6 +102,7 @@ def build(model: torch.nn.Module, hf_config: Any, context: spec.BuildContext) ->
     from sglang.srt.mem_cache.allocation_sizing import get_req_to_token_extra_context_len
     from sglang.srt.runtime_context import get_exec, get_model, get_parallel, get_schedule
 
+    from .step import sample
     from .step.prepare import patched
     from .step.target import Target
     from .warmup import warm_up
@@ -114,6 +115,7 @@ def build(model: torch.nn.Module, hf_config: Any, context: spec.BuildContext) ->
     longest = get_model().context_length or hf_config.max_position_embeddings
     chunk = get_schedule().chunked_prefill_size or 0
     prefill = chunk if chunk > 0 else longest
+    device = torch.device("cuda", torch.cuda.current_device())
     warm_up(
         hf_config.to_dict(),
         tp=parallel.tp_size,
@@ -123,10 +125,11 @@ def build(model: torch.nn.Module, hf_config: Any, context: spec.BuildContext) ->
         graph_rows=MAX_ROWS,
         # The page tables in SGLang's graphs are as wide as the longest request with its drafts.
         context=longest + get_req_to_token_extra_context_len(),
-        device=torch.device("cuda", torch.cuda.current_device()),
+        device=device,
         barrier=parallel.tp_group.barrier,
         compiles=parallel.tp_group.local_rank == 0,
     )
+    sample.serve(device)
     return built
 
 

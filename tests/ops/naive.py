@@ -296,6 +296,14 @@ def router_topk(router_logits, correction_bias, k, renormalize=True):
     return out(weights).view(-1, k), torch.tensor(ids, dtype=torch.int32).view(-1, k)
 
 
+def sample_token(logits, temperature, noise):
+    tokens = []
+    for row, t, e in zip(f64(logits), f64(temperature), f64(noise), strict=True):
+        scores = (row / t - np.log(np.maximum(e, np.finfo(np.float32).tiny))).tolist()
+        tokens.append(scores.index(max(scores)))
+    return torch.tensor(tokens, dtype=torch.int32)
+
+
 def silu_mul_clamp(gate_up, limit):
     gate, up = np.split(f64(gate_up), 2, -1)
     return rounded(silu(np.minimum(gate, limit)) * np.clip(up, -limit, limit))

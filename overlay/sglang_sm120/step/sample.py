@@ -1,0 +1,30 @@
+"""What SGLang's sampler asks the package: one token a request, where no probability is needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import ops
+
+_devices: set[torch.device] = set()
+
+
+def serve(device: torch.device) -> None:
+    """From now on `sampled` draws from logits on `device`, whose kernels are ready."""
+    _devices.add(device)
+
+
+def sampled(logits: torch.Tensor, info: Any) -> torch.Tensor | None:
+    """A token a row of logits fp32 [T, V], int32 [T], or None: SGLang is to draw.
+
+    It draws where no step was built, with seeds, and when a request wants to know the tokens that could be drawn.
+
+    Args:
+        info: SGLang's `SamplingBatchInfo` of a batch without top-k, top-p and min-p.
+    """
+    if logits.device not in _devices or info.sampling_seed is not None or info.sampling_mask_batch_indices is not None:
+        return None
+    noise = torch.empty_like(logits, memory_format=torch.contiguous_format).exponential_()
+    return ops.sample_token(logits, info.temperatures, noise)

@@ -1,0 +1,94 @@
+"""SGLang's own sampler with the package's draw in it: the same tokens from the same noise, and when SGLang draws."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from sglang.srt.layers.sampler import Sampler
+
+from sglang_sm120 import ops
+from sglang_sm120.step import sample
+
+CPU = torch.device("cpu")
+
+
+class Drawn:
+    """Counts the calls of `ops.sample_token`."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, *args: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return ops.sample_token.reference(*args)
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[Drawn]:
+    """A process whose step serves tensors on the CPU."""
+    counter = Drawn()
+    monkeypatch.setattr(sample, "_devices", {CPU})
+    monkeypatch.setattr(sample, "ops", SimpleNamespace(sample_token=counter))
+    yield counter
+
+
+def tokens(logits: torch.Tensor, seed: int, return_logprob: bool = False, **info: Any) -> torch.Tensor:
+    """What SGLang's sampler gives for a batch without filters, but for `info`."""
+    batch = {
+        "is_all_greedy": False, "has_custom_logit_processor": False, "grammars": None, "sampling_seed": None,
+        "need_top_p_sampling": False, "need_top_k_sampling": False, "need_min_p_sampling": False,
+        "sampling_mask_batch_indices": None, "sampling_support_logprobs_capture_indices": None,
+        "temperatures": torch.linspace(0.3, 1.7, len(logits)).view(-1, 1),
+    }  # fmt: skip
+    sampler = Sampler.__new__(Sampler)
+    torch.nn.Module.__init__(sampler)
+    sampler.rl_on_policy_target, sampler.enable_deterministic = None, False
+    sampler.use_log_softmax_logprob = sampler.use_ascend_backend = False
+    sampler.output_logprob_processor = MagicMock()
+    output = MagicMock(next_token_logits=logits.clone())
+    torch.manual_seed(seed)
+    return sampler(output, SimpleNamespace(**(batch | info)), return_logprob, [], [], torch.zeros(len(logits)))
+
+
+def test_the_same_tokens_from_the_same_noise(drawn: Drawn, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(64, 5000, generator=torch.Generator().manual_seed(seed)) * 3
+    ours = tokens(logits, seed)
+    assert drawn.calls == 1
+    monkeypatch.setattr(sample, "_devices", set())
+    theirs = tokens(logits, seed)
+    assert drawn.calls == 1 and ours.dtype == theirs.dtype
+    assert torch.equal(ours, theirs) and len(ours.unique()) > 32
+
+
+ASKED: dict[str, dict[str, Any]] = {
+    "probabilities": {"return_logprob": True},
+    "top-p": {"need_top_p_sampling": True},
+    "top-k": {"need_top_k_sampling": True},
+    "min-p": {"need_min_p_sampling": True},
+    "seeds": {"sampling_seed": torch.tensor([1, 2, 3])},
+    "the tokens that could be drawn": {"sampling_mask_batch_indices": torch.tensor([0])},
+}
+
+
+@pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED)
+def test_sglang_draws_when_asked_for(asked: dict[str, Any], drawn: Drawn, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = torch.tensor([7, 8, 9])
+    monkeypatch.setattr(Sampler, "_sample_from_probs", lambda *_: (theirs, MagicMock()))
+    monkeypatch.setattr(Sampler, "_build_sampling_mask_output", lambda *_: None)
+    assert tokens(torch.randn(3, 40), 0, **asked) is theirs
+    assert drawn.calls == 0
+    assert tokens(torch.randn(3, 40), 0) is not theirs and drawn.calls == 1
+
+
+def test_tokens_come_as_often_as_the_softmax_says(drawn: Drawn, seed: int) -> None:
+    logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(seed)).expand(40_000, 12)
+    found = tokens(logits, seed, temperatures=torch.full((40_000, 1), 0.8))
+    expected = (logits[0].double() / 0.8).softmax(-1) * 40_000
+    # One seed in 10,000 would fail by chance.
+    assert chisquare(torch.bincount(found.long(), minlength=12).double(), expected).pvalue > 1e-4
