@@ -284,9 +284,9 @@ def main() -> int:
     }  # fmt: skip
     order = [
         Turn(name, run, eagle)
+        for eagle in ((False, True) if args.eagle else (False,))
         for run in range(args.runs)
         for name in figures
-        for eagle in ((False, True) if args.eagle else (False,))
     ]
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), args.experts)

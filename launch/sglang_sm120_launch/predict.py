@@ -4,11 +4,13 @@
 
 `weights(b)` are a rank's bytes that b requests' tokens touch: all dense ones and the head, and of E experts a layer
 those that b independent choices of k meet, E (1 - (1 - k/E)^b). `rest(b)` is what that leaves of a step measured on an
-H200: latencies, launches, the cache. The sums over ranks, two a layer, are assumed. Not counted: reading long contexts,
-and whatever SM120 does otherwise than a Hopper card with its code.
+H200: latencies, launches, the cache. The sums over ranks, two a layer, are assumed. No step takes less time than one of
+fewer requests. Not counted: reading long contexts, and whatever SM120 does otherwise than a Hopper card with its code.
 """
 
 from __future__ import annotations
+
+from itertools import accumulate
 
 from .model import Kind, Model
 
@@ -18,12 +20,12 @@ BANDWIDTH = {
     "NVIDIA GeForce RTX 5090": 1792.0, "NVIDIA GB10": 273.0, "NVIDIA H200": 4800.0,
 }  # fmt: skip
 """GB/s as the maker says, by NVML's name; of the RTX PRO 6000 Server Edition sources disagree."""
-SHARE = 0.854
-"""Of it that a copy reached on an H200 (4.10 TB/s, results/2026-11-22-h200-0.5.12/kernel-times.md)."""
+SHARE = 0.917
+"""Of it with which cuBLAS reads the head on an H200 (4.4 TB/s, results/2026-11-29-h200/README.md)."""
 LAYERS = 43
-REST_MS = {1: 2.47, 2: 3.61, 4: 2.95, 8: 1.80, 16: -0.30, 32: -0.11}
-"""Of LAYERS layers, from results/2026-11-29-h200/one-run-with-sglang.json (SM120 lowering, 128 experts, TP 1). Negative
-where less was read, or faster, than the first term says."""
+REST_MS = {1: 2.44, 2: 2.60, 4: 2.10, 8: 1.00, 16: -0.16, 32: 0.58}
+"""Of LAYERS layers, from results/2026-11-30-h200-three-runs/side-by-side.json (SM120 lowering, 128 experts, TP 1).
+Negative where less was read, or faster, than the first term says."""
 TOLD = (1, 8, 32)
 SUM_MS = 0.010
 """One sum over ranks; assumed."""
@@ -50,10 +52,11 @@ def step_ms(model: Model, card: str, tp: int) -> dict[int, float]:
         return {}
     layers = model.config["num_hidden_layers"]
     sums = 2 * layers * SUM_MS if tp > 1 else 0.0
-    return {
-        rows: weights(model, rows, tp) / (SHARE * BANDWIDTH[card] * 1e6) + rest * layers / LAYERS + sums
+    found = (
+        weights(model, rows, tp) / (SHARE * BANDWIDTH[card] * 1e6) + rest * layers / LAYERS + sums
         for rows, rest in REST_MS.items()
-    }
+    )
+    return dict(zip(REST_MS, accumulate(found, max), strict=True))
 
 
 def sentence(model: Model, card: str, tp: int, requests: int, *, speculates: bool) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mutations.mutation import (
     ATTENTION,
     COMPILED,
+    DRAW,
     EXPERTS,
     INDEXER,
     LINEARS,
@@ -208,6 +209,20 @@ KERNELS = (
     Mutation(
         "the six routing weights are not divided by their sum", "router, Triton", "ops/router_topk/triton.py",
         (("if RENORMALIZE:", "if False:"),), ROUTER,
+    ),
+    Mutation(
+        "draw without its temperature", "Triton", "ops/sample_token/triton.py",
+        (("logits / tl.load(temperature_ptr + row)", "logits"),), DRAW,
+    ),
+    Mutation(
+        "draw of the last of equal tokens", "Triton", "ops/sample_token/triton.py",
+        (
+            (
+                "_, part = tl.max(best, axis=0, return_indices=True, return_indices_tie_break_left=True)",
+                "part = tl.max(tl.where(best == tl.max(best, axis=0), lane, -1), axis=0)",
+            ),
+        ),
+        DRAW,
     ),
     Mutation(
         "stale scratch", "merge reads parts that nobody wrote, Triton", "ops/sparse_mla/triton.py",

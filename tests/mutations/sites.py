@@ -12,6 +12,7 @@ from mutations.kernel_sites import KERNELS
 from mutations.mutation import (
     ATTENTION,
     COMPRESSOR,
+    DRAW,
     EXPERTS,
     HASHED,
     INDEXER,
@@ -23,6 +24,7 @@ from mutations.mutation import (
     ROOT,
     ROTATION,
     ROUTER,
+    SAMPLER,
     SCALES,
     STEP,
     STREAMS,
@@ -164,6 +166,10 @@ _REFERENCES = (
         "ops/router_topk/__init__.py", (("if renormalize:", "if False:"),), ROUTER,
     ),
     Mutation(
+        "draw without its temperature", "torch reference", "ops/sample_token/__init__.py",
+        (("argmax(logits / temperature", "argmax(logits"),), DRAW,
+    ),
+    Mutation(
         "the six routing weights are not divided by their sum", "hash layers, torch reference",
         "ops/hash_topk/__init__.py", (("return scores / scores.sum(-1, keepdim=True), ids", "return scores, ids"),),
         HASHED,
@@ -231,6 +237,10 @@ _STEP = (
         "sum over the ranks left out", "attention", "step/target.py",
         (("f = of_attention.all_reduce(attention(layer.attention, y, at))", "f = attention(layer.attention, y, at)"),),
         STEP,
+    ),
+    Mutation(
+        "noise of another distribution", "for the draw of a token", "step/sample.py",
+        ((".exponential_()", ".uniform_()"),), SAMPLER,
     ),
     Mutation(
         "part not joined", "attention's, in a graph", "step/attention.py",
