@@ -16,7 +16,7 @@ LOCK := $(SERIES)/requirements.lock
 # Any Python from 3.9 runs it; the site it works on may belong to another.
 PATCHSET := python3 patches/patchset.py
 
-.PHONY: help setup apply unapply status verify port lint test test-sm120 test-gpu test-launch bench tune accuracy accuracy-cpu soak mutations demo small-model wheel image lock clean
+.PHONY: help setup apply unapply status verify port lint test test-sm120 test-gpu test-launch bench profile tune accuracy accuracy-cpu soak mutations demo small-model wheel image lock clean
 
 help:
 	@cat <<-'END'
@@ -30,6 +30,7 @@ help:
 	make test-launch  the launcher with real servers that are killed and frozen, and the image's steps in a new Debian (root)
 	make test-gpu     kernel parity and CUDA-graph replay on this machine's GPU
 	make bench        kernel times on this machine's GPU, one JSON object a line
+	make profile      a decode step and a cycle of EAGLE, served on this machine's GPU, and where their time goes, into profile/
 	make tune         faster kernel configurations for this machine's GPU, into overlay/sglang_sm120/tuned
 	make accuracy URL=http://…   scores of a running server against their floors; QUICK=1 (docs/accuracy.md)
 	make accuracy-cpu   the trained small model, served on this machine's CPU: scores against their floors
@@ -139,6 +140,10 @@ test-launch: setup
 bench: setup
 	@$(VENV) patches/patchset.py apply
 	exec $(VENV) bench/bench.py
+
+profile: setup
+	@$(VENV) patches/patchset.py apply
+	exec $(VENV) bench/decode_step.py --eagle --batch 1 8 --context 1024 --out "$${OUT:-profile}" $${ARGS:-}
 
 # Sweeps what the checkout says, and places the table that it wrote.
 tune: setup

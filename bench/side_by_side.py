@@ -45,7 +45,7 @@ import sm120_lowering
 from decode_step import write_model
 from local_server import LocalServer, ServerError
 from sglang_sm120_launch.picture import Panel, draw
-from streamed import INTERVAL, ask, cycle, drawn, pace
+from streamed import INTERVAL, ask, cycle, drawn, pace, speculation
 
 HERE = Path(__file__).parent
 OWN = 1024
@@ -53,14 +53,6 @@ OWN = 1024
 TAIL = 64
 ANSWER = 1 + 8 * INTERVAL
 """Tokens of each answer."""
-
-
-def speculation(steps: int) -> tuple[str, ...]:
-    """Flags for EAGLE with so many draft steps, one chain of drafts, and all of them to verify."""
-    return (
-        "--speculative-algorithm", "EAGLE", "--speculative-num-steps", str(steps), "--speculative-eagle-topk", "1",
-        "--speculative-num-draft-tokens", str(steps + 1),
-    )  # fmt: skip
 
 
 EAGLE = speculation(3)

@@ -25,6 +25,14 @@ class Chunk(NamedTuple):
     verifications: int
 
 
+def speculation(steps: int) -> tuple[str, ...]:
+    """Flags for EAGLE with so many draft steps, one chain of drafts, and all of them to verify."""
+    return (
+        "--speculative-algorithm", "EAGLE", "--speculative-num-steps", str(steps), "--speculative-eagle-topk", "1",
+        "--speculative-num-draft-tokens", str(steps + 1),
+    )  # fmt: skip
+
+
 def drawn(count: int, rng: random.Random) -> list[int]:
     """A prompt of random tokens, none of them special."""
     return [rng.randrange(300, TOKENS) for _ in range(count)]

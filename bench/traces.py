@@ -5,7 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,12 @@ class Kernel(NamedTuple):
     start: float
     launch: int
     graph: bool
+    stream: int
     shape: tuple[Any, ...]
+
+    @property
+    def end(self) -> float:
+        return self.start + self.us
 
     @property
     def exact(self) -> tuple[Any, ...]:
@@ -38,18 +44,20 @@ class Kernel(NamedTuple):
         return (self.name, *self.shape[1:])
 
 
-def _events(trace: Path) -> list[dict[str, Any]]:
+def events_of(trace: Path) -> list[dict[str, Any]]:
+    """What a chrome trace (.json.gz) lists."""
     with gzip.open(trace, "rt") as file:
         return json.load(file)["traceEvents"]
 
 
-def _calls(events: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+def calls_of(events: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     """CUDA API calls by correlation id."""
     api = ("cuda_runtime", "cuda_driver")
     return {e["args"]["correlation"]: e for e in events if e.get("cat") in api and "correlation" in e.get("args", {})}
 
 
-def _kernels(events: list[dict[str, Any]], calls: dict[int, dict[str, Any]]) -> list[Kernel]:
+def kernels_of(events: list[dict[str, Any]], calls: dict[int, dict[str, Any]]) -> list[Kernel]:
+    """The kernels among the events, with the calls as `calls_of` gives them."""
     found = []
     for event in events:
         if event.get("cat") != "kernel":
@@ -59,14 +67,15 @@ def _kernels(events: list[dict[str, Any]], calls: dict[int, dict[str, Any]]) -> 
         launch = a.get("correlation", -1)
         graph = "GraphLaunch" in calls.get(launch, {}).get("name", "")
         resources = (a.get("registers per thread"), a.get("shared memory"))
-        found.append(Kernel(event["name"], event["dur"], event["ts"], launch, graph, shape + resources))
+        stream = a.get("stream", -1)
+        found.append(Kernel(event["name"], event["dur"], event["ts"], launch, graph, stream, shape + resources))
     return found
 
 
 def read(trace: Path) -> list[Kernel]:
     """Every kernel of a chrome trace (.json.gz)."""
-    events = _events(trace)
-    return _kernels(events, _calls(events))
+    events = events_of(trace)
+    return kernels_of(events, calls_of(events))
 
 
 def ranges(trace: Path, prefix: str) -> dict[str, dict[Any, str]]:
@@ -74,12 +83,12 @@ def ranges(trace: Path, prefix: str) -> dict[str, dict[Any, str]]:
 
     Where two ops launch the same, the value names both.
     """
-    events = _events(trace)
-    calls = _calls(events)
+    events = events_of(trace)
+    calls = calls_of(events)
     spans = [(e["ts"], e["ts"] + e["dur"], e["name"].removeprefix(prefix)) for e in events
              if e.get("cat") == "user_annotation" and e["name"].startswith(prefix)]  # fmt: skip
     owners: dict[str, dict[Any, set[str]]] = {level: defaultdict(set) for level in ("exact", "compiled", "name")}
-    for kernel in _kernels(events, calls):
+    for kernel in kernels_of(events, calls):
         at = calls[kernel.launch]["ts"] if kernel.launch in calls else None
         for begin, end, op in spans:
             if at is not None and begin <= at <= end:
@@ -88,7 +97,7 @@ def ranges(trace: Path, prefix: str) -> dict[str, dict[Any, str]]:
     return {level: {key: " or ".join(sorted(ops)) for key, ops in found.items()} for level, found in owners.items()}
 
 
-def op_of(kernel: Kernel, known: dict[str, dict[Any, str]]) -> str:
+def op_of(kernel: Kernel, known: Mapping[str, Mapping[Any, str]]) -> str:
     """The op that launched a kernel, or SGLang's or a library's kernel by its name."""
     for level in ("exact", "compiled", "name"):
         if op := known[level].get(getattr(kernel, level)):
@@ -97,40 +106,6 @@ def op_of(kernel: Kernel, known: dict[str, dict[Any, str]]) -> str:
     return f"[{'cuBLAS ' if re.search('nvjet|cublas|gemm|gemv', name) else ''}{name}]"
 
 
-def foreign(found: list[Kernel]) -> list[str]:
+def foreign(found: Iterable[Kernel]) -> list[str]:
     """Names of kernels that SM120 does not have."""
     return sorted({kernel.name[:160] for kernel in found if FOREIGN.search(kernel.name)})
-
-
-def summary(found: list[Kernel], known: dict[str, dict[Any, str]], layers: int) -> dict[str, Any]:
-    """Kernel time by op, launches and span of one decode step, averaged over the graph launches of a trace.
-
-    Raises:
-        ValueError: the trace has no whole graph launch.
-    """
-    by_launch: dict[int, list[Kernel]] = defaultdict(list)
-    for kernel in found:
-        if kernel.graph:
-            by_launch[kernel.launch].append(kernel)
-    if not by_launch:
-        raise ValueError(f"no CUDA graph was launched among {len(found)} kernels: decode did not run from a graph")
-    # The first and last launch may have lost kernels to the profiler's edges.
-    size = Counter(map(len, by_launch.values())).most_common(1)[0][0]
-    steps = [group for group in by_launch.values() if len(group) == size]
-    us: dict[str, float] = defaultdict(float)
-    count: dict[str, float] = defaultdict(float)
-    for group in steps:
-        for kernel in group:
-            op = op_of(kernel, known)
-            us[op] += kernel.us / len(steps)
-            count[op] += 1 / len(steps)
-    busy = sum(us.values())
-    span = sum(max(k.start + k.us for k in g) - min(k.start for k in g) for g in steps) / len(steps)
-    ops = [
-        {"op": op, "us": round(us[op], 1), "share": round(us[op] / busy, 4), "launches": round(count[op], 2),
-         "per_layer": round(count[op] / layers, 3)}
-        for op in sorted(us, key=lambda op: -us[op])
-    ]  # fmt: skip
-    outside = Counter(k.name[:120] for k in found if not k.graph)
-    return {"steps": len(steps), "launches": size, "per_layer": round(size / layers, 2), "busy_us": round(busy, 1),
-            "span_us": round(span, 1), "ops": ops, "outside_graph": dict(outside.most_common(30))}  # fmt: skip

@@ -28,7 +28,8 @@ from client import Client
 from local_server import LocalServer
 from report import Row, table
 from sglang_sm120_reference.packed import unpack
-from side_by_side import EAGLE, speculation
+from side_by_side import EAGLE
+from streamed import speculation
 
 EVALS = Path(__file__).parents[2] / "evals"
 PACKED = EVALS / "small-deepseek-v4.xz"

@@ -1,0 +1,192 @@
+"""Cycles of decoding in traces made by hand: what belongs to a cycle, what is busy, what waits, and the picture."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+import cycles
+import decode_step
+import traces
+
+pytestmark = pytest.mark.needs_no_gpu
+NOTHING_KNOWN: dict[str, dict[Any, str]] = {"exact": {}, "compiled": {}, "name": {"linear": "fp8_linear"}}
+
+
+class Trace:
+    """A chrome trace in the making."""
+
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+        self._calls = 0
+
+    def call(self, name: str, at: float, us: float) -> int:
+        self._calls += 1
+        args = {"correlation": self._calls}
+        self.events.append({"cat": "cuda_runtime", "name": name, "ts": at, "dur": us, "args": args})
+        return self._calls
+
+    def kernel(self, name: str, at: float, us: float, launch: int, stream: int = 7) -> None:
+        args = {"correlation": launch, "stream": stream, "grid": [1, 1, 1], "block": [32, 1, 1]}
+        self.events.append({"cat": "kernel", "name": name, "ts": at, "dur": us, "args": args})
+
+    def replay(self, at: float, *kernels: tuple[str, float, float, int]) -> None:
+        """A graph launched 5 us before it runs: (name, after how many us, for how many, stream)."""
+        launch = self.call("cudaGraphLaunch", at - 5, 2)
+        for name, after, us, stream in kernels:
+            self.kernel(name, at + after, us, launch, stream)
+
+    def read(self, folder: Path) -> list[cycles.Cycle]:
+        path = folder / "x-DECODE.trace.json.gz"
+        with gzip.open(path, "wt") as file:
+            json.dump({"traceEvents": self.events}, file)
+        return cycles.read(path)
+
+
+TARGET = [("linear", 0.0, 40.0, 7), ("beside", 10.0, 50.0, 8), ("linear", 70.0, 20.0, 7)]
+DRAFT = [("draft", 0.0, 6.0, 7), ("draft", 8.0, 6.0, 7)]
+
+
+def speculating(times: int = 4, every: float = 200.0) -> Trace:
+    """Verification 0 to 90, a kernel of no graph 100 to 104, the draft 120 to 134, the host waiting 20 to 95."""
+    trace = Trace()
+    for number in range(times):
+        at = 1000 + number * every
+        trace.replay(at, *TARGET)
+        trace.call("cudaStreamSynchronize", at + 20, 75)
+        trace.kernel("sample", at + 100, 4, trace.call("cudaLaunchKernel", at + 97, 1))
+        trace.replay(at + 120, *DRAFT)
+    return trace
+
+
+def test_a_cycle_of_verification_and_draft(tmp_path: Path) -> None:
+    found = speculating().read(tmp_path)
+    assert len(found) == 3  # the last one has no end
+    told = cycles.account(found, NOTHING_KNOWN)
+    assert told["us"] == 200 and told["cycles"] == 3
+    verify, draft = told["replays"]
+    assert (verify["graph"], verify["launches"], verify["us"]) == ("verify", 3, 90)
+    # 10 us between 60 and 70 nothing runs; 30 us two kernels do.
+    assert verify["busy_us"] == 80 and verify["kernels_us"] == 110
+    assert verify["ops"] == {"fp8_linear": 60, "[beside]": 50}
+    assert (draft["graph"], draft["us"], draft["busy_us"]) == ("draft 1", 14, 12)
+    assert told["between_us"] == 200 - 90 - 14 and told["between"] == {"[sample]": 1}
+    assert told["idle_us"] == 200 - 80 - 12 - 4
+    # Of the next verification's launch, before it begins, the cycle has the time too.
+    assert (told["host_waits"], told["host_waits_us"]) == (1, 75)
+    assert told["host_launches_us"] == 2 + 1 + 2
+
+
+def test_plain_decoding_is_one_replay_a_cycle(tmp_path: Path) -> None:
+    trace = Trace()
+    for number in range(3):
+        trace.replay(100.0 * number, *TARGET)
+    told = cycles.account(trace.read(tmp_path), NOTHING_KNOWN)
+    assert [part["graph"] for part in told["replays"]] == ["decode"] and told["us"] == 100
+    assert told["idle_us"] == 20 and told["between_launches"] == 0
+    assert "cycle     100.0 us, GPU idle 20.0 us; mean of 2" in cycles.table(told)
+
+
+def test_what_the_edges_cut_and_what_differs_is_left_out(tmp_path: Path) -> None:
+    trace = Trace()
+    trace.replay(900, *TARGET[1:])  # its first kernel ran before the profiler did
+    for event in speculating().events:
+        event["args"] = event["args"] | {"correlation": event["args"]["correlation"] + 100}
+        trace.events.append(event)
+    trace.replay(1000 + 2 * 200 + 150, ("prefill", 0.0, 9.0, 7))
+    found = trace.read(tmp_path)
+    assert [cycle.span.start for cycle in found] == [1000, 1200]
+
+
+def test_a_trace_without_graphs_says_so(tmp_path: Path) -> None:
+    trace = Trace()
+    trace.kernel("eager", 0, 5, trace.call("cudaLaunchKernel", 0, 1))
+    with pytest.raises(ValueError, match="no CUDA graph was launched twice among 1 kernels"):
+        trace.read(tmp_path)
+
+
+def test_the_picture_has_each_kernel_where_it_ran(tmp_path: Path) -> None:
+    cycle = speculating().read(tmp_path)[0]
+    cycles.timeline(cycle, "a <heading>", NOTHING_KNOWN, tmp_path / "x.svg")
+    root = ElementTree.parse(tmp_path / "x.svg").getroot()
+    boxes = {}
+    for box in root.iter("{http://www.w3.org/2000/svg}rect"):
+        title = box.find("{http://www.w3.org/2000/svg}title")
+        if title is not None and title.text:
+            boxes.setdefault(title.text.partition(",")[0], []).append((float(box.get("x", 0)), float(box.get("y", 0))))
+    scale = (cycles.WIDTH - cycles.LEFT - 20) / 200
+    assert sorted(x for x, _ in boxes["fp8_linear"]) == pytest.approx([cycles.LEFT, cycles.LEFT + 70 * scale], abs=0.01)
+    assert {y for _, y in boxes["fp8_linear"]} != {y for _, y in boxes["[beside]"]}
+    assert [x for x, _ in boxes["cudaStreamSynchronize"]] == pytest.approx([cycles.LEFT + 20 * scale], abs=0.01)
+    assert "a <heading>" in "".join(root.itertext())
+
+
+def test_an_op_is_told_by_its_name_grid_or_code(tmp_path: Path) -> None:
+    """`traces.ranges` on calls inside and outside of a range."""
+    trace = Trace()
+    inside, outside = trace.call("cudaLaunchKernel", 10, 1), trace.call("cudaLaunchKernel", 50, 1)
+    trace.kernel("gemv", 12, 3, inside)
+    trace.kernel("other", 52, 3, outside)
+    trace.events.append({"cat": "user_annotation", "name": "op:fp8_linear", "ts": 5, "dur": 20})
+    path = tmp_path / "ops.trace.json.gz"
+    with gzip.open(path, "wt") as file:
+        json.dump({"traceEvents": trace.events}, file)
+    known = traces.ranges(path, "op:")
+    first, second = traces.read(path)
+    assert traces.op_of(first, known) == "fp8_linear" and traces.op_of(second, known) == "[other]"
+
+
+def test_decode_step_tells_both_kinds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tool from its arguments to its table, with a server and a profiler that are made up."""
+    started: list[tuple[str, ...]] = []
+
+    class Server:
+        url = "http://127.0.0.1:1"
+
+        def __init__(self, model: Path, *flags: str, log: Path, **_: Any) -> None:
+            assert (model / "config.json").exists()
+            started.append(flags)
+            mode = "target_verify" if "EAGLE" in flags else "decode"
+            log.write_text(f"the step takes its first {mode} pass (1 rows).")
+            self.log = log
+
+        def __enter__(self) -> Server:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def alive(self) -> bool:
+            return True
+
+    def profiled(url: str, folder: Path, *_: Any) -> dict[str, Path]:
+        folder.mkdir(parents=True)
+        speculating().read(folder)
+        return {"DECODE": next(folder.iterdir()), "EXTEND": next(folder.iterdir())}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (12, 0))
+    monkeypatch.setattr(decode_step, "LocalServer", Server)
+    monkeypatch.setattr(decode_step, "profile", profiled)
+    monkeypatch.setattr(decode_step, "known_kernels", lambda *_: NOTHING_KNOWN)
+    monkeypatch.setattr(decode_step, "step_ms", lambda url, batch, context, rng, eagle: 9.0 if eagle else 4.5)
+    words = ["decode_step", "--out", str(tmp_path), "--eagle", "--batch", "1", "--context", "1024", "2048"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert decode_step.main() == 0
+    assert ["EAGLE" in flags for flags in started] == [False, True]
+    out = capsys.readouterr().out
+    assert "target 5 ms met" in out and "9.00 ms a cycle" in out and "EAGLE, batch 1 at 1024 tokens" in out
+    written = json.loads((tmp_path / "decode_step.json").read_text())
+    assert written["problems"] == [] and written["ready_seconds"].keys() == {"plain", "eagle"}
+    assert [(row["eagle"], row["ms"]) for row in written["steps"]] == [(False, 4.5)] * 2 + [(True, 9.0)] * 2
+    assert {path.name for path in tmp_path.glob("*.svg")} == {"plain-1.svg", "eagle-1.svg"}
