@@ -4,7 +4,7 @@ All 43 layers at full width with the experts cut to what fits one card, random w
 `sglang.launch_server`. The sides take turns, `--runs` times; medians and spreads go into DIR/side_by_side.json, a
 picture beside it and a table (`--draw FILE.json`: the picture of a finished run). On a Hopper card the step runs under
 SM120 lowering (`sm120`) and compiled natively (`native`); `sglang` has the card's own kernels and Marlin's experts
-there.
+there. With EAGLE SGLang's own layer drafts for them all, but for `drafting`, which is `sm120` with the step's.
 
 Decode: milliseconds from token to token while all requests decode. At 1,024 tokens of context each request has its own
 prompt; at more they share all but the last tokens of one, so that their cached pages are the same. EAGLE: milliseconds
@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,12 +65,14 @@ AXES = {
 
 @dataclass(frozen=True)
 class Side:
-    """One way to serve: its flags, its variables and folders for PYTHONPATH, and whether the step is to decode."""
+    """One way to serve: its flags, its variables and folders for PYTHONPATH, whether the step is to decode, and whether
+    it differs from the other sides without speculation too."""
 
     flags: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
     path: tuple[Path, ...] = ()
     is_step: bool = True
+    is_plain: bool = True
 
 
 def sides(overlays: Sequence[tuple[str, Path]] = ()) -> dict[str, Side]:
@@ -80,9 +82,12 @@ def sides(overlays: Sequence[tuple[str, Path]] = ()) -> dict[str, Side]:
         return own | {name: Side(path=(folder,)) for name, folder in overlays}
     forced = (sm120_lowering.SERVER_FLAGS, sm120_lowering.SERVER_ENVIRONMENT)
     lowered = HERE / "lowered_children"
+    # The last of a flag counts.
+    drafting = (*sm120_lowering.SERVER_FLAGS, "--speculative-moe-runner-backend", "triton")
     own = {
         "sglang": Side(("--moe-runner-backend", "marlin"), {"SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0"}, is_step=False),
         "sm120": Side(*forced, (lowered,)),
+        "drafting": Side(drafting, sm120_lowering.SERVER_ENVIRONMENT, (lowered,), is_plain=False),
         "native": Side(*forced),
     }
     return own | {name: Side(*forced, (folder, lowered)) for name, folder in overlays}
@@ -193,6 +198,18 @@ class Turns:
         self._pool.shutdown()
 
 
+def turns_of(known: Mapping[str, Side], names: Sequence[str], args: argparse.Namespace) -> list[Turn]:
+    """Who serves when: the sides in turn, so many runs, and all without EAGLE first, for the time may be up before."""
+    kinds = (*(False,) * bool(args.batch), *(True,) * bool(args.eagle))
+    return [
+        Turn(name, run, eagle)
+        for eagle in kinds
+        for run in range(args.runs)
+        for name in names
+        if eagle or known[name].is_plain
+    ]
+
+
 def table(figures: dict[str, dict[str, list[float]]]) -> str:
     """Medians with half the spread, and each side by the first; one row a figure."""
     names = list(figures)
@@ -242,7 +259,8 @@ def main() -> int:
     parser.add_argument("--overlay", type=overlay, nargs="+", default=[], metavar="NAME=FOLDER", help="more sides")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--ahead", action="store_true", help="start each server while the one before is measured")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--batch", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32],
+                        help="requests that decode; none leaves decode without EAGLE and prefill out")  # fmt: skip
     parser.add_argument("--context", type=int, nargs="+", default=[1024, 16_384, 65_536])
     parser.add_argument("--eagle", type=int, nargs="*", default=[1, 4, 16], help="batches; none leaves EAGLE out")
     parser.add_argument("--prefill", type=int, nargs="*", default=[1024, 8192, 32_768], help="tokens of the prompt")
@@ -274,12 +292,7 @@ def main() -> int:
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "experts": args.experts,
         "date": time.strftime("%Y-%m-%d"), "asked": asked, "problems": [],
     }  # fmt: skip
-    order = [
-        Turn(name, run, eagle)
-        for eagle in ((False, True) if args.eagle else (False,))
-        for run in range(args.runs)
-        for name in figures
-    ]
+    order = turns_of(known, list(figures), args)
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), args.experts)
         turns = Turns(Path(folder), args)

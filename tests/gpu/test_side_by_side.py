@@ -183,6 +183,19 @@ def test_a_server_that_fails_is_stopped_and_so_is_the_prepared_one(turns: side_b
     assert {"step-9 stops", "sglang-9 stops"} <= set(Recorded.events)
 
 
+def test_sides_take_turns_and_speculate_last() -> None:
+    known = {"sglang": Side(is_step=False), "step": Side(), "drafting": Side(is_plain=False)}
+
+    def order(batch: list[int], eagle: list[int]) -> list[str]:
+        asked = argparse.Namespace(batch=batch, eagle=eagle, runs=2)
+        return [str(turn) for turn in side_by_side.turns_of(known, ["sglang", "step", "drafting"], asked)]
+
+    plain = ["sglang-0", "step-0", "sglang-1", "step-1"]
+    speculating = [f"{name}-eagle-{run}" for run in (0, 1) for name in ("sglang", "step", "drafting")]
+    assert order([1], [1]) == plain + speculating
+    assert order([1], []) == plain and order([], [1]) == speculating
+
+
 @pytest.mark.parametrize(("side", "is_step"), [("sglang", True), ("step", False)])
 def test_the_other_forwards_figures_are_refused(
     turns: side_by_side.Turns, side: str, is_step: bool, monkeypatch: pytest.MonkeyPatch
@@ -201,7 +214,7 @@ def test_another_overlay_is_a_side_of_its_own(monkeypatch: pytest.MonkeyPatch, t
     (tmp_path / "sglang_sm120").mkdir()
     (tmp_path / "sglang_sm120/__init__.py").touch()
     known = side_by_side.sides([side_by_side.overlay(f"old={tmp_path}")])
-    assert list(known) == ["sglang", "sm120", "native", "old"]
+    assert list(known) == ["sglang", "sm120", "drafting", "native", "old"]
     assert known["old"].flags == known["sm120"].flags and known["old"].path == (tmp_path, *known["sm120"].path)
 
 
