@@ -274,6 +274,29 @@ def test_unfiltered_samples_follow_the_distribution(server: LocalServer, prompts
     assert 0.05 < sum(shares) / count < 0.95
 
 
+def test_samples_without_log_probabilities_follow_the_distribution(
+    server: LocalServer, prompts: list[list[int]]
+) -> None:
+    """Drawn from the logits, without a softmax (`step/sample.py`): the likeliest few as often as another pass says."""
+    prompt, count = prompts[LENGTHS.index(300)], 400
+    sampling = {"max_new_tokens": 1, "temperature": 1.0}
+    one = {"return_logprob": True, "top_logprobs_num": 64, "sampling_params": sampling}
+    top = generate(server, {"input_ids": prompt, **one})["meta_info"]["output_top_logprobs"][0]
+    # As many of them as have a third together, or all.
+    mass, few = 0.0, set()
+    for score, token, _ in top:
+        mass += math.exp(score)
+        few.add(token)
+        if mass > 0.33:
+            break
+    replies = generate(server, {"input_ids": [prompt] * count, "sampling_params": sampling})
+    hits = sum(reply["output_ids"][0] in few for reply in replies)
+    print(f"{hits} of {count} samples among {len(few)} tokens, expected {mass * count:.0f}")
+    # Five standard deviations; rounding in another batch moves a log-probability by some hundredths.
+    assert abs(hits - mass * count) < 5 * (count * mass * (1 - mass)) ** 0.5 + 0.05 * mass * count
+    assert 0.02 < mass < 0.98
+
+
 def test_no_kernel_that_sm120_lacks(server: LocalServer, logs: Path, prompts: list[list[int]]) -> None:
     folder = logs / "trace"
     folder.mkdir(exist_ok=True)
