@@ -35,10 +35,10 @@ def _replay(rank: int, port: int, seed: int, queue: multiprocessing.Queue[tuple[
     """A rank: how many values of REPLAYS replays, by rows, are not the sum of both ranks' inputs rounded once."""
     torch.cuda.set_device(rank)
     from sglang.srt.distributed import parallel_state
-    from sglang.srt.runtime_context import get_parallel
-    from sglang.test.test_utils import publish_build_topology
+    from sglang.srt.runtime_context import SpawnRanks, get_parallel, publish
+    from sglang.srt.server_args import ServerArgs
 
-    publish_build_topology(world_rank=rank, tp_size=2, ep_size=1, pp_size=1)
+    publish(ServerArgs(model_path="dummy", tp_size=2), role="test", ranks=SpawnRanks(world_rank=rank))
     parallel_state.init_distributed_environment(2, rank, f"tcp://127.0.0.1:{port}", rank, "nccl")
     parallel_state.initialize_model_parallel(backend="nccl")
     group = get_parallel().attn_tp_group
