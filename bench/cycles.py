@@ -19,8 +19,8 @@ import traces
 from sglang_sm120_launch.picture import COLOURS
 from traces import Kernel
 
-WAITS = re.compile(r"Synchronize$|^cudaMemcpy$|^cuMemcpy\w*$")
-"""Calls in which the host waits for the GPU."""
+WAITS = re.compile(r"Synchronize$|Memcpy(?!\w*Async)")
+"""Calls in which the host waits for the GPU. A copy from memory that is not pinned waits too, and looks like others."""
 LAUNCHES = re.compile(r"Launch")
 
 
@@ -52,20 +52,26 @@ class Replay(NamedTuple):
 
 @dataclass(frozen=True)
 class Cycle:
-    """From the target's replay to the next one: replays, kernels of no graph, and calls of the host."""
+    """From the target's replay to the next one: replays, kernels of no graph, and calls of the thread that launches."""
 
     span: Span
     replays: tuple[Replay, ...]
     others: tuple[Kernel, ...]
     calls: tuple[tuple[str, Span], ...]
 
+    @property
+    def between(self) -> list[Kernel]:
+        """Those kernels of no graph that begin while no graph runs; the rest run beside one."""
+        spans = [replay.span for replay in self.replays]
+        return [k for k in self.others if not any(span.start <= k.start < span.end for span in spans)]
 
-def busy(kernels: Iterable[Kernel]) -> float:
-    """Microseconds in which at least one of the kernels runs."""
+
+def busy(spans: Iterable[Span | Kernel]) -> float:
+    """Microseconds that at least one of them covers."""
     total, until = 0.0, float("-inf")
-    for kernel in sorted(kernels, key=lambda kernel: kernel.start):
-        total += max(0.0, kernel.end - max(kernel.start, until))
-        until = max(until, kernel.end)
+    for span in sorted(spans, key=lambda span: span.start):
+        total += max(0.0, span.end - max(span.start, until))
+        until = max(until, span.end)
     return total
 
 
@@ -105,14 +111,20 @@ def read(trace: Path) -> list[Cycle]:
     """`cycles` of a chrome trace (.json.gz)."""
     events = traces.events_of(trace)
     calls = traces.calls_of(events)
-    spans = [(call["name"], Span(call["ts"], call["ts"] + call["dur"])) for call in calls.values()]
+    threads = Counter(call.get("tid") for call in calls.values() if "GraphLaunch" in call["name"])
+    thread = threads.most_common(1)[0][0] if threads else None
+    spans = [
+        (call["name"], Span(call["ts"], call["ts"] + call["dur"]))
+        for call in calls.values()
+        if call.get("tid") == thread
+    ]
     return cycles(traces.kernels_of(events, calls), spans)
 
 
-def account(found: Sequence[Cycle], known: Mapping[str, Mapping[Any, str]]) -> dict[str, Any]:
-    """The mean cycle in µs: its replays in order, the kernels between them, idle GPU, and the host.
+def account(found: Sequence[Cycle], known: Mapping[str, Mapping[Any, str]], eagle: bool) -> dict[str, Any]:
+    """The mean cycle in µs: its replays in order, what runs between and beside them, idle GPU, and the host.
 
-    known: as `traces.ranges` gives it.
+    known: as `traces.ranges` gives it. eagle: whether the server speculates.
     """
     times = len(found)
 
@@ -126,34 +138,37 @@ def account(found: Sequence[Cycle], known: Mapping[str, Mapping[Any, str]]) -> d
         for kernel in (kernel for replay in same for kernel in replay.kernels):
             ops[traces.op_of(kernel, known)] += kernel.us / times
         parts.append({
-            "graph": name_of(place, len(found[0].replays)), "launches": len(first.kernels),
+            "graph": name_of(place, eagle), "launches": len(first.kernels),
             "us": mean(replay.span.us for replay in same), "busy_us": mean(busy(replay.kernels) for replay in same),
             "kernels_us": mean(sum(kernel.us for kernel in replay.kernels) for replay in same),
             "ops": {op: round(us, 1) for op, us in sorted(ops.items(), key=lambda item: -item[1])},
         })  # fmt: skip
     everything = [[k for replay in cycle.replays for k in replay.kernels] + [*cycle.others] for cycle in found]
-    between = [cycle.span.us - sum(replay.span.us for replay in cycle.replays) for cycle in found]
     waits = [[span.us for name, span in cycle.calls if WAITS.search(name)] for cycle in found]
     launching = [[span.us for name, span in cycle.calls if LAUNCHES.search(name)] for cycle in found]
-    names = Counter(traces.op_of(kernel, known) for cycle in found for kernel in cycle.others)
+    names = Counter(traces.op_of(kernel, known) for cycle in found for kernel in cycle.between)
+    between = sum(len(cycle.between) for cycle in found)
     return {
         "cycles": times,
         "us": mean(cycle.span.us for cycle in found),
         "idle_us": mean(cycle.span.us - busy(kernels) for cycle, kernels in zip(found, everything, strict=True)),
         "replays": parts,
-        "between_us": mean(between),
-        "between_kernels_us": mean(sum(kernel.us for kernel in cycle.others) for cycle in found),
-        "between_launches": round(sum(len(cycle.others) for cycle in found) / times, 1),
+        "between_us": mean(cycle.span.us - busy(replay.span for replay in cycle.replays) for cycle in found),
+        "between_kernels_us": mean(sum(kernel.us for kernel in cycle.between) for cycle in found),
+        "between_launches": round(between / times, 1),
         "between": {name: round(count / times, 1) for name, count in names.most_common(20)},
+        "beside_launches": round((sum(len(cycle.others) for cycle in found) - between) / times, 1),
         "host_waits_us": mean(sum(each) for each in waits),
         "host_waits": round(sum(map(len, waits)) / times, 1),
         "host_launches_us": mean(sum(each) for each in launching),
     }
 
 
-def name_of(place: int, graphs: int) -> str:
+def name_of(place: int, eagle: bool) -> str:
     """A graph of a cycle in words."""
-    return ("decode" if graphs == 1 else "verify") if place == 0 else f"draft {place}"
+    if place == 0:
+        return "verify" if eagle else "decode"
+    return f"{'draft' if eagle else 'other'} {place}"
 
 
 def table(told: Mapping[str, Any]) -> str:
@@ -167,7 +182,8 @@ def table(told: Mapping[str, Any]) -> str:
         lines += [f"    {op[:60]:60s} {us:8.1f} us" for op, us in [*part["ops"].items()][:12]]
     lines.append(
         f"  between   {told['between_us']:9.1f} us, {told['between_launches']:.1f} kernels of "
-        f"{told['between_kernels_us']:.1f} us; the host waits {told['host_waits']:.1f} times, "
+        f"{told['between_kernels_us']:.1f} us, {told['beside_launches']:.1f} more beside graphs; "
+        f"the host waits {told['host_waits']:.1f} times, "
         f"{told['host_waits_us']:.1f} us, and launches for {told['host_launches_us']:.1f} us"
     )
     lines += [f"    {name[:60]:60s} {count:8.1f} launches" for name, count in told["between"].items()]
@@ -177,7 +193,9 @@ def table(told: Mapping[str, Any]) -> str:
 WIDTH, ROW, LEFT, TOP = 1600, 22, 110, 56
 
 
-def timeline(cycle: Cycle, heading: str, known: Mapping[str, Mapping[Any, str]], path: Path) -> None:
+def timeline(
+    cycle: Cycle, heading: str, known: Mapping[str, Mapping[Any, str]], eagle: bool, path: Path
+) -> None:
     """Draw one cycle as an SVG: a row for each stream and one for the host's calls, kernels coloured by op."""
     kernels = [kernel for replay in cycle.replays for kernel in replay.kernels] + [*cycle.others]
     streams = list(dict.fromkeys(kernel.stream for kernel in sorted(kernels, key=lambda kernel: kernel.start)))
@@ -211,7 +229,7 @@ def timeline(cycle: Cycle, heading: str, known: Mapping[str, Mapping[Any, str]],
     for place, replay in enumerate(cycle.replays):
         parts.append(box(*replay.span, 0, "#DDDDDD", f"{replay.span.us:.1f} us"))
         at = LEFT + (replay.span.start - cycle.span.start) * scale
-        parts.append(label(at + 2, TOP + ROW - 9, name_of(place, len(cycle.replays))))
+        parts.append(label(at + 2, TOP + ROW - 9, name_of(place, eagle)))
     for row, stream in enumerate(streams, 1):
         parts.append(label(10, TOP + row * ROW + 13, f"stream {stream}"))
         for kernel in (kernel for kernel in kernels if kernel.stream == stream):

@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -66,7 +67,8 @@ def step_ms(url: str, batch: int, context: int, rng: random.Random, eagle: bool 
 
 def profile(url: str, folder: Path, batch: int, context: int, rng: random.Random) -> dict[str, Path]:
     """The traces of the prefill and of the decode steps of one batch, by stage."""
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # of a run before
+    folder.mkdir(parents=True)
     order = {"output_dir": str(folder), "num_steps": PROFILED_STEPS, "profile_by_stage": True}
     order |= {"activities": ["CPU", "GPU"], "with_stack": False, "record_shapes": False}
     httpx.post(f"{url}/start_profile", json=order, timeout=60).raise_for_status()
@@ -80,12 +82,12 @@ def profile(url: str, folder: Path, batch: int, context: int, rng: random.Random
     return found
 
 
-def known_kernels(batches: list[int], context: int, folder: Path) -> Known:
-    """Which op launches which kernels at each batch: run once here, under a profiler, with the server's lowering."""
+def known_kernels(steps: list[int], context: int, folder: Path) -> Known:
+    """Which op launches which kernels at so many rows: run once here, under a profiler, with the server's lowering."""
     with torch.profiler.profile() as profiler:
-        for batch in batches:
+        for rows in steps:
             for op in ops.with_triton():
-                for call in calls_of(op, 1, batch, context, 0):
+                for call in calls_of(op, 1, rows, context, 0):
                     torch.cuda.synchronize()
                     with torch.profiler.record_function(f"op:{op}"):
                         registry.ops()[op].by("triton", **call.arguments)
@@ -103,13 +105,13 @@ def main() -> int:
     parser.add_argument("--eagle", action="store_true", help="then a server with 3 draft steps, 4 tokens to verify")
     parser.add_argument("--experts", type=int, default=128)
     parser.add_argument("--lowering", choices=("sm120", "native"), default="sm120", help="on a Hopper card")
-    parser.add_argument("--seconds", type=float, default=400, help="no measurement begins later than this")
+    parser.add_argument("--ready", type=float, default=1200, help="seconds that a server may take to be ready")
+    parser.add_argument("--seconds", type=float, default=400, help="no measurement begins later, from when it is ready")
     parser.add_argument("--flag", nargs="*", default=[], help="more flags for the server, without their dashes")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("decode_step: this machine has no CUDA device, needed one: run it on a GPU machine.", file=sys.stderr)
         return 1
-    args.deadline = time.monotonic() + args.seconds
     lower(args.lowering)
     args.out.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"steps": [], "profiles": [], "foreign": [], "problems": []}
@@ -117,7 +119,9 @@ def main() -> int:
     result |= {"torch": torch.__version__, "ready_seconds": {}}
     known: Known = {"exact": {}, "compiled": {}, "name": {}}
     try:
-        known |= known_kernels(args.batch, max(args.context) + 1024, args.out)
+        # A verification has four rows a request.
+        rows = sorted({b * tokens for b in args.batch for tokens in ((1, 4) if args.eagle else (1,))})
+        known |= known_kernels(rows, max(args.context) + 1024, args.out)
     except RuntimeError as error:
         result["problems"].append(f"kernels keep their own names in the tables, their ops did not run here: {error}")
     torch.cuda.empty_cache()
@@ -155,7 +159,8 @@ def serve(model: Path, args: argparse.Namespace, eagle: bool, known: Known, resu
     path = os.pathsep.join((str(Path(__file__).parent / "random_weights"), os.environ.get("PYTHONPATH", "")))
     env = {**sm120_lowering.SERVER_ENVIRONMENT, "PYTHONPATH": path}
     began = time.monotonic()
-    with LocalServer(model, *flags, log=args.out / f"{name}.log", env=env, ready_seconds=400) as server:
+    with LocalServer(model, *flags, log=args.out / f"{name}.log", env=env, ready_seconds=args.ready) as server:
+        args.deadline = time.monotonic() + args.seconds
         result["ready_seconds"][name] = round(time.monotonic() - began)
         print(f"{name} ready after {result['ready_seconds'][name]} s", flush=True)
         measure(server.url, args, eagle, known, result)
@@ -185,10 +190,10 @@ def measure(url: str, args: argparse.Namespace, eagle: bool, known: Known, resul
                         for kernel in () if eagle else traces.foreign(traces.read(trace)):
                             result["foreign"].append(f"{stage} at batch {batch}: {kernel}")
                     found = cycles.read(stages["DECODE"])
-                    result["profiles"].append({**about, **cycles.account(found, known)})
+                    result["profiles"].append({**about, **cycles.account(found, known, eagle)})
                     heading = f"{result['gpu']}, {name}, {context} tokens"
-                    cycles.timeline(found[len(found) // 2], heading, known, args.out / f"{name}.svg")
-            except (RuntimeError, ValueError, httpx.HTTPError) as error:
+                    cycles.timeline(found[len(found) // 2], heading, known, eagle, args.out / f"{name}.svg")
+            except (RuntimeError, LookupError, ValueError, OSError, httpx.HTTPError) as error:
                 result["problems"].append(f"batch {batch} at {context} tokens: {type(error).__name__}: {error}")
             # A run that is cut off leaves what it has.
             save(result, args.out)

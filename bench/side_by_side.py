@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -165,8 +165,10 @@ class Turns:
         server = LocalServer(self._model, *flags, log=args.out / f"{turn}.log", env=env, ready_seconds=args.ready)
         self._prepared[turn] = server, self._pool.submit(server.__enter__)
 
-    def serve(self, turn: Turn, then: Turn | None) -> dict[str, float]:
-        """What the server gave; `then` is prepared when it is ready."""
+    def serve(
+        self, turn: Turn, then: Turn | None, said: Callable[[dict[str, float]], None] = lambda _: None
+    ) -> dict[str, float]:
+        """What the server gave; `then` is prepared when it is ready. `said` is told after each figure."""
         found: dict[str, float] = {}
         began = time.monotonic()
         is_ahead = turn in self._prepared
@@ -183,10 +185,13 @@ class Turns:
             for what, figure in measure(server.url, self._args, turn.eagle, self._args.deadline):
                 found[what] = figure
                 print(f"{turn.side} run {turn.run}: {what}: {figure:.2f}", flush=True)
+                said(found)
             mode = "target_verify" if turn.eagle else "decode"
-            served = f"the step takes its first {mode} pass" in server.log.read_text(errors="replace")
-            if served != self._sides[turn.side].is_step:
+            log, side = server.log.read_text(errors="replace"), self._sides[turn.side]
+            if (f"the step takes its first {mode} pass" in log) != side.is_step:
                 raise ServerError(f"The other forward served {mode} passes: {server.log} says why.")
+            if turn.eagle and not side.is_plain and "the step takes its first decode pass" not in log:
+                print(f"{turn}: the log names no pass of the step's draft: {server.log}", file=sys.stderr, flush=True)
         finally:
             server.stop()
         return found
@@ -281,6 +286,10 @@ def main() -> int:
     if unknown := set(args.side or ()) - set(known):
         print(f"side_by_side: no side {sorted(unknown)} on this card, needed some of {list(known)}.", file=sys.stderr)
         return 2
+    order = turns_of(known, args.side or list(known), args)
+    if not order:
+        print("side_by_side: nothing to measure, needed --batch or --eagle, and a side for it.", file=sys.stderr)
+        return 2
     # As Ctrl-C does: the server is stopped, and what was measured stays.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -292,7 +301,12 @@ def main() -> int:
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "experts": args.experts,
         "date": time.strftime("%Y-%m-%d"), "asked": asked, "problems": [],
     }  # fmt: skip
-    order = turns_of(known, list(figures), args)
+
+    def save(**unfinished: dict[str, float]) -> None:
+        """A run that is cut off leaves what it has, of a turn that did not end apart."""
+        whole = about | {"figures": figures} | ({"unfinished": unfinished} if unfinished else {})
+        (args.out / "side_by_side.json").write_text(json.dumps(whole, indent=1))
+
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), args.experts)
         turns = Turns(Path(folder), args)
@@ -301,14 +315,14 @@ def main() -> int:
                 if time.monotonic() > args.deadline:
                     break
                 try:
-                    found = turns.serve(turn, then if args.ahead else None)
+                    following, name = then if args.ahead else None, str(turn)
+                    found = turns.serve(turn, following, lambda so_far, name=name: save(**{name: so_far}))
                 except (ServerError, RuntimeError, httpx.HTTPError) as error:
                     about["problems"].append(f"{turn}: {error}"[-2000:])
                     continue
                 for what, figure in found.items():
                     figures[turn.side][what].append(round(figure, 3))
-                # A run that is cut off leaves what it has.
-                (args.out / "side_by_side.json").write_text(json.dumps(about | {"figures": figures}, indent=1))
+                save()
         finally:
             turns.close()
     picture(about | {"figures": figures}, args.out / "side_by_side.svg")

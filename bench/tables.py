@@ -53,25 +53,30 @@ def kernels(rows: list[dict[str, Any]]) -> str:
 
 
 def decode_step(result: dict[str, Any]) -> str:
-    """Step times, then kernel time by op and launches per layer of each batch."""
-    lines = _head("batch", "context", "weights", "ms a step", "tokens/s")
+    """Times of steps and cycles, then of each batch where the mean cycle goes, and kernel time by op in its graphs.
+
+    Raises:
+        KeyError: it is of another form; that of before 2026-11-30 has no cycles.
+    """
+    lines = _head("batch", "context", "weights", "EAGLE", "ms")
     lines += [
-        _line(row["batch"], row["context"], row["weights"], f"{row['ms']:.2f}", row["tokens_per_s"])
+        _line(row["batch"], row["context"], row["weights"], "yes" if row["eagle"] else "no", f"{row['ms']:.2f}")
         for row in result["steps"]
     ]
-    for profiled in result["profiles"]:
-        about = f"{profiled['launches']} launches, {profiled['per_layer']} a layer"
-        lines += [
-            "",
-            f"Batch {profiled['batch']}, {profiled['context']} tokens, {profiled['weights']} weights: {about}.",
-            "",
-        ]
-        lines += _head("op", "µs a step", "share", "launches a layer")
-        lines += [
-            _line(f"`{row['op']}`", row["us"], f"{row['share']:.1%}", row["per_layer"])
-            for row in profiled["ops"]
-            if row["share"] >= 0.002
-        ]
+    for told in result["profiles"]:
+        lines += ["", f"{'EAGLE, ' if told['eagle'] else ''}batch {told['batch']}, {told['context']} tokens:", ""]
+        lines += _head("part", "µs", "kernels", "their µs")
+        for part in told["replays"]:
+            lines.append(_line(part["graph"], part["us"], part["launches"], part["kernels_us"]))
+        lines.append(_line("between", told["between_us"], told["between_launches"], told["between_kernels_us"]))
+        lines.append(_line("cycle", told["us"], "", f"idle {told['idle_us']}, host waits {told['host_waits_us']}"))
+        for part in told["replays"]:
+            lines += ["", f"{part['graph']}:", "", *_head("op", "µs", "share")]
+            lines += [
+                _line(f"`{op}`", us, f"{us / part['kernels_us']:.1%}")
+                for op, us in part["ops"].items()
+                if us >= 0.002 * part["kernels_us"]
+            ]
     return "\n".join(lines)
 
 

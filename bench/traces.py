@@ -18,8 +18,12 @@ FOREIGN = re.compile(
 )
 
 
+DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
+"""Categories of what keeps the GPU busy."""
+
+
 class Kernel(NamedTuple):
-    """One kernel that ran; `launch` is the correlation id of the API call, `graph` whether that launched a graph."""
+    """A kernel that ran, or a copy; `launch`: the API call's correlation id, `graph`: whether that launched a graph."""
 
     name: str
     us: float
@@ -57,10 +61,10 @@ def calls_of(events: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
 
 
 def kernels_of(events: list[dict[str, Any]], calls: dict[int, dict[str, Any]]) -> list[Kernel]:
-    """The kernels among the events, with the calls as `calls_of` gives them."""
+    """The kernels and copies among the events, with the calls as `calls_of` gives them."""
     found = []
     for event in events:
-        if event.get("cat") != "kernel":
+        if event.get("cat") not in DEVICE:
             continue
         a = event["args"]
         shape = (tuple(a.get("grid", ())), tuple(a.get("block", ())))
@@ -73,7 +77,7 @@ def kernels_of(events: list[dict[str, Any]], calls: dict[int, dict[str, Any]]) -
 
 
 def read(trace: Path) -> list[Kernel]:
-    """Every kernel of a chrome trace (.json.gz)."""
+    """Every kernel and copy of a chrome trace (.json.gz)."""
     events = events_of(trace)
     return kernels_of(events, calls_of(events))
 

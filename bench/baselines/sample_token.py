@@ -20,5 +20,5 @@ def _softmax(a: Arguments) -> Run:
 
 
 OTHERS = [
-    Baseline("torch", "division, softmax, copy, division, argmax", _softmax, EXACT),
+    Baseline("sglang_sampler", "division, softmax, copy, division, argmax", _softmax, EXACT),
 ]  # fmt: skip

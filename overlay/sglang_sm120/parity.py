@@ -71,6 +71,8 @@ def compare(call: Call) -> Verdict:
     got = triton_result(call)
     if ops.SPECS[call.op].scores:
         return Verdict(selection_problem(call, got[0]))
+    if problem := ops.SPECS[call.op].problem:
+        return Verdict(problem(call.arguments, got[0]))
     return worst(call.op, got, reference_result(call))
 
 

@@ -38,12 +38,13 @@ class Spec:
     traffic(arguments): bytes read and written once, and floating-point operations, that a call cannot do without.
     aim(arguments, rows, context): what a call at TP 2 is to reach: `bench`'s name of a share, at least, or of a time.
     tunables: by family of kernels, (shape, rows, heuristic's) -> configurations that `make tune` tries.
-    served: the step calls it, and warm-up compiles its Triton kernels.
+    served: a server with the step calls it, and warm-up compiles its Triton kernels.
     lent: patched SGLang's own forward calls it too, in its prefill and in the graphs of that.
     context: powers of two of the context that launch the same kernels; 0 where its arguments do not depend on it.
     streams: how many of `streams` call it, beside the step's own.
     by_experts: expert parallelism divides its experts by number.
-    exact: its results are not rounded. scores: the op by whose result it chooses.
+    exact: its results are not rounded. scores: the op by whose result it chooses. problem(arguments, result): of
+    another choice, how it is none of the best.
     synchronises: its reference asks the GPU for sizes, so that no graph can hold it.
     prefill: what SGLang's own forward runs in its place on SM12x, as its source says.
     """
@@ -59,6 +60,7 @@ class Spec:
     by_experts: bool = False
     exact: bool = False
     scores: str | None = None
+    problem: Callable[[Arguments, torch.Tensor], str | None] | None = None
     synchronises: bool = False
     prefill: str | None = None
 

@@ -14,6 +14,7 @@ import torch
 
 import cycles
 import decode_step
+import tables
 import traces
 
 pytestmark = pytest.mark.needs_no_gpu
@@ -27,15 +28,15 @@ class Trace:
         self.events: list[dict[str, Any]] = []
         self._calls = 0
 
-    def call(self, name: str, at: float, us: float) -> int:
+    def call(self, name: str, at: float, us: float, thread: int = 1) -> int:
         self._calls += 1
-        args = {"correlation": self._calls}
-        self.events.append({"cat": "cuda_runtime", "name": name, "ts": at, "dur": us, "args": args})
+        event = {"cat": "cuda_runtime", "name": name, "ts": at, "dur": us, "tid": thread}
+        self.events.append({**event, "args": {"correlation": self._calls}})
         return self._calls
 
-    def kernel(self, name: str, at: float, us: float, launch: int, stream: int = 7) -> None:
+    def kernel(self, name: str, at: float, us: float, launch: int, stream: int = 7, cat: str = "kernel") -> None:
         args = {"correlation": launch, "stream": stream, "grid": [1, 1, 1], "block": [32, 1, 1]}
-        self.events.append({"cat": "kernel", "name": name, "ts": at, "dur": us, "args": args})
+        self.events.append({"cat": cat, "name": name, "ts": at, "dur": us, "args": args})
 
     def replay(self, at: float, *kernels: tuple[str, float, float, int]) -> None:
         """A graph launched 5 us before it runs: (name, after how many us, for how many, stream)."""
@@ -69,7 +70,7 @@ def speculating(times: int = 4, every: float = 200.0) -> Trace:
 def test_a_cycle_of_verification_and_draft(tmp_path: Path) -> None:
     found = speculating().read(tmp_path)
     assert len(found) == 3  # the last one has no end
-    told = cycles.account(found, NOTHING_KNOWN)
+    told = cycles.account(found, NOTHING_KNOWN, True)
     assert told["us"] == 200 and told["cycles"] == 3
     verify, draft = told["replays"]
     assert (verify["graph"], verify["launches"], verify["us"]) == ("verify", 3, 90)
@@ -84,11 +85,32 @@ def test_a_cycle_of_verification_and_draft(tmp_path: Path) -> None:
     assert told["host_launches_us"] == 2 + 1 + 2
 
 
+def test_what_runs_beside_a_graph_copies_and_other_threads(tmp_path: Path) -> None:
+    """A kernel of no graph beside a verification, a copy while nothing else runs, and calls that tell nothing here."""
+    trace = speculating(3)
+    for at in (1000.0, 1200.0, 1400.0):
+        trace.kernel("metadata", at + 5, 30, trace.call("cuLaunchKernel", at + 4, 1), stream=9)
+        trace.kernel("Memcpy DtoH", at + 150, 20, trace.call("cudaMemcpyAsync", at + 140, 2), cat="gpu_memcpy")
+        trace.call("cuMemcpyHtoDAsync_v2", at + 141, 2)
+        trace.call("cudaEventSynchronize", at + 10, 100, thread=2)
+    told = cycles.account(trace.read(tmp_path), NOTHING_KNOWN, True)
+    assert told["between"] == {"[sample]": 1, "[Memcpy DtoH]": 1} and told["beside_launches"] == 1
+    assert told["between_kernels_us"] == 4 + 20
+    # Beside the verification's two kernels it runs while one of them does.
+    assert told["idle_us"] == 200 - 80 - 12 - 4 - 20
+    assert (told["host_waits"], told["host_waits_us"]) == (1, 75)
+
+
+def test_another_graph_of_a_plain_server_is_no_draft(tmp_path: Path) -> None:
+    told = cycles.account(speculating().read(tmp_path), NOTHING_KNOWN, False)
+    assert [part["graph"] for part in told["replays"]] == ["decode", "other 1"]
+
+
 def test_plain_decoding_is_one_replay_a_cycle(tmp_path: Path) -> None:
     trace = Trace()
     for number in range(3):
         trace.replay(100.0 * number, *TARGET)
-    told = cycles.account(trace.read(tmp_path), NOTHING_KNOWN)
+    told = cycles.account(trace.read(tmp_path), NOTHING_KNOWN, False)
     assert [part["graph"] for part in told["replays"]] == ["decode"] and told["us"] == 100
     assert told["idle_us"] == 20 and told["between_launches"] == 0
     assert "cycle     100.0 us, GPU idle 20.0 us; mean of 2" in cycles.table(told)
@@ -114,7 +136,7 @@ def test_a_trace_without_graphs_says_so(tmp_path: Path) -> None:
 
 def test_the_picture_has_each_kernel_where_it_ran(tmp_path: Path) -> None:
     cycle = speculating().read(tmp_path)[0]
-    cycles.timeline(cycle, "a <heading>", NOTHING_KNOWN, tmp_path / "x.svg")
+    cycles.timeline(cycle, "a <heading>", NOTHING_KNOWN, True, tmp_path / "x.svg")
     root = ElementTree.parse(tmp_path / "x.svg").getroot()
     boxes = {}
     for box in root.iter("{http://www.w3.org/2000/svg}rect"):
@@ -190,3 +212,5 @@ def test_decode_step_tells_both_kinds(
     assert written["problems"] == [] and written["ready_seconds"].keys() == {"plain", "eagle"}
     assert [(row["eagle"], row["ms"]) for row in written["steps"]] == [(False, 4.5)] * 2 + [(True, 9.0)] * 2
     assert {path.name for path in tmp_path.glob("*.svg")} == {"plain-1.svg", "eagle-1.svg"}
+    told = tables.decode_step(written)
+    assert "| 1 | 1024 | random | yes | 9.00 |" in told and "| `fp8_linear` | 60.0 | 54.5% |" in told

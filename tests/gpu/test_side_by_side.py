@@ -164,7 +164,9 @@ def turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> side_by_side.Turns
 
 def test_a_server_that_is_prepared_loads_in_its_own_turn(turns: side_by_side.Turns) -> None:
     first, second = Turn("sglang", 0, False), Turn("step", 0, False)
-    assert set(turns.serve(first, second)) == {"ready", "decode 1 1024"}
+    told: list[dict[str, float]] = []
+    assert set(turns.serve(first, second, lambda so_far: told.append(dict(so_far)))) == {"ready", "decode 1 1024"}
+    assert [found["decode 1 1024"] for found in told] == [5.0]
     deadline = time.monotonic() + 10
     while "step-0 starts" not in Recorded.events and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -194,6 +196,19 @@ def test_sides_take_turns_and_speculate_last() -> None:
     speculating = [f"{name}-eagle-{run}" for run in (0, 1) for name in ("sglang", "step", "drafting")]
     assert order([1], [1]) == plain + speculating
     assert order([1], []) == plain and order([], [1]) == speculating
+    assert order([], []) == []
+
+
+def test_nothing_to_measure_is_misuse(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    for words in (["--batch", "--eagle"], ["--side", "drafting", "--eagle"]):
+        monkeypatch.setattr(sys, "argv", ["side_by_side", "--out", str(tmp_path / "out"), *words])
+        assert side_by_side.main() == 2
+        assert capsys.readouterr().err.startswith("side_by_side: nothing to measure, needed --batch or --eagle")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("side", "is_step"), [("sglang", True), ("step", False)])

@@ -31,7 +31,7 @@ from standin import New, Server, Weights, stub_sglang
 from sglang_sm120 import plugin, registry, warmup
 from sglang_sm120.limits import MAX_DRAFT_TOKENS, MAX_ROWS
 from sglang_sm120.plugin import Built, Checked, check_graphs, install_on_cpu, why_left
-from sglang_sm120.step import reasons, target
+from sglang_sm120.step import reasons, sample, target
 from sglang_sm120.step.passes import Passes
 from sglang_sm120.step.prepare import prepare
 from sglang_sm120.step.target import Target
@@ -281,8 +281,10 @@ def test_what_is_compiled_and_reserved_when_the_step_is_built(monkeypatch: pytes
     monkeypatch.setattr(warmup, "warm_up", lambda config, **sizes: given.update(sizes, config=config))
     config = SimpleNamespace(to_dict=dict, max_position_embeddings=1 << 20)
 
+    monkeypatch.setattr(sample, "_devices", set())
     context = SimpleNamespace(widths=(1, 2), tokens_per_request=1)
     assert plugin.build("model", config, context) == ("model", (1, 2), why_left, True)
+    assert sample._devices == {torch.device("cuda", 3)}
     assert given == {
         "config": {}, "tp": 4, "ep": 2, "prefill_rows": MAX_ROWS, "graph_rows": MAX_ROWS, "context": 98_304 + 264,
         "lent_rows": 2048,  # the series is applied here

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -23,18 +25,20 @@ class Drawn:
 
     def __init__(self) -> None:
         self.calls = 0
+        self._op = ops.sample_token
 
     def __call__(self, *args: torch.Tensor) -> torch.Tensor:
         self.calls += 1
-        return ops.sample_token.reference(*args)
+        return self._op(*args)
 
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[Drawn]:
     """A process whose step serves tensors on the CPU."""
     counter = Drawn()
-    monkeypatch.setattr(sample, "_devices", {CPU})
-    monkeypatch.setattr(sample, "ops", SimpleNamespace(sample_token=counter))
+    monkeypatch.setattr(sample, "_devices", set())
+    sample.serve(CPU)
+    monkeypatch.setattr(ops, "sample_token", counter)
     yield counter
 
 
@@ -84,6 +88,23 @@ def test_sglang_draws_when_asked_for(asked: dict[str, Any], drawn: Drawn, monkey
     assert tokens(torch.randn(3, 40), 0, **asked) is theirs
     assert drawn.calls == 0
     assert tokens(torch.randn(3, 40), 0) is not theirs and drawn.calls == 1
+
+
+def test_sglang_draws_where_gumbel_is_turned_off(drawn: Drawn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_OPT_USE_GUMBEL_SAMPLE", "0")
+    assert len(tokens(torch.randn(3, 40), 0)) == 3 and drawn.calls == 0
+
+
+def test_where_no_step_was_built_nothing_is_imported() -> None:
+    """Every model's sampler asks; the ops need Triton."""
+    code = (
+        "import sys, torch\nfrom sglang_sm120 import hooks\n"
+        "assert hooks.sampled(torch.zeros(1, 4), None) is None\n"
+        "print(sorted(name for name in sys.modules if name.startswith('sglang_sm120')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    loaded = ["sglang_sm120", "sglang_sm120.hooks", "sglang_sm120.step", "sglang_sm120.step.sample"]
+    assert done.stdout.strip() == str(loaded)
 
 
 def test_tokens_come_as_often_as_the_softmax_says(drawn: Drawn, seed: int) -> None:

@@ -215,6 +215,10 @@ KERNELS = (
         (("logits / tl.load(temperature_ptr + row)", "logits"),), DRAW,
     ),
     Mutation(
+        "NaN drawn", "Triton", "ops/sample_token/triton.py",
+        (("scores == scores, scores, -float(", "scores == scores, scores, float("),), DRAW,
+    ),
+    Mutation(
         "draw of the last of equal tokens", "Triton", "ops/sample_token/triton.py",
         (
             (

@@ -167,7 +167,7 @@ _REFERENCES = (
     ),
     Mutation(
         "draw without its temperature", "torch reference", "ops/sample_token/__init__.py",
-        (("argmax(logits / temperature", "argmax(logits"),), DRAW,
+        (("scores = logits / temperature", "scores = logits"),), DRAW,
     ),
     Mutation(
         "the six routing weights are not divided by their sum", "hash layers, torch reference",
@@ -241,6 +241,10 @@ _STEP = (
     Mutation(
         "noise of another distribution", "for the draw of a token", "step/sample.py",
         ((".exponential_()", ".uniform_()"),), SAMPLER,
+    ),
+    Mutation(
+        "tokens drawn by SGLang after all", "the step does not say that it draws", "plugin.py",
+        (("    sample.serve(device)\n", ""),), SAMPLER,
     ),
     Mutation(
         "part not joined", "attention's, in a graph", "step/attention.py",

@@ -124,6 +124,37 @@ def test_an_out_that_cannot_take_the_slots_is_refused(out: torch.Tensor, seed: i
                 op.by(provider, **inputs | table)
 
 
+DRAW = {"logits": torch.zeros(3, 5), "temperature": torch.ones(3, 1), "noise": torch.ones(3, 5)}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": torch.ones(1, 1)},
+        {"temperature": torch.ones(3)},
+        {"noise": torch.ones(1, 5)},
+        {"logits": torch.zeros(3, 0), "noise": torch.ones(3, 0)},
+    ],
+)
+def test_a_draw_of_other_shapes_is_refused(wrong: dict[str, Any]) -> None:
+    for provider in ops.sample_token.providers:
+        assert ops.sample_token.by(provider, **DRAW).tolist() == [0, 0, 0]
+        with pytest.raises(ValueError, match=r"and need \[T, V\], \[T, 1\] and \[T, V\]"):
+            ops.sample_token.by(provider, **DRAW | wrong)
+
+
+def test_a_draw_is_judged_by_scores_near_ties_apart() -> None:
+    problem = ops.SPECS["sample_token"].problem
+    assert problem is not None
+    scores = {"logits": torch.tensor([[1.0, 4.0, 4.00001, 3.99]]), "temperature": torch.ones(1, 1)}
+    scores |= {"noise": torch.ones(1, 4)}
+    assert [problem(scores, torch.tensor([token])) for token in (1, 2)] == [None, None]
+    for token in (0, 3):
+        assert problem(scores, torch.tensor([token])) == "a token scores lower than another"
+    for tokens in ([4], [-1], [1, 1]):
+        assert problem(scores, torch.tensor(tokens)) == "a token is none of the vocabulary"
+
+
 E4M3 = torch.zeros(2, 130, 256).to(torch.float8_e4m3fn)
 LINEARS = {
     "fp8_linear": {"x": torch.zeros(2, 256).bfloat16(), "w": E4M3[0], "scale": torch.ones(2, 2)},

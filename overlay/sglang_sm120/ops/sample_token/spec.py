@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...spec import Calls, Inputs, Spec, nbytes
+import torch
+
+from ...spec import Arguments, Calls, Inputs, Spec, nbytes
+from . import LEAST
 
 
 def _calls(make: Inputs, c: dict[str, Any], tp: int, rows: int, context: int) -> Calls:
@@ -12,10 +15,19 @@ def _calls(make: Inputs, c: dict[str, Any], tp: int, rows: int, context: int) ->
     yield "sampler", {"logits": logits, "temperature": temperature, "noise": make.normal(*logits.shape).square()}
 
 
+def _problem(a: Arguments, tokens: torch.Tensor) -> str | None:
+    """Scores are rounded otherwise than the reference's: of two that are this near either may be the largest."""
+    scores = a["logits"] / a["temperature"] - a["noise"].clamp_min(LEAST).log()
+    if tokens.shape != scores.shape[:1] or not ((tokens >= 0) & (tokens < scores.shape[1])).all():
+        return "a token is none of the vocabulary"
+    behind = scores.amax(1) - scores.gather(1, tokens.long().unsqueeze(1)).squeeze(1)
+    return "a token scores lower than another" if (behind > 1e-5 * scores.abs().amax(1)).any() else None
+
+
 SPEC = Spec(
     calls=_calls,
     traffic=lambda a: (nbytes(*a.values()), 0),
     served=True,
-    exact=True,
+    problem=_problem,
     prefill="softmax and argmax",
 )

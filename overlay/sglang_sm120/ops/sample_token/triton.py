@@ -28,21 +28,20 @@ def _best_of_part(
     logits = tl.load(logits_ptr + row * stride + at, mask=live, other=-float("inf"))
     noise = tl.load(noise_ptr + row * vocabulary + at, mask=live, other=1.0)
     scores = logits / tl.load(temperature_ptr + row) - tl.log(tl.maximum(noise, _LEAST))
+    scores = tl.where(scores == scores, scores, -float("inf"))  # a comparison with NaN could choose no token at all
     best, place = tl.max(scores, axis=0, return_indices=True, return_indices_tie_break_left=True)
     tl.store(best_ptr + row * parts + part, best)
     tl.store(place_ptr + row * parts + part, part * PART + place)
 
 
-@triton.jit(do_not_specialize=["vocabulary", "parts"])
-def _best_of_row(best_ptr, place_ptr, tokens_ptr, vocabulary, parts, LANES: tl.constexpr):
+@triton.jit(do_not_specialize=["parts"])
+def _best_of_row(best_ptr, place_ptr, tokens_ptr, parts, LANES: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES)
     wait()
     best = tl.load(best_ptr + row * parts + lane, mask=lane < parts, other=-float("inf"))
     _, part = tl.max(best, axis=0, return_indices=True, return_indices_tie_break_left=True)
-    # Whatever the logits are (NaN where SGLang is told to leave them), a token must be one of the vocabulary.
-    token = tl.load(place_ptr + row * parts + tl.minimum(part, parts - 1))
-    tl.store(tokens_ptr + row, tl.minimum(token, vocabulary - 1))
+    tl.store(tokens_ptr + row, tl.load(place_ptr + row * parts + part))
 
 
 def _accepts(a: Arguments) -> str | None:
@@ -56,7 +55,7 @@ def _accepts(a: Arguments) -> str | None:
 
 @sample_token.provider("triton", runs_on="cpu sm90+", default_on="sm120 sm121", accepts=_accepts)
 def sample_token_triton(a: Arguments) -> torch.Tensor:
-    """As the reference but for scores that differ by rounding alone; with NaN logits an arbitrary token."""
+    """As the reference but for scores that differ by rounding alone."""
     rows, vocabulary = a.logits.shape
     parts = triton.cdiv(vocabulary, PART)
     best, place = kernels.scratch(
@@ -68,5 +67,5 @@ def sample_token_triton(a: Arguments) -> torch.Tensor:
         a.logits.stride(0), PART=PART, num_warps=8,
     )  # fmt: skip
     lanes = triton.next_power_of_2(parts)
-    kernels.launch(_best_of_row, (rows,), best, place, tokens, vocabulary, parts, LANES=lanes, num_warps=1)
+    kernels.launch(_best_of_row, (rows,), best, place, tokens, parts, LANES=lanes, num_warps=1)
     return tokens
