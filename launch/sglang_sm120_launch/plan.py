@@ -195,7 +195,9 @@ def _on_cpu(machine: Machine, model: Model, request: Request) -> _Decided:
     except LaunchError as refusal:
         if request.value("device") == "cpu":
             raise
-        raise LaunchError(f"No NVIDIA GPU was found, so the plan is for the CPU: {refusal}") from None
+        raise LaunchError(
+            f"No NVIDIA GPU was found, so the plan is for the CPU (--machine FILE.json plans for another): {refusal}"
+        ) from None
     laptop = "a CPU is for demonstration: a laptop's worth of"
     settings = [
         flag("model-path", model.path, "the model to serve"),

@@ -331,9 +331,9 @@ def test_no_server(tmp_path: Path):
         ({}, "is not SGLang"),
         ({"/v1/models": {"data": []}}, "is not SGLang"),
         ({"/v1/models": {"data": [{"id": "m"}]}, "/server_info": []}, "is not SGLang"),
-        (
-            {"/v1/models": {"data": [{"id": "m"}]}, "/model_info": {"tokenizer_path": "/not/here"}},
-            "/not/here is not on this machine",
+        *(
+            ({"/v1/models": {"data": [{"id": "m"}]}, "/model_info": {"tokenizer_path": path}}, "to be found from here")
+            for path in ("/not/here", "../not-here", "./not-here")
         ),
     ],
 )
@@ -341,6 +341,42 @@ def test_other_servers(pages: dict[str, Any], sentence: str, monkeypatch: pytest
     monkeypatch.setattr(bench, "_get", lambda url, path: pages.get(path, {}))
     with pytest.raises(LaunchError, match=sentence):
         bench.find_server("http://x")
+
+
+def test_the_server_s_keys(monkeypatch: pytest.MonkeyPatch):
+    """The user's for its requests, the administrator's to empty the cache; a refusal names the variable."""
+    asked: list[tuple[str, str | None]] = []
+
+    class Locked(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            key = self.headers.get("Authorization")
+            asked.append((self.path.partition("?")[0], key))
+            wanted = "Bearer admin" if self.path.startswith("/flush_cache") else "Bearer user"
+            self.send_response(200 if key == wanted else 401)
+            self.end_headers()
+            self.wfile.write(b"{}" if key == wanted else b"")
+
+        do_POST = do_GET
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Locked) as locked:
+        threading.Thread(target=locked.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{locked.server_port}"
+        for name in (*bench.KEYS, bench.ADMIN):
+            monkeypatch.delenv(name, raising=False)
+        with pytest.raises(LaunchError, match="wants its key: set SGLANG_API_KEY"):
+            bench.find_server(url)
+        monkeypatch.setenv("SGLANG_API_KEY", "user")
+        assert bench._get(url, "/v1/models") == {}
+        with pytest.raises(bench._Stopped, match="set SGLANG_ADMIN_API_KEY"):
+            bench._flush(url)
+        monkeypatch.setenv("SGLANG_ADMIN_API_KEY", "admin")
+        bench._flush(url)
+        monkeypatch.setenv("OPENAI_API_KEY", "another")
+        assert bench._key() == {"Authorization": "Bearer another"}
+        locked.shutdown()
+    assert ("/flush_cache", "Bearer admin") in asked
 
 
 def outcome(completed: int) -> dict[str, Any]:
@@ -380,7 +416,7 @@ def test_a_run_that_does_not_end_well(
         assert found["points"][1]["error"] == "TimeoutError: late"
         assert "2 requests failed" in printed.out
     else:
-        assert len(found["points"]) == 1 and f"kept in {out}: 1 of 2 points" in printed.err
+        assert len(found["points"]) == 1 and f"Kept in {out}: 1 of 2 points" in printed.err
 
 
 @pytest.fixture(scope="module")

@@ -261,7 +261,7 @@ def test_a_server_that_does_not_come_up(manner: str, checkpoint: Path, tmp_path:
 
 
 def test_what_serve_refuses(checkpoint: Path, tmp_path: Path):
-    """A port in use, another machine's plan; `--dry-run` starts nothing."""
+    """A port in use, another machine's plan, a SGLang that cannot serve; `--dry-run` starts nothing."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -275,3 +275,5 @@ def test_what_serve_refuses(checkpoint: Path, tmp_path: Path):
     with serve(STUB, checkpoint, tmp_path, *words, "--dry-run") as running:
         assert running.process.wait(60) == 0
         assert "Command:" in running.text() and "ready" not in running.text()
+    with serve(STUB, checkpoint, tmp_path, STUB_UNPATCHED="1") as running:
+        assert running.process.wait(60) == 2 and "with the patches alone: run `make apply`" in running.text()

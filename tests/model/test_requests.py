@@ -84,6 +84,16 @@ def admit(manager: Any, **request: Any) -> list[Any]:
     return admitted
 
 
+def test_keys_are_hidden_where_the_arguments_are_shown() -> None:
+    from sglang.srt.entrypoints.engine import _server_args_for_logging
+    from sglang.srt.server_args import ServerArgs
+
+    secrets = {"api_key": "aaaa1", "admin_api_key": "bbbb2", "ssl_keyfile_password": "cccc3"}
+    shown = _server_args_for_logging(ServerArgs(model_path="dummy", **secrets))
+    assert {shown[name] for name in secrets} == {"<redacted>"} and shown["model_path"] == "dummy"
+    assert not any(secret in str(shown) for secret in secrets.values())
+
+
 @pytest.mark.parametrize(
     ("field", "hostile"),
     [

@@ -21,6 +21,7 @@ from mutations.mutation import (
     ORACLE,
     PACKAGES,
     PAGES,
+    PLUGIN,
     ROOT,
     ROTATION,
     ROUTER,
@@ -244,7 +245,7 @@ _STEP = (
     ),
     Mutation(
         "tokens drawn by SGLang after all", "the step does not say that it draws", "plugin.py",
-        (("    sample.serve(device)\n", ""),), SAMPLER,
+        (("    sample.serve(device)\n", ""),), PLUGIN,
     ),
     Mutation(
         "part not joined", "attention's, in a graph", "step/attention.py",

@@ -46,6 +46,11 @@ SERVER = (
 """What is kept of /server_info: settings that change the figures."""
 
 
+KEYS = ("OPENAI_API_KEY", "SGLANG_API_KEY")
+"""Variables that may hold the server's key; SGLang's benchmark reads the first one."""
+ADMIN = "SGLANG_ADMIN_API_KEY"
+
+
 def _numbers(text: str) -> list[int]:
     """`1,2,4` or `4K,64K` as numbers; raises argparse's error for anything else."""
     try:
@@ -137,7 +142,7 @@ def run(arguments: argparse.Namespace) -> int:
                 point = measure(length, count)
             except (_Stopped, KeyboardInterrupt) as stop:
                 bar.close()
-                kept = f"Measured before and kept in {out}: {len(result['points'])} of {len(fitting)} points."
+                kept = f"Kept in {out}: {len(result['points'])} of {len(fitting)} points." if result["points"] else ""
                 print(f"sglang-sm120: {str(stop) or 'Stopped.'} {kept}", file=sys.stderr)
                 return 1
             result["points"].append(point)
@@ -167,8 +172,9 @@ def find_server(url: str, tokenizer: str | None = None) -> Server:
         server = Server(url, card["id"], tokenizer, card.get("max_model_len"), found)
     except (KeyError, IndexError, TypeError, AttributeError):
         raise LaunchError(f"What answers at {url} is not SGLang: name an SGLang server with --base-url.") from None
-    if Path(tokenizer).is_absolute() and not Path(tokenizer).exists():
-        raise LaunchError(f"The server's tokenizer {tokenizer} is not on this machine: name a copy with --tokenizer.")
+    # A name of the Hub is neither.
+    if (Path(tokenizer).is_absolute() or tokenizer.startswith(".")) and not Path(tokenizer).exists():
+        raise LaunchError(f"The server's tokenizer {tokenizer} is not to be found from here: name it with --tokenizer.")
     return server
 
 
@@ -183,6 +189,8 @@ def _passes(url: str) -> dict[str, float] | None:
 def _get(url: str, path: str) -> Any:
     try:
         answer = httpx.get(url + path, headers=_key(), timeout=30)
+        if answer.status_code in (401, 403):
+            raise LaunchError(f"The server at {url} wants its key: set SGLANG_API_KEY, or OPENAI_API_KEY, to it.")
         answer.raise_for_status()
         return answer.json()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
@@ -192,10 +200,22 @@ def _get(url: str, path: str) -> Any:
         ) from None
 
 
-def _key() -> dict[str, str]:
-    """The server's API key where it has one, from the variable that SGLang's benchmark reads too."""
-    key = os.environ.get("OPENAI_API_KEY")
+
+def _key(*first: str) -> dict[str, str]:
+    """The header with the server's key where it has one: of these variables, then of KEYS, the first that is set."""
+    key = next(filter(None, map(os.environ.get, (*first, *KEYS))), None)
     return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def _flush(url: str) -> None:
+    """Empty the server's prefix cache, as its administrator where it knows one."""
+    try:
+        httpx.post(f"{url}/flush_cache?timeout=60", headers=_key(ADMIN), timeout=90).raise_for_status()
+    except httpx.HTTPError as error:
+        raise _Stopped(
+            f"The server's prefix cache was not emptied ({error or type(error).__name__}): set SGLANG_ADMIN_API_KEY if "
+            "it has one, and let no other request run."
+        ) from None
 
 
 def prompt(length: int, rng: random.Random, count: Callable[[str], int]) -> tuple[str, int]:
@@ -245,6 +265,8 @@ def _measure(server: Server, output_tokens: int, rounds: int, seed: int) -> Call
     """The function that measures one point (prompt tokens, concurrency) with SGLang's benchmark in this process."""
     # Imported once, not in a process for each point: torch and transformers come with it.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if key := os.environ.get(KEYS[1]):
+        os.environ.setdefault(KEYS[0], key)
     from sglang.bench_serving import run_benchmark
     from sglang.benchmark import serving
     from sglang.benchmark.datasets import DATASET_MAPPING
@@ -267,6 +289,7 @@ def _measure(server: Server, output_tokens: int, rounds: int, seed: int) -> Call
     # SGLang's own kinds count with the tokenizer's template, which DeepSeek-V4's has not, or without any.
     DATASET_MAPPING[DATASET] = Prompts
     serving.ASYNC_REQUEST_FUNCS["sglang-oai-chat"] = ask
+    serving.flush_server_cache = lambda url, *_: _flush(url)  # SGLang's knows one key, and not the administrator's
     count = counter(server)
 
     def measure(prompt_tokens: int, concurrency: int) -> dict[str, Any]:

@@ -58,6 +58,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise LaunchError("SGLang is not installed beside this launcher: run `make setup` and `make apply`.")
     if arguments.machine is not None and not arguments.dry_run:
         raise LaunchError("--machine describes another machine and serve starts on this one: use it with --dry-run.")
+    if not (wanted.request.patched or arguments.dry_run or wanted.machine.gpus):
+        found = "No NVIDIA GPU was found, and SGLang serves this model on a CPU with the patches alone"
+        raise LaunchError(f"{found}: run `make apply`.")
     plan = wanted.check(make_plan(wanted.machine, wanted.model, wanted.request))
     print(show.as_text(plan), flush=True)
     if arguments.dry_run:
