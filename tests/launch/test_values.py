@@ -224,7 +224,9 @@ def test_every_secret_flag_is_known(flags: Flags):
 
 def test_no_gpu_is_said():
     """A model too large for the host is refused because no GPU was seen, not because a CPU is small."""
-    assert refusal("no-gpu").startswith("No NVIDIA GPU was found, so the plan is for the CPU (--machine FILE.json plans for another): ")
+    assert refusal("no-gpu").startswith(
+        "No NVIDIA GPU was found, so the plan is for the CPU (--machine FILE.json plans for another): "
+    )
     assert "No NVIDIA GPU" not in refusal("no-gpu", device="cpu")
 
 
