@@ -128,6 +128,10 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     ratios = [[word for word in row if word.endswith("x")] for row in rows]
     assert ratios == [["2.00x", "0.50x", "0.50x"], ["0.50x", "2.00x", "2.00x"]]
     assert "server differs: tp_size 2 and 4" in out
+    assert "some points have 2 answers" in out
+    many = [point(4096, 1, 10.0) | {"requests": 8, "completed": 8}]
+    a.write_text(json.dumps(result(*many)))
+    assert run(compare, str(a), str(a)) == 0 and "answers" not in capsys.readouterr().out
     assert "only in A: 65536 x 1" in out and "only in B: 16384 x 1" in out
 
 

@@ -16,6 +16,8 @@ from .bench import SCHEMA
 SETTINGS = ("model", "output_tokens", "rounds", "server")
 """Keys of a run that make its figures what they are; where two runs differ in them, the reader is told."""
 
+FEW = 8
+"""Answers at a point, fewer of which say little about another run."""
 COUNTS = ("prompt_tokens", "concurrency", "requests", "completed")
 TIMES = ("ttft_ms", "tpot_ms")
 
@@ -49,6 +51,9 @@ def lines(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} had failures: {asked - failed} of {asked} requests"
         yield from (f"{name}: {line}" for line in passes.lines(run.get("passes")))
     yield from (f"{name} differs: {_difference(a[name], b[name])}" for name in SETTINGS if a[name] != b[name])
+    fewest = min(point["completed"] for points in (points_a, points_b) for point in points.values())
+    if fewest < FEW:
+        yield f"some points have {fewest} answers: a ratio there may be chance, --rounds of `bench` makes more"
     yield "ratios B / A; throughput above 1 and times below 1 mean that B is faster"
     yield f"{'prompt':>8} {'conc.':>6} {'output tok/s':>22} {'TTFT median ms':>26} {'TPOT median ms':>26}"
     for key in sorted(points_a.keys() & points_b.keys()):
