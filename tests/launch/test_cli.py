@@ -59,6 +59,8 @@ def test_the_demo_is_a_clones(
     (tmp_path / "evals/demo.py").write_text("import sys; print(sys.argv[1:]); sys.exit(3)")
     assert cli.main(["demo"]) == 3
     assert capfd.readouterr().out == "['evals/small-deepseek-v4.xz']\n"
+    monkeypatch.setitem(sys.modules, "openai", None)
+    assert "has no package openai, which `demo` needs: run `make setup`" in refused(["demo"], capfd)
 
 
 def test_the_table_is_the_installed_releases(sglangs: argparse.ArgumentParser):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from ..errors import LaunchError
@@ -19,4 +20,6 @@ def run(arguments: argparse.Namespace) -> int:
     script, model = Path("evals/demo.py"), Path("evals/small-deepseek-v4.xz")
     if not script.is_file():
         raise LaunchError(f"no {script} here, which a wheel does not hold: run this in a clone of the repository.")
+    for package in ("httpx", "openai"):  # that the script needs: a missing one is said in a sentence
+        import_module(package)
     return subprocess.run([sys.executable, script, model]).returncode
