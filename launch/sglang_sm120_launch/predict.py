@@ -20,10 +20,10 @@ BANDWIDTH = {
     "NVIDIA GeForce RTX 5090": 1792.0, "NVIDIA GB10": 273.0, "NVIDIA H200": 4800.0,
 }  # fmt: skip
 """GB/s as the maker says, by NVML's name; of the RTX PRO 6000 Server Edition sources disagree."""
-SHARE = 0.917
-"""Of it with which cuBLAS reads the head on an H200 (4.4 TB/s, results/2026-11-29-h200/README.md)."""
+SHARE = 0.912
+"""With it cuBLAS reads the head on an H200: 1.059 GB in 241.8 us (results/2026-11-29-h200/decode-step.json)."""
 LAYERS = 43
-REST_MS = {1: 2.44, 2: 2.60, 4: 2.10, 8: 1.00, 16: -0.16, 32: 0.58}
+REST_MS = {1: 2.42, 2: 2.58, 4: 2.08, 8: 0.96, 16: -0.21, 32: 0.50}
 """Of LAYERS layers, from results/2026-11-30-h200-three-runs/side-by-side.json (SM120 lowering, 128 experts, TP 1).
 Negative where less was read, or faster, than the first term says."""
 TOLD = (1, 8, 32)

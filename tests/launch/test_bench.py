@@ -377,8 +377,10 @@ def test_the_server_s_keys(monkeypatch: pytest.MonkeyPatch):
             bench._flush(url)
         monkeypatch.setenv("SGLANG_ADMIN_API_KEY", "admin")
         bench._flush(url)
-        monkeypatch.setenv("OPENAI_API_KEY", "another")
-        assert bench._key() == {"Authorization": "Bearer another"}
+        monkeypatch.setenv("OPENAI_API_KEY", "of another service")
+        assert bench._key() == {"Authorization": "Bearer user"}
+        monkeypatch.delenv("SGLANG_API_KEY")
+        assert bench._key() == {"Authorization": "Bearer of another service"}
         locked.shutdown()
     assert ("/flush_cache", "Bearer admin") in asked
 

@@ -92,6 +92,8 @@ def test_sglang_draws_when_asked_for(asked: dict[str, Any], drawn: Drawn, monkey
 
 def test_sglang_draws_where_gumbel_is_turned_off(drawn: Drawn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_OPT_USE_GUMBEL_SAMPLE", "0")
+    sample._devices.clear()
+    sample.serve(CPU)
     assert len(tokens(torch.randn(3, 40), 0)) == 3 and drawn.calls == 0
 
 

@@ -44,10 +44,8 @@ SERVER = (
     "speculative_num_steps", "speculative_num_draft_tokens",
 )  # fmt: skip
 """What is kept of /server_info: settings that change the figures."""
-
-
-KEYS = ("OPENAI_API_KEY", "SGLANG_API_KEY")
-"""Variables that may hold the server's key; SGLang's benchmark reads the first one."""
+KEYS = ("SGLANG_API_KEY", "OPENAI_API_KEY")
+"""Variables that may hold the server's key: `serve`'s own before the one that may be for another service."""
 ADMIN = "SGLANG_ADMIN_API_KEY"
 
 
@@ -200,7 +198,6 @@ def _get(url: str, path: str) -> Any:
         ) from None
 
 
-
 def _key(*first: str) -> dict[str, str]:
     """The header with the server's key where it has one: of these variables, then of KEYS, the first that is set."""
     key = next(filter(None, map(os.environ.get, (*first, *KEYS))), None)
@@ -265,8 +262,8 @@ def _measure(server: Server, output_tokens: int, rounds: int, seed: int) -> Call
     """The function that measures one point (prompt tokens, concurrency) with SGLang's benchmark in this process."""
     # Imported once, not in a process for each point: torch and transformers come with it.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if key := os.environ.get(KEYS[1]):
-        os.environ.setdefault(KEYS[0], key)
+    if key := os.environ.get(KEYS[0]):
+        os.environ[KEYS[1]] = key  # which SGLang's benchmark reads
     from sglang.bench_serving import run_benchmark
     from sglang.benchmark import serving
     from sglang.benchmark.datasets import DATASET_MAPPING

@@ -51,12 +51,13 @@ def lines(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} had failures: {asked - failed} of {asked} requests"
         yield from (f"{name}: {line}" for line in passes.lines(run.get("passes")))
     yield from (f"{name} differs: {_difference(a[name], b[name])}" for name in SETTINGS if a[name] != b[name])
-    fewest = min(point["completed"] for points in (points_a, points_b) for point in points.values())
+    common = points_a.keys() & points_b.keys()
+    fewest = min(points[key]["completed"] for points in (points_a, points_b) for key in common)
     if fewest < FEW:
         yield f"some points have {fewest} answers: a ratio there may be chance, --rounds of `bench` makes more"
     yield "ratios B / A; throughput above 1 and times below 1 mean that B is faster"
     yield f"{'prompt':>8} {'conc.':>6} {'output tok/s':>22} {'TTFT median ms':>26} {'TPOT median ms':>26}"
-    for key in sorted(points_a.keys() & points_b.keys()):
+    for key in sorted(common):
         rates, *times = (
             _ratio(one(points_a[key]), one(points_b[key]))
             for one in (

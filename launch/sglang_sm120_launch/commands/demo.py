@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from ..errors import LaunchError
@@ -21,5 +21,6 @@ def run(arguments: argparse.Namespace) -> int:
     if not script.is_file():
         raise LaunchError(f"no {script} here, which a wheel does not hold: run this in a clone of the repository.")
     for package in ("httpx", "openai"):  # that the script needs: a missing one is said in a sentence
-        import_module(package)
+        if find_spec(package) is None:
+            raise ModuleNotFoundError(name=package)
     return subprocess.run([sys.executable, script, model]).returncode
