@@ -7,8 +7,7 @@ random weights (`random_weights`).
 Per batch and context it sends that many prompts of random tokens, and takes the median time between streamed tokens
 from the moment all of them decode; with `--eagle` a second server speculates, and the time is a cycle's. One profiled
 pass per batch tells, for the mean cycle: kernel time by op in each graph, the kernels between graphs, when the GPU is
-idle, where the host waits (`cycles`). It fails when a kernel of DeepGEMM, TileLang, FlashMLA or FA3 ran in decode or
-prefill of the server that does not speculate, whose draft is SGLang's.
+idle, where the host waits (`cycles`). It fails when a kernel of DeepGEMM, TileLang, FlashMLA or FA3 ran.
 Writes DIR/decode_step.json, the servers' logs, the traces and a picture of one cycle of each; prints a table last.
 """
 
@@ -187,7 +186,7 @@ def measure(url: str, args: argparse.Namespace, eagle: bool, known: Known, resul
                     name = f"{'eagle' if eagle else 'plain'}-{batch}"
                     stages = profile(url, args.out / name, batch, context, rng)
                     for stage, trace in stages.items():
-                        for kernel in () if eagle else traces.foreign(traces.read(trace)):
+                        for kernel in traces.foreign(traces.read(trace)):
                             result["foreign"].append(f"{stage} at batch {batch}: {kernel}")
                     found = cycles.read(stages["DECODE"])
                     result["profiles"].append({**about, **cycles.account(found, known, eagle)})

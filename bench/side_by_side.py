@@ -4,7 +4,7 @@ All 43 layers at full width with the experts cut to what fits one card, random w
 `sglang.launch_server`. The sides take turns, `--runs` times; medians and spreads go into DIR/side_by_side.json, a
 picture beside it and a table (`--draw FILE.json`: the picture of a finished run). On a Hopper card the step runs under
 SM120 lowering (`sm120`) and compiled natively (`native`); `sglang` has the card's own kernels and Marlin's experts
-there. With EAGLE SGLang's own layer drafts for them all, but for `drafting`, which is `sm120` with the step's.
+there. With EAGLE each side drafts for itself.
 
 Decode: milliseconds from token to token while all requests decode. At 1,024 tokens of context each request has its own
 prompt; at more they share all but the last tokens of one, so that their cached pages are the same. EAGLE: milliseconds
@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,14 +65,12 @@ AXES = {
 
 @dataclass(frozen=True)
 class Side:
-    """One way to serve: its flags, its variables and folders for PYTHONPATH, whether the step is to decode, and whether
-    it differs from the other sides without speculation too."""
+    """One way to serve: its flags, its variables and folders for PYTHONPATH, and whether the step is to decode."""
 
     flags: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
     path: tuple[Path, ...] = ()
     is_step: bool = True
-    is_plain: bool = True
 
 
 def sides(overlays: Sequence[tuple[str, Path]] = ()) -> dict[str, Side]:
@@ -82,12 +80,9 @@ def sides(overlays: Sequence[tuple[str, Path]] = ()) -> dict[str, Side]:
         return own | {name: Side(path=(folder,)) for name, folder in overlays}
     forced = (sm120_lowering.SERVER_FLAGS, sm120_lowering.SERVER_ENVIRONMENT)
     lowered = HERE / "lowered_children"
-    # The last of a flag counts.
-    drafting = (*sm120_lowering.SERVER_FLAGS, "--speculative-moe-runner-backend", "triton")
     own = {
         "sglang": Side(("--moe-runner-backend", "marlin"), {"SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0"}, is_step=False),
         "sm120": Side(*forced, (lowered,)),
-        "drafting": Side(drafting, sm120_lowering.SERVER_ENVIRONMENT, (lowered,), is_plain=False),
         "native": Side(*forced),
     }
     return own | {name: Side(*forced, (folder, lowered)) for name, folder in overlays}
@@ -190,7 +185,7 @@ class Turns:
             log, side = server.log.read_text(errors="replace"), self._sides[turn.side]
             if (f"the step takes its first {mode} pass" in log) != side.is_step:
                 raise ServerError(f"The other forward served {mode} passes: {server.log} says why.")
-            if turn.eagle and not side.is_plain and "the step takes its first decode pass" not in log:
+            if turn.eagle and side.is_step and "the step takes its first decode pass" not in log:
                 print(f"{turn}: the log names no pass of the step's draft: {server.log}", file=sys.stderr, flush=True)
         finally:
             server.stop()
@@ -203,16 +198,10 @@ class Turns:
         self._pool.shutdown()
 
 
-def turns_of(known: Mapping[str, Side], names: Sequence[str], args: argparse.Namespace) -> list[Turn]:
+def turns_of(names: Sequence[str], args: argparse.Namespace) -> list[Turn]:
     """Who serves when: the sides in turn, so many runs, and all without EAGLE first, for the time may be up before."""
     kinds = (*(False,) * bool(args.batch), *(True,) * bool(args.eagle))
-    return [
-        Turn(name, run, eagle)
-        for eagle in kinds
-        for run in range(args.runs)
-        for name in names
-        if eagle or known[name].is_plain
-    ]
+    return [Turn(name, run, eagle) for eagle in kinds for run in range(args.runs) for name in names]
 
 
 def table(figures: dict[str, dict[str, list[float]]]) -> str:
@@ -286,9 +275,9 @@ def main() -> int:
     if unknown := set(args.side or ()) - set(known):
         print(f"side_by_side: no side {sorted(unknown)} on this card, needed some of {list(known)}.", file=sys.stderr)
         return 2
-    order = turns_of(known, args.side or list(known), args)
+    order = turns_of(args.side or list(known), args)
     if not order:
-        print("side_by_side: nothing to measure, needed --batch or --eagle, and a side for it.", file=sys.stderr)
+        print("side_by_side: nothing to measure, needed --batch or --eagle.", file=sys.stderr)
         return 2
     # As Ctrl-C does: the server is stopped, and what was measured stays.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

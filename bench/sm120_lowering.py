@@ -12,11 +12,9 @@ import re
 from typing import Any
 
 SHARED_LIMIT = 101_376
-SERVER_FLAGS = (
-    "--moe-runner-backend", "triton", "--speculative-moe-runner-backend", "marlin", "--disable-prefill-cuda-graph",
-)  # fmt: skip
-"""Of a server with the step on a Hopper card: plain experts for the step to take over, other kernels for the draft's,
-and no graphs of SGLang's prefill."""
+SERVER_FLAGS = ("--moe-runner-backend", "triton", "--disable-prefill-cuda-graph")
+"""Of a server with the step on a Hopper card: plain experts for the step to take over, of the target and its draft, and
+no graphs of SGLang's prefill."""
 SERVER_ENVIRONMENT = {
     "SGLANG_SM120_FORCE": "1", "SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0", "SGLANG_OPT_USE_TILELANG_MHC_PRE": "0",
     "SGLANG_OPT_DEEPGEMM_HC_PRENORM": "0", "SGLANG_OPT_FP8_WO_A_GEMM": "0",

@@ -66,11 +66,14 @@ class Room:
         """Bytes of one rank that are taken before SGLang sizes the cache, by what takes them."""
         taken = memory.weights(model, self.tp, self.device)
         if self.step != "none":
-            taken |= memory.step_weights(model, self.tp, self.device)
+            taken |= memory.step_weights(model, self.tp, self.device, mtp=self.draft_tokens > 0)
             if self.patched:
                 del taken[memory.WO_A]
         if self.draft_tokens:
-            taken["draft model"] = sum(memory.weights(model, self.tp, self.device, mtp=True).values())
+            draft = memory.weights(model, self.tp, self.device, mtp=True)
+            if self.step != "none" and self.patched:
+                del draft[memory.WO_A]
+            taken["draft model"] = sum(draft.values())
         if self.step != "none" and self.device == "cuda":
             taken["kernel scratch (the step)"] = memory.SCRATCH
         return taken

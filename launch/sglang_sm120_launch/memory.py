@@ -83,9 +83,13 @@ def weights(model: Model, tp: int, device: str, mtp: bool = False) -> dict[str, 
     return {"experts": experts, WO_A: output, "other weights": other, "rotation tables": tables}
 
 
-def step_weights(model: Model, tp: int, device: str) -> dict[str, int]:
-    """Bytes of what the step takes beside SGLang's weights on one of `tp` ranks."""
-    layers = {kind: size for kind, size in model.bytes_of.items() if kind.owner == "layers"}
+def step_weights(model: Model, tp: int, device: str, mtp: bool) -> dict[str, int]:
+    """Bytes of what the step takes beside SGLang's weights on one of `tp` ranks, with mtp for drafting too.
+
+    The head that it rounds for drafts fits into the one that the draft worker gives up when the cache is sized.
+    """
+    owners = ("layers", "mtp") if mtp else ("layers",)
+    layers = {kind: size for kind, size in model.bytes_of.items() if kind.owner in owners}
     scales = {True: 4, False: 1}
     output = sum(-(-size * scales[kind.role == "scale"] // tp) for kind, size in layers.items() if kind.wo_a)
     taken = {"wo_a FP8 (the step)": output}

@@ -121,6 +121,4 @@ def step_settings(room: Room, request: Request) -> Iterator[Setting]:
         yield flag("disable-prefill-cuda-graph", True, "SGLang's prefill graphs hold its own layers, not the step")
     if not room.sm12x:
         yield flag("moe-runner-backend", "triton", "keeps the experts as loaded, for the step to take over")
-        if room.draft_tokens:
-            yield flag("speculative-moe-runner-backend", "marlin", "SGLang's kernel for the draft's experts here")
         yield from (env(name, "0", reason) for name, reason in EMULATION_VARIABLES.items())

@@ -83,9 +83,7 @@ def test_recall(tp: int, server: str, checkpoint: Path, many: Path, tmp_path: Pa
     if torch.cuda.device_count() < tp:
         pytest.skip(f"{torch.cuda.device_count()} GPU, needed {tp}")
     log = Path(os.environ.get("OUT") or tmp_path) / f"recall-{server}-tp{tp}.log"
-    # Marlin, which SGLang's draft has on a Hopper card, refuses so narrow a layer: there the step drafts too.
-    of_card = (*flags_of_card(), "--speculative-moe-runner-backend", "triton") if flags_of_card() else ()
-    flags = (*FLAGS, *of_card, *SERVERS[server], "--tp", str(tp))
+    flags = (*FLAGS, *flags_of_card(), *SERVERS[server], "--tp", str(tp))
     with LocalServer(checkpoint, *flags, log=log, env=environment(), ready_seconds=400) as running:
         rows, accepted = scores(running.url, EXACT, many)
         print(f"\n{server}, TP {tp}, MTP acceptance length {accepted}\n{table(rows)}")

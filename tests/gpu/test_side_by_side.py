@@ -186,14 +186,12 @@ def test_a_server_that_fails_is_stopped_and_so_is_the_prepared_one(turns: side_b
 
 
 def test_sides_take_turns_and_speculate_last() -> None:
-    known = {"sglang": Side(is_step=False), "step": Side(), "drafting": Side(is_plain=False)}
-
     def order(batch: list[int], eagle: list[int]) -> list[str]:
         asked = argparse.Namespace(batch=batch, eagle=eagle, runs=2)
-        return [str(turn) for turn in side_by_side.turns_of(known, ["sglang", "step", "drafting"], asked)]
+        return [str(turn) for turn in side_by_side.turns_of(["sglang", "step"], asked)]
 
     plain = ["sglang-0", "step-0", "sglang-1", "step-1"]
-    speculating = [f"{name}-eagle-{run}" for run in (0, 1) for name in ("sglang", "step", "drafting")]
+    speculating = [f"{name}-eagle-{run}" for run in (0, 1) for name in ("sglang", "step")]
     assert order([1], [1]) == plain + speculating
     assert order([1], []) == plain and order([], [1]) == speculating
     assert order([], []) == []
@@ -204,10 +202,9 @@ def test_nothing_to_measure_is_misuse(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    for words in (["--batch", "--eagle"], ["--side", "drafting", "--eagle"]):
-        monkeypatch.setattr(sys, "argv", ["side_by_side", "--out", str(tmp_path / "out"), *words])
-        assert side_by_side.main() == 2
-        assert capsys.readouterr().err.startswith("side_by_side: nothing to measure, needed --batch or --eagle")
+    monkeypatch.setattr(sys, "argv", ["side_by_side", "--out", str(tmp_path / "out"), "--batch", "--eagle"])
+    assert side_by_side.main() == 2
+    assert capsys.readouterr().err.startswith("side_by_side: nothing to measure, needed --batch or --eagle")
     assert not (tmp_path / "out").exists()
 
 
@@ -229,7 +226,7 @@ def test_another_overlay_is_a_side_of_its_own(monkeypatch: pytest.MonkeyPatch, t
     (tmp_path / "sglang_sm120").mkdir()
     (tmp_path / "sglang_sm120/__init__.py").touch()
     known = side_by_side.sides([side_by_side.overlay(f"old={tmp_path}")])
-    assert list(known) == ["sglang", "sm120", "drafting", "native", "old"]
+    assert list(known) == ["sglang", "sm120", "native", "old"]
     assert known["old"].flags == known["sm120"].flags and known["old"].path == (tmp_path, *known["sm120"].path)
 
 

@@ -209,7 +209,10 @@ def logits_processor(
     aux_hidden_states: Tensor | None = None, hidden_states_before_norm: Tensor | None = None,
 ) -> SimpleNamespace:  # fmt: skip
     """Logits of all rows, fp32 [T, V], rounded to bf16 as SGLang's head returns them; and what else was given."""
-    logits = (hidden_states.float() @ lm_head.weight.float().T).bfloat16().float()
+    if method := getattr(lm_head, "quant_method", None):
+        logits = method.apply(lm_head, hidden_states, None).float()
+    else:
+        logits = (hidden_states.float() @ lm_head.weight.float().T).bfloat16().float()
     return SimpleNamespace(
         logits=logits, aux_hidden_states=aux_hidden_states, hidden_states_before_norm=hidden_states_before_norm
     )

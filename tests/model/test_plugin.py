@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import msgspec
 import pytest
@@ -20,6 +22,9 @@ from sglang.kernels.plugin_kernels.nvidia import spec
 from sglang.srt import runtime_context
 from sglang.srt.kernel_plugins.nvidia.binding import megakernel_disable_reasons
 from sglang.srt.layers.attention.deepseek_v4_backend import DSV4AttnMetadata
+from sglang.srt.layers.logits_processor import LogitsProcessor
+from sglang.srt.layers.moe import utils as moe_utils
+from sglang.srt.layers.moe.utils import MoeRunnerBackend
 from sglang.srt.mem_cache import allocation_sizing
 from sglang.srt.mem_cache.deepseek_v4_memory_pool import DeepSeekV4TokenToKVPool
 from sglang.srt.model_executor.cuda_graph_config import default_cuda_graph_config, with_phase
@@ -29,9 +34,11 @@ from sglang.srt.server_args import ServerArgs
 from standin import New, Server, Weights, stub_sglang
 
 from sglang_sm120 import plugin, registry, warmup
+from sglang_sm120.formats import fp8_block
 from sglang_sm120.limits import MAX_DRAFT_TOKENS, MAX_ROWS
-from sglang_sm120.plugin import Built, Checked, check_graphs, install_on_cpu, why_left
+from sglang_sm120.plugin import Built, Checked, check_graphs, install_on_cpu
 from sglang_sm120.step import reasons, sample, target
+from sglang_sm120.step.draft import Vocabulary
 from sglang_sm120.step.passes import Passes
 from sglang_sm120.step.prepare import prepare
 from sglang_sm120.step.target import Target
@@ -141,6 +148,9 @@ def test_a_shared_expert_that_is_added_after_the_sum_is_refused(
     assert refusals() == ["SGLANG_SHARED_EXPERT_TP1 True is not False"]
 
 
+why_left = functools.partial(reasons.why_left, reasons.TARGET_MODES)
+
+
 @pytest.mark.parametrize("mode", ["decode", "target_verify"])
 def test_rows_that_the_step_takes(mode: str) -> None:
     assert [why_left(mode, rows, {}) for rows in (1, 2, 255, 256)] == [None] * 4
@@ -158,6 +168,14 @@ def test_rows_that_the_step_takes(mode: str) -> None:
 def test_other_modes_are_left_to_sglang(mode: ForwardMode) -> None:
     name = plugin.mode_of(batch(mode))
     assert why_left(name, 1, {}) == f"the step takes decode and verification, not {name}"
+
+
+@pytest.mark.parametrize("mode", ForwardMode, ids=lambda mode: mode.name)
+def test_modes_of_a_draft(mode: ForwardMode) -> None:
+    name = plugin.mode_of(batch(mode))
+    taken = mode in (ForwardMode.DECODE, ForwardMode.DRAFT_EXTEND_V2)
+    said = f"the step takes decode and what a draft keeps of a verification, not {name}"
+    assert reasons.why_left(reasons.DRAFT_MODES, name, 256, {}) == (None if taken else said)
 
 
 @pytest.fixture
@@ -203,7 +221,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_a_forced_card_has_every_pass_served_by_the_step(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert reasons.emulated() and why_left("extend", MAX_ROWS + 1, {}) is None
-    left = SimpleNamespace(passes=Passes(), _left=why_left)
+    left = SimpleNamespace(passes=Passes(), _modes=reasons.TARGET_MODES)
     for mode, rows in ((ForwardMode.MIXED, 1), (ForwardMode.DECODE, MAX_ROWS + 1)):
         with pytest.raises(RuntimeError, match="^With SGLANG_SM120_FORCE=1 SGLang's forward cannot serve "):
             Built.plan(left, torch.zeros(rows, dtype=torch.int64), batch(mode))
@@ -241,7 +259,7 @@ def test_a_built_step_plans_and_counts(
     model: SimpleNamespace, checkpoint: Path, prompt_of: PromptOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stub_sglang(monkeypatch)
-    built = Built(Target(model), (1, 2, 4), why_left)
+    built = Built(Target(model), (1, 2, 4), reasons.TARGET_MODES)
     assert built.widths == (1, 2, 4) and built.draft_sampler is None
     assert built.summary() == "decode and verification up to 4 rows"
 
@@ -259,6 +277,25 @@ def test_a_built_step_plans_and_counts(
     assert built.plan(torch.zeros(257, dtype=torch.int64), batch(ForwardMode.DECODE)) is None
     assert built.passes.taken == Counter(target_verify=2)
     assert sorted(built.passes.left.values()) == [1, 1, 2]
+
+
+def test_a_rounded_head_follows_the_targets(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """SGLang's own logits processor multiplies by it, also when another head is put there later."""
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, 256, generator=rng).bfloat16()
+    processor, vocabulary = SimpleNamespace(use_fp32_lm_head=False), Vocabulary()
+    kept = []
+    for rows in (300, 2048 + 130):  # a partial block; more than one part
+        head = SimpleNamespace(weight=torch.nn.Parameter(torch.randn(rows, 256, generator=rng).bfloat16()))
+        for _ in range(2):
+            found = LogitsProcessor._compute_lm_head(processor, x, vocabulary.of(head))
+        rounded = fp8_block.dequantise(*fp8_block.quantise(head.weight.detach().float()))
+        assert torch.equal(found, (x.float() @ rounded.T).bfloat16())
+        kept.append(vocabulary.weight)
+        assert vocabulary.of(head).weight is kept[-1] and vocabulary.weight.dtype == torch.float8_e4m3fn
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="met the draft's head first in a CUDA graph, needed a pass before it"):
+        vocabulary.of(SimpleNamespace(weight=SimpleNamespace(is_cuda=True)))
 
 
 def test_what_is_compiled_and_reserved_when_the_step_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +320,7 @@ def test_what_is_compiled_and_reserved_when_the_step_is_built(monkeypatch: pytes
 
     monkeypatch.setattr(sample, "_devices", set())
     context = SimpleNamespace(widths=(1, 2), tokens_per_request=1)
-    assert plugin.build("model", config, context) == ("model", (1, 2), why_left, True)
+    assert plugin.build("model", config, context) == ("model", (1, 2), reasons.TARGET_MODES, True)
     assert sample._devices == {torch.device("cuda", 3)}
     assert given == {
         "config": {}, "tp": 4, "ep": 2, "prefill_rows": MAX_ROWS, "graph_rows": MAX_ROWS, "context": 98_304 + 264,
@@ -295,6 +332,30 @@ def test_what_is_compiled_and_reserved_when_the_step_is_built(monkeypatch: pytes
     plugin.build("model", config, context)
     assert (given["context"], given["prefill_rows"]) == ((1 << 20) + 264, 2048)
     assert given["lent_rows"] == 0
+
+
+@pytest.mark.parametrize(
+    ("emulated", "experts", "drafts"),
+    [
+        (False, "flashinfer_mxfp4", True),
+        (False, "marlin", False),
+        (False, "triton", False),
+        (True, "triton", True),
+        (True, "marlin", False),
+    ],
+)
+def test_the_step_drafts_where_it_can_read_the_experts(
+    registered: None, monkeypatch: pytest.MonkeyPatch, emulated: bool, experts: str, drafts: bool
+) -> None:
+    backend = MoeRunnerBackend(experts)
+    monkeypatch.setattr(moe_utils, "get_speculative_moe_runner_backend", lambda: backend)
+    monkeypatch.setattr(plugin, "emulated", lambda: emulated)
+    graph = SimpleNamespace(graph=SimpleNamespace(cuda_graph_config=None))
+    monkeypatch.setattr(runtime_context, "get_exec", lambda: graph)
+    monkeypatch.setattr(runtime_context, "get_parallel", Mock(side_effect=LookupError("what comes next")))
+    with pytest.raises(LookupError, match="what comes next"):
+        plugin.build(None, None, SimpleNamespace(tokens_per_request=1))
+    assert spec.spec_registered([plugin.DRAFT]) == drafts
 
 
 @pytest.mark.parametrize(

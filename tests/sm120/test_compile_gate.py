@@ -21,7 +21,9 @@ from resources import parameters, races, read_before_wait, refusals, sass
 from sglang_sm120 import ops, registry
 from sglang_sm120.compilation import use_target
 
-CONSTANTS = {"w", "scale", "fn", "base", "norm_weight", "weight", "bias_ptr", "sink"}
+CONSTANTS = {
+    "w", "scale", "fn", "base", "norm_weight", "weight", "bias_ptr", "sink", "first_weight", "second_weight"
+}  # fmt: skip
 """Parameters that point to what no kernel writes: the model's weights, their scales and biases."""
 
 
@@ -95,6 +97,12 @@ def test_experts_expand_their_nibbles_as_their_ptx_says(compiled: Compiled) -> N
             wrong += [f"{kernel.name} ({kernel.variant}): {problem}" for problem in problems]
     assert not wrong, "\n".join(wrong)
     assert {"_gate_up", "_down_row"} <= checked
+
+
+def test_prefetch_orders_both_weights(compiled: Compiled) -> None:
+    """Nothing else would notice a kernel that asks for nothing."""
+    (kernel,) = (kernel for kernel, _ in compiled.values() if kernel.name == "_prefetch")
+    assert len([line for line in sass(kernel.cubin) if line.startswith("UBLKPF")]) == 2
 
 
 def _alone() -> dict[str, list[str]]:

@@ -1,6 +1,7 @@
 """The MTP layer that proposes tokens: the next token's embedding joined with the target's streams, then one layer.
 
-On a GPU SGLang's own forward drafts, which cannot run on a CPU, nor where the experts lie in another card's layout.
+Each proposal is verified by the target, so that its head may be rounded: it has the target's in FP8, half the bytes of
+the largest weight that a proposal reads.
 """
 
 from __future__ import annotations
@@ -10,10 +11,45 @@ from typing import Any
 import torch
 
 from .. import ops
+from ..formats import e8m0, fp8_block
 from . import weights
 from .metadata import Pass
 from .prepare import prepare
 from .target import head, through
+
+ROWS = 8 * fp8_block.BLOCK
+
+
+class Vocabulary:
+    """A head in FP8 blocks, as SGLang's logits processor takes one that has a quantisation of its own."""
+
+    def __init__(self) -> None:
+        self._source: torch.Tensor | None = None
+
+    def of(self, lm_head: Any) -> Vocabulary:
+        """For this head of SGLang's, bf16 [V, H]. It is the target's, put there after the draft was built.
+
+        Raises:
+            RuntimeError: it is another one than before while a CUDA graph is captured.
+        """
+        if lm_head.weight is not self._source:
+            if lm_head.weight.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError("sglang_sm120 met the draft's head first in a CUDA graph, needed a pass before it.")
+            # In parts, whose fp32 copies are small beside the head.
+            parts = [fp8_block.quantise(rows) for rows in lm_head.weight.split(ROWS)]
+            self.weight = torch.cat([weight for weight, _ in parts])
+            self.scale = torch.cat([e8m0.to_float(scale) for _, scale in parts])
+            self._source = lm_head.weight
+        return self
+
+    @property
+    def quant_method(self) -> Vocabulary:
+        """Where SGLang looks for `apply`."""
+        return self
+
+    def apply(self, head: Vocabulary, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Logits bf16 [T, V] of x bf16 [T, H]."""
+        return ops.fp8_linear(x, self.weight, self.scale)
 
 
 class Draft:
@@ -25,6 +61,7 @@ class Draft:
         self._head = weights.head_of(model.model, model.model.rms_norm_eps)
         self._of_token = weights.linear_of(model.model.e_proj)
         self._of_streams = weights.linear_of(model.model.h_proj)
+        self._vocabulary = Vocabulary()
 
     def __call__(self, view: Any, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: Any) -> Any:
         """SGLang's `LogitsProcessorOutput`; the batch's `spec_info` holds the target's streams bf16 [T, 4H].
@@ -41,7 +78,7 @@ class Draft:
         return model.logits_processor(
             input_ids,
             draft.shared_head.norm(head(self._head, x)),
-            model.lm_head,
+            self._vocabulary.of(model.lm_head),
             forward_batch,
             hidden_states_before_norm=x.flatten(1),
         )

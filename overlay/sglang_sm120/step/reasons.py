@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,14 +15,18 @@ from ..limits import MAX_ROWS
 
 MODEL_TYPE = "deepseek_v4"
 
+TARGET_MODES = {"decode": "decode", "target_verify": "verification"}
+DRAFT_MODES = {"decode": "decode", "draft_extend_v2": "what a draft keeps of a verification"}
+"""Passes of few rows a request, by SGLang's names and by ours."""
 
-def why_left(mode: str, rows: int, kwargs: dict[str, Any]) -> str | None:
-    """Why the step does not take a pass on a GPU; None when it does. Reads host state only."""
-    if mode in ("decode", "target_verify"):
+
+def why_left(modes: Mapping[str, str], mode: str, rows: int, kwargs: dict[str, Any]) -> str | None:
+    """Why a step of `modes` does not take a pass on a GPU; None when it does. Reads host state only."""
+    if mode in modes:
         if not 0 < rows <= MAX_ROWS:
             return f"a {mode} pass has no rows or more than the {MAX_ROWS} that the step takes"
     elif mode != "extend" or not takes_prefill():
-        return f"the step takes decode and verification, not {mode}"
+        return f"the step takes {' and '.join(modes.values())}, not {mode}"
     if kwargs.get("input_embeds") is not None:
         return "the pass brings embeddings instead of tokens"
     return None

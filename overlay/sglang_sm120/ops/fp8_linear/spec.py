@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...limits import MAX_ROWS
 from ...spec import Arguments, Calls, Inputs, Spec
 from .._linear_spec import others, traffic
 
-LABELS = ("wqkv_a", "wq_b", "wo_b", "indexer.wq_b", "shared.w13", "shared.w2", "mtp.e_proj", "mtp.h_proj")
+LABELS = (
+    "wqkv_a", "wq_b", "wo_b", "indexer.wq_b", "shared.w13", "shared.w2", "mtp.e_proj", "mtp.h_proj", "mtp.head"
+)  # fmt: skip
+
 
 def shapes(c: dict[str, Any], tp: int) -> dict[str, tuple[int, int]]:
     """(N, K) of each call on one of `tp` ranks."""
@@ -21,6 +25,7 @@ def shapes(c: dict[str, Any], tp: int) -> dict[str, tuple[int, int]]:
         (hidden, inter // tp),
         (hidden, hidden),
         (hidden, hidden),
+        (-(-c["vocab_size"] // tp), hidden),
     )
     return dict(zip(LABELS, sizes, strict=True))
 
@@ -29,13 +34,13 @@ def _calls(make: Inputs, c: dict[str, Any], tp: int, rows: int, context: int) ->
     for label, (n, k) in shapes(c, tp).items():
         # SGLang keeps the scales of linear layers in fp32.
         scale = make.e8m0(-(-n // 128), -(-k // 128)).float()
-        # The draft layer projects each token's residual streams.
-        inputs = rows * c["hc_mult"] if label == "mtp.h_proj" else rows
+        # The draft layer projects each token's residual streams, and proposes a token a request.
+        inputs = {"mtp.h_proj": rows * c["hc_mult"], "mtp.head": min(rows, MAX_ROWS)}.get(label, rows)
         arguments = {"x": make.bf16(inputs, k), "w": make.fp8(n, k), "scale": scale}
         if label.endswith("wq_b"):
             # Columns of the joint projection to queries and keys, whose norm comes first.
             arguments["x"] = make.bf16(rows, k + c["head_dim"])[:, :k]
-        if label.endswith("wq_b") or label.startswith("mtp."):
+        if label.endswith("wq_b") or label in ("mtp.e_proj", "mtp.h_proj"):
             arguments |= {"norm_weight": make.bf16(k), "eps": c["rms_norm_eps"]}
         yield label, arguments
 
