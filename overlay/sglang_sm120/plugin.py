@@ -107,7 +107,6 @@ class Checked:
 
 def build(model: torch.nn.Module, hf_config: Any, context: spec.BuildContext) -> Built:
     """Take the weights, compile all kernels and reserve the graphs' scratch, before SGLang sizes its cache."""
-    from sglang.srt.layers.moe.utils import get_speculative_moe_runner_backend
     from sglang.srt.mem_cache.allocation_sizing import get_req_to_token_extra_context_len
     from sglang.srt.runtime_context import get_exec, get_model, get_parallel, get_schedule
 
@@ -117,8 +116,7 @@ def build(model: torch.nn.Module, hf_config: Any, context: spec.BuildContext) ->
     from .warmup import warm_up
 
     check_graphs(get_exec().graph.cuda_graph_config, context.tokens_per_request)
-    drafts = get_speculative_moe_runner_backend()
-    if drafts.is_triton() if emulated() else drafts.is_flashinfer_mxfp4():
+    if drafts():
         spec.register(architecture=DRAFT, path=f"{__name__}:DRAFT_SPEC")
     parallel = get_parallel()
     built = Built(Target(model), context.widths, TARGET_MODES, counts=parallel.tp_rank == 0)
@@ -163,6 +161,14 @@ def check_graphs(graphs: Any, tokens: int) -> None:
             f"SGLANG_SM120_FORCE=1 nothing else can serve them: give --cuda-graph-max-bs-decode {MAX_ROWS // tokens}."
         )
     logger.info("sglang_sm120: CUDA graphs of %s are SGLang's forward's, the step takes %d rows.", rows, MAX_ROWS)
+
+
+def drafts() -> bool:
+    """Whether SGLang keeps the draft's experts as the target's, which the step can read."""
+    from sglang.srt.layers.moe.utils import get_speculative_moe_runner_backend
+
+    backend = get_speculative_moe_runner_backend()
+    return bool(backend.is_triton() if emulated() else backend.is_flashinfer_mxfp4())
 
 
 def build_draft(model: torch.nn.Module, hf_config: Any, context: spec.BuildContext) -> Built:

@@ -32,6 +32,7 @@ def register() -> None:
     Mxfp4MarlinMoEMethod.process_weights_after_loading = keep_and_process
     weights.EXPERTS = tuple(f"{name}_kept" for name in names)
     reasons.emulated = plugin.emulated = lambda: False
+    plugin.drafts = lambda: True
     required = plugin.SPEC.requires
     arguments = {**required.server_args, "moe_runner_backend": frozenset({"marlin"})}
     plugin.SPEC = msgspec.structs.replace(
