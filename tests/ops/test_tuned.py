@@ -227,7 +227,8 @@ def _any_config(
     values: dict[str, list[Any]] = {
         "kernel": [kernel], "split": [1, 1, 1, 2, 4], "stages": [1, 2, 3],
         "evict_first": [False, True], "bk": [32, 64, 128, *[512] * 3], "tile": [1024, 2048, 4096], "warps": [2, 4, 8],
-        "tokens": [2, 4, 8, 16], "rows": [32, 64, 128], "stream": [False, True], "warps_again": [0, 2, 4, 8],
+        "tokens": [2, 4, 8, 16], "rows": [32, 64, 128], "stream": [False, True], "fp8": [False, True],
+        "warps_again": [0, 2, 4, 8],
     }  # fmt: skip
     while True:
         config = family.config(*(rng.choice(values.get(name, powers)) for name in family.config._fields))
