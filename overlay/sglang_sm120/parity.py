@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import kernels, ops, registry
+from . import kernels, ops, registry, tuned
 from .checkpoint.config import model_config
 from .spec import Call
 from .tolerance import BF16, EXACT, FP32, Tolerance
@@ -196,6 +196,10 @@ def _prove(op: str) -> None:
                 verdict, replayed = compare(call), replay(call, SEED)
                 seconds = round(time.monotonic() - began, 2)
                 _say(call=label, **step, **verdict._asdict(), replay=replayed, seconds=seconds)
+                for name, table in ops.SPECS[op].trials(call.arguments).items():
+                    with tuned.using(table):
+                        tried = compare(call)._replace(problem=None)
+                    _say(call=f"{call.label}, {name}", **step, **tried._asdict(), replay=None, seconds=None)
                 label = "arguments"
         except Exception as error:
             problem = f"{type(error).__name__}: {' '.join(str(error).split())[:500] or 'no message'}"

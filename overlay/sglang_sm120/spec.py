@@ -43,6 +43,7 @@ class Spec:
     context: powers of two of the context that launch the same kernels; 0 where its arguments do not depend on it.
     streams: how many of `streams` call it, beside the step's own.
     by_experts: expert parallelism divides its experts by number.
+    trials(arguments): name and table of launches that no default takes, whose errors `prove` tells and does not judge.
     exact: its results are not rounded. scores: the op by whose result it chooses. problem(arguments, result): of
     another choice, how it is none of the best.
     synchronises: its reference asks the GPU for sizes, so that no graph can hold it.
@@ -53,6 +54,7 @@ class Spec:
     traffic: Callable[[Arguments], tuple[int, int]] | None = None
     aim: Callable[[Arguments, int, int], tuple[str, float] | None] = lambda *_: None
     tunables: Mapping[str, Callable[[tuple[int, ...], int, Any], Iterator[Any]]] = field(default_factory=dict)
+    trials: Callable[[Arguments], Mapping[str, Mapping[Any, Any]]] = lambda _: {}
     served: bool = False
     lent: bool = False
     context: int = 0

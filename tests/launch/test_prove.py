@@ -48,7 +48,7 @@ torch.cuda.is_available = lambda: True
 torch.cuda.synchronize = torch.cuda.empty_cache = lambda: None
 class Card: name, major, minor, multi_processor_count, total_memory = "Toy", 9, 0, 1, 1 << 30
 torch.cuda.get_device_properties = lambda device: Card
-ops.with_triton = lambda: ["mhc_post", "router_topk", "mhc_pre", "topk_slots"]
+ops.with_triton = lambda: ["mhc_post", "router_topk", "mhc_pre", "topk_slots", "indexer_logits"]
 def broken(name, change):
     right = registry.ops()[name].reference
     object.__setattr__(registry.ops()[name], "reference", lambda **given: change(right(**given)))
@@ -197,15 +197,18 @@ def test_without_a_gpu(capsys: pytest.CaptureFixture[str]):
 
 
 def test_the_real_child(monkeypatch: pytest.MonkeyPatch):
-    """In Triton's interpreter: an op that hangs, one that is right, one that differs, one whose reference raises."""
+    """In Triton's interpreter: an op that hangs, one that is right, one that differs, one whose reference raises, and
+    one with a trial."""
     found = proved(INTERPRETED, 1, monkeypatch)
-    hung, right, differs, raised = found["ops"]
+    hung, right, differs, raised, tried = found["ops"]
     assert (hung["op"], hung["verdict"], hung["calls"]) == ("mhc_post", "fail", []) and "SIGALRM" in hung["ended"]
     assert (right["op"], right["verdict"]) == ("router_topk", "pass")
     assert [(call["rows"], call["context"]) for call in right["calls"]] == [(2, 2048), (1, 2600)]
     assert all(0 <= call["rms"] < 1e-5 for call in right["calls"])
     assert all("RMS error" in call["problem"] and 5e-3 < call["rms"] < 2e-2 for call in differs["calls"])
     assert [call["problem"] for call in raised["calls"]] == ["ValueError: … is wrong"] * 2
+    assert [call["call"] for call in tried["calls"]] == ["c4", "c4, FP8 operands"] * 2 and tried["verdict"] == "pass"
+    assert all(0 <= call["rms"] < 1e-5 for call in tried["calls"])
     assert found["evidence"] == "emulated" and found["gpu"]["kernels"] == "sm90"
 
 

@@ -12,10 +12,12 @@ from cases.common import Maker
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sglang_sm120 import kernels, ops, registry
+from sglang_sm120 import kernels, ops, registry, tuned
 from sglang_sm120.formats import kv_page
 from sglang_sm120.ops import _math
 from sglang_sm120.ops.l2_prefetch import triton as l2_prefetch
+from sglang_sm120.ops.topk_slots import streamed
+from sglang_sm120.ops.topk_slots import triton as topk
 
 CPU = torch.device("cpu")
 SOME = settings(max_examples=30)
@@ -104,6 +106,56 @@ def test_topk_slots_are_a_top_k(seed: int, length: int, k: int, levels: int) -> 
     # Nothing left out beats anything chosen; among equals the lower index is chosen.
     assert all((logits[0, c], -c) > (logits[0, r], -r) for c in chosen for r in rest)
     assert slots[len(chosen) :] == [-1] * (k + 3 - len(chosen))
+
+
+ORDERS = ("few values", "mostly nothing", "ascending", "descending", "sampled high", "sampled low")
+
+
+def _scores(make: Maker, order: str, length: int) -> torch.Tensor:
+    """Scores of one row in an order that the guess of `streamed` was or was not made for."""
+    if order == "few values":
+        return torch.tensor([torch.nan, -torch.inf, 0.0, -0.0, 1.0, torch.inf])[make.integers(0, 6, length).long()]
+    if order == "mostly nothing":
+        nothing = torch.tensor([torch.nan, -torch.inf])[make.integers(0, 2, length).long()]
+        return torch.where(make.integers(0, 200, length) == 0, make.normal(length), nothing)
+    scores = make.normal(length).sort().values
+    if order in ("ascending", "descending"):
+        return scores if order == "ascending" else scores.flip(0)
+    # Its sample: eight adjacent entries at 128 places.
+    sampled = (torch.arange(128) * length // 128 // 8 * 8).unsqueeze(1) + torch.arange(8)
+    sampled = sampled[sampled < length]
+    scores[sampled] = (torch.arange(len(sampled)) + 9.0) * (1 if order == "sampled high" else -1)
+    return scores
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@settings(max_examples=6)
+@given(
+    seeds,
+    st.one_of(
+        st.integers(1, 6000),
+        st.builds(lambda tiles, more: 512 * tiles + more, st.integers(1, 11), st.integers(-1, 1)),
+    ),
+    st.sampled_from([1, 16, 511, 512, 513, 1024]),
+    st.integers(-2, 2),
+)
+@example(0, 6001, 512, 0)
+@example(1, 5900, 40, 1)
+def test_streamed_topk_slots_are_the_references(order: str, seed: int, length: int, k: int, more: int) -> None:
+    make = Maker(seed, CPU)
+    # One row of the length, one about as long as k: the second finds what the first left in the buffer.
+    lengths = [length, max(0, k + more)]
+    logits = torch.full((2, 6016), torch.nan)
+    for row, entries in enumerate(lengths):
+        logits[row, :entries] = _scores(make, order, entries)
+    arguments = {"logits": logits, "lengths": make.tensor(lengths), "page_table": make.integers(0, 99, 2, 94), "k": k}
+    tile, warps = streamed.launch_of(2, k, 1)
+    table = {topk.TUNED.key((8192, k), 2): topk.Config(tile, warps, stream=True)}
+    with tuned.using(table), pytest.MonkeyPatch.context() as patch:
+        # One program for both.
+        patch.setattr(streamed, "WARPS_PER_SM", 1)
+        slots = ops.topk_slots.by("triton", **arguments)
+    assert torch.equal(slots, ops.topk_slots.reference(**arguments))
 
 
 def test_topk_slots_ranks_nan_lowest() -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from cases.common import Case, Maker
 
-from sglang_sm120 import ops, registry
+from sglang_sm120 import kernels, ops, registry, tuned
 from sglang_sm120.checkpoint.config import model_config
 from sglang_sm120.tolerance import BF16, EXACT, Tolerance
 
@@ -73,6 +73,25 @@ def assert_close(got: torch.Tensor, expected: torch.Tensor, tolerance: Tolerance
         error = (got - expected).abs()
         assert error.square().mean().sqrt() <= tolerance.rms * expected.square().mean().sqrt()
         assert error.max() <= tolerance.largest * expected.abs().max()
+
+
+IMPRECISE = Tolerance(2e-3, 1e-2)
+"""Of 33 terms each sum of FP8 tensor cores may drop what lies 2^-13 below the largest, and four sums make a dot."""
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in op_cases("indexer_logits")])
+def test_index_scores_with_fp8_operands(case: Case, seed: int) -> None:
+    """In the interpreter they differ from fp16 operands in nothing, on a GPU as its tensor cores sum."""
+    op = registry.ops()["indexer_logits"]
+    inputs = case.build(Maker(seed, DEVICE))
+    (table,) = ops.SPECS[op.name].trials({"page_size": 64} | inputs).values()
+    launched: list[Any] = []
+    with kernels.rehearse(kernels.Rehearsal(lambda *launch: launched.append(launch[2]), 8)), tuned.using(table):
+        op.by("triton", **inputs)
+    assert [options["FP8"] for options in launched] == [True]
+    with tuned.using(table):
+        got = op.by("triton", **inputs)
+    assert_close(got, op.reference(**inputs), case.tolerance if KIND == "cpu" else IMPRECISE)
 
 
 def test_every_op_has_cases_and_a_naive_twin() -> None:

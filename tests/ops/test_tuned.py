@@ -34,6 +34,7 @@ TABLE = {
     ("mxfp4_moe.down", MOE, 8): Moe(256, 8, 1, 32, 8, 4),
     ("indexer_logits", (16384, 64), 1): Logits(64, 8, 2),
     ("topk_slots", (16384, 512), 1): TopK(1024, 8, 16),
+    ("topk_slots", (16384, 512), 2): TopK(1024, 4, stream=True),
 }
 
 
@@ -87,6 +88,9 @@ def test_fields_with_a_default_may_be_left_out() -> None:
         (entry_of(("mxfp4_moe.down", MOE, 8), Moe(256, 8, 1, 128, 4, 5)), "shared memory"),
         (entry_of(("topk_slots", (65536, 512), 1), TopK(1024, 4, 4)), "at most 16384 of all"),
         (entry_of(("topk_slots", (4096, 2048), 1), TopK(1024, 4, 4)), "needs k of one"),
+        (entry_of(("topk_slots", (16384, 2048), 1), TopK(512, 4, stream=True)), "k is 2048"),
+        (entry_of(("topk_slots", (16384, 1024), 1), TopK(512, 1, stream=True)), "at least 2 warps"),
+        (entry_of(("topk_slots", (16384, 512), 1), TopK(512, 1, 4, stream=True)), "warps_again is 4"),
         (entry_of(("indexer_logits", (16384, 64), 1), Logits(48, 4, 4)), "block is 48"),
         ("few", "no object"),
     ],
@@ -169,6 +173,7 @@ def launches(op: str, rows: int, table: tuned.Table, context: int = 65_536) -> t
         ("indexer_topk", 1, {"BLOCK": 64, "num_warps": 2}),
         ("indexer_topk", 1, {"TILE": 1024, "num_warps": 8}),
         ("indexer_topk", 1, {"AGAIN": 8192, "num_warps": 16}),
+        ("indexer_topk", 2, {"BUFFER": 2048, "TILE": 1024, "num_warps": 4}),
     ],
 )
 def test_launches_follow_the_table(op: str, rows: int, wanted: dict[str, Any]) -> None:
@@ -222,7 +227,8 @@ def _any_config(
     values: dict[str, list[Any]] = {
         "kernel": [kernel], "split": [1, 1, 1, 2, 4], "stages": [1, 2, 3],
         "evict_first": [False, True], "bk": [32, 64, 128, *[512] * 3], "tile": [1024, 2048, 4096], "warps": [2, 4, 8],
-        "tokens": [2, 4, 8, 16], "rows": [32, 64, 128],
+        "tokens": [2, 4, 8, 16], "rows": [32, 64, 128], "stream": [False, True], "fp8": [False, True],
+        "warps_again": [0, 2, 4, 8],
     }  # fmt: skip
     while True:
         config = family.config(*(rng.choice(values.get(name, powers)) for name in family.config._fields))

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gate import Compiled, Run, kernels_defined, lines, uncovered
+from gate import SAMPLE, Compiled, Run, kernels_defined, lines, uncovered
 from kernel_table import PATH, RENEW, compare, key, parse, text, worst
-from resources import parameters, races, read_before_wait, refusals, sass
+from resources import Resources, parameters, races, read_before_wait, read_resources, refusals, sass
 
 from sglang_sm120 import ops, registry
-from sglang_sm120.compilation import use_target
+from sglang_sm120.checkpoint.config import model_config
+from sglang_sm120.compilation import Job, compile_job, use_target
 
 CONSTANTS = {
     "w", "scale", "fn", "base", "norm_weight", "weight", "bias_ptr", "sink", "first_weight", "second_weight"
@@ -141,6 +142,29 @@ def test_inline_ptx_becomes_the_instructions_it_is_written_for() -> None:
     for name, patterns in wanted.items():
         counted = {pattern: sum(re.match(pattern, line) is not None for line in found[name]) for pattern in patterns}
         assert counted == patterns, "\n".join(found[name])
+
+
+def _scored_in(fp8: bool) -> tuple[list[str], Resources]:
+    """SASS of the index scores' kernel, and what it needs; runs in a process whose Triton compiles for sm_120."""
+    call = next(ops.calls("indexer_logits", model_config(), 2, 1, 65_536))
+    (table,) = ops.SPECS["indexer_logits"].trials(call.arguments).values()
+    job = Job(model_config(), "indexer_logits", 2, SAMPLE, table=table if fp8 else {})
+    ((kernel,), _) = compile_job(job)
+    return sass(kernel.cubin), read_resources(kernel.cubin, kernel.shared)
+
+
+def test_fp8_operands_reach_the_tensor_cores_as_they_are() -> None:
+    """Half the instructions of fp16 operands, none that converts, and no more shared memory or spilled registers."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), use_target, (120,)) as pool:
+        (fp16, fp16_use), (fp8, fp8_use) = pool.map(_scored_in, (False, True))
+
+    def count(lines: list[str], pattern: str) -> int:
+        return sum(re.match(pattern, line) is not None for line in lines)
+
+    products, conversions = count(fp8, r"QMMA\.16832\.F32\.E4M3\.E4M3 "), r"F2FP?\.|HADD2|I2F"
+    assert 2 * products == count(fp16, r"HMMA\.16816\.F32 ") > 0
+    assert count(fp8, "HMMA") == count(fp8, conversions) == 0 < count(fp16, conversions)
+    assert fp8_use.spilled == 0 and fp8_use.shared < fp16_use.shared
 
 
 def test_no_kernel_needs_more_than_its_line_says(compiled: Compiled, all_shapes: bool, renewing: bool) -> None:

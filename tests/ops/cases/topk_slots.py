@@ -57,6 +57,16 @@ def cases(kind: str) -> Iterator[Case]:
     yield Case("shared", EXACT, lambda make: build(make, [9000, 2100], 64, columns=320, odd=True))
     yield Case("shared-buffers", EXACT, lambda make: build(make, [20480], 64, columns=320, buffers=70),
                lambda inputs, result: (result, inputs["out"]), ("out",))  # fmt: skip
+    # More rows than SMs, which the interpreter has eight of, each longer than the shortest that is streamed.
+    around_k = [0, 1, 15, 16, 17, 255, 257, 1000]
+    around_tiles = [511, 512, 513, 1024, 2047, 2048, 2049, 4097]
+    yield Case("streamed", EXACT, lambda make: build(make, around_k + around_tiles, 16, columns=65))
+    yield Case("streamed-ties", EXACT, lambda make: build(make, [4160 - 17 * t for t in range(9)], 64, columns=65,
+               ties=True))  # fmt: skip
+    falling = [4160 - 300 * t for t in range(12)]
+    yield Case("streamed-odd-values", EXACT, lambda make: build(make, falling, 512, columns=65, odd=True, buffers=600),
+               lambda inputs, result: (result, inputs["out"]), ("out",))  # fmt: skip
+    yield Case("streamed-1024", EXACT, lambda make: build(make, [9000, 5000, *range(1020, 1028)], 1024, columns=150))
     yield Case("70-rows", EXACT, lambda make: build(make, [(7 * t) % 130 for t in range(70)], 16, columns=3))
     yield Case(
         "buffers",
@@ -74,3 +84,9 @@ def cases(kind: str) -> Iterator[Case]:
             lengths = [16384 - 200 * t % 16000 for t in range(rows)]
             yield Case(f"{rows}-rows", EXACT, partial(build, lengths=lengths, k=k, columns=256))
             yield Case(f"{rows}-rows-ties", EXACT, partial(build, lengths=lengths, k=k, columns=256, ties=True))
+        # More than one row to a program.
+        lengths = [16384 - 5 * t % 16000 for t in range(3000)]
+        for top in (k, 2 * k):
+            yield Case(f"3000-rows-{top}", EXACT, partial(build, lengths=lengths, k=top, columns=256))
+            odd = partial(build, lengths=lengths, k=top, columns=256, odd=True)
+            yield Case(f"3000-rows-odd-values-{top}", EXACT, odd)

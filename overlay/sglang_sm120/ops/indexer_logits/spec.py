@@ -9,7 +9,7 @@ import torch
 
 from ...formats import indexer_page
 from ...spec import C4_PAGE, Arguments, Calls, Inputs, Spec, nbytes
-from ...tuned import Shape
+from ...tuned import Shape, Table, bucket
 from .triton import TUNED, Config
 
 
@@ -44,15 +44,22 @@ def traffic(a: Arguments) -> tuple[int, int]:
 
 
 def others(shape: Shape, rows: int, h: Any) -> Iterator[Any]:
-    for block, warps in ((32, 2), (32, 4), (64, 2), (64, 4), (128, 4), (128, 8), (256, 8)):
-        for programs in (2, 4, 8):
-            yield Config(block, programs, warps)
+    for fp8 in (False, True):
+        for block, warps in ((32, 2), (32, 4), (64, 2), (64, 4), (128, 4), (128, 8), (256, 8)):
+            for programs in (2, 4, 8):
+                yield Config(block, programs, warps, fp8)
+
+
+def _trials(a: Arguments) -> dict[str, Table]:
+    (rows, heads, _), width = a["q"].shape, a["page_table"].shape[1] * a["page_size"]
+    return {"FP8 operands": {TUNED.key((bucket(width), heads), rows): Config(fp8=True)}}
 
 
 SPEC = Spec(
     calls=_calls,
     traffic=traffic,
     tunables={TUNED.name: others},
+    trials=_trials,
     synchronises=True,
     prefill="TileLang, all scores at once in fp32",
 )

@@ -1,7 +1,17 @@
 """Indexer scores: one row's heads against blocks of keys on tensor cores, keys as the rows of the dot.
 
-E4M3 is exact in fp16, so the dot is exact but for its fp32 sums. With keys as rows, relu, head weights and the sum over
-heads stay within a warp's registers and a few shuffles, and the key's scale is applied once per key, after that sum.
+E4M3 is exact in fp16, so the dot is exact but for its fp32 sums. With FP8 operands (`Config.fp8`) the tensor cores take
+the bytes as they are, twice as many an instruction and none of them converted. A product of two E4M3 has 8 significant
+bits, so it is exact there too; how many bits the sum of 32 products and the accumulator keep is the card's affair.
+Ada's and Hopper's FP8 instructions are reported to keep 13 bits below the largest term and to drop the rest
+(SageAttention2; DeepSeek-V3's report, 3.5.2), 2^-13 of it with each term, where the tolerance is 1e-5 of the scores;
+B200's are reported to keep 25 (DeepGEMM's issue 176). Of SM120 nothing is known here. So fp16 is the default, and FP8
+is for a table: `make tune` takes it where it is faster and its scores stay within the tolerance on that card. Triton's
+`max_num_imprecise_acc`, by which Hopper's wgmma adds up in fp32, does nothing to SM120's mma, and under SM120 lowering
+a Hopper card multiplies in fp16: it can tell neither the precision nor the time.
+
+With keys as rows, relu, head weights and the sum over heads stay within a warp's registers and a few shuffles, and the
+key's scale is applied once per key, after that sum.
 A row's 64 heads alone give 124 operations per byte of key, so rows do not share keys except through the L2 cache.
 Programs of a row walk its blocks in strides, so that the grid depends on the table's width and the work on lengths.
 """
@@ -45,6 +55,13 @@ def _keys(pages, page_stride, page, block, length, PAGE: tl.constexpr, BLOCK: tl
     return values, tl.load(at.to(tl.pointer_type(tl.float32)), mask=live, other=0.0)
 
 
+@triton.jit
+def _operand(raw, FP8: tl.constexpr):
+    """E4M3 bytes as what the tensor cores multiply."""
+    values = raw.to(tl.float8e4nv, bitcast=True)
+    return values if FP8 else values.to(tl.float16)
+
+
 @triton.jit(
     do_not_specialize=["table_row", "logits_row", "width", "least", "programs"],
     do_not_specialize_on_alignment=["table", "lengths", "logits"],
@@ -52,12 +69,12 @@ def _keys(pages, page_stride, page, block, length, PAGE: tl.constexpr, BLOCK: tl
 def _score(
     q, q_row, q_head, weights, weights_row, pages, page_stride, table, table_row, lengths, logits, logits_row, width,
     least, programs, HEADS: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
-    FILL: tl.constexpr,
+    FILL: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """q E4M3 bytes [T, HEADS, 128], weights fp32 [T, HEADS] -> logits fp32 [T, width] below lengths.
 
     Programs: T x programs, those of a row adjacent. Rows of up to `least` entries are left out. With FILL, what lies at
-    and beyond lengths becomes -inf.
+    and beyond lengths becomes -inf. With FP8 the tensor cores multiply E4M3, else fp16.
     """
     wait()
     row = (tl.program_id(0) // programs).to(tl.int64)
@@ -70,18 +87,19 @@ def _score(
     if first < blocks:
         head = tl.arange(0, PADDED)
         at = q + row * q_row + head[:, None] * q_head + tl.arange(0, DIM)[None, :]
-        query = tl.load(at, mask=head[:, None] < HEADS, other=0).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+        query = _operand(tl.load(at, mask=head[:, None] < HEADS, other=0), FP8)
         weight = tl.load(weights + row * weights_row + head, mask=head < HEADS, other=0.0)
         page = _page_ids(table, first, length, PAGE, BLOCK)
         values, scale = _keys(pages, page_stride, page, first, length, PAGE, BLOCK)
         page = _page_ids(table, first + programs, length, PAGE, BLOCK)
         for block in tl.range(first, blocks, programs, num_stages=1):
-            keys = values.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+            keys = _operand(values, FP8)
             factor = scale
             # In flight while this block is worked on: the next block's keys and the page ids of the one after.
             values, scale = _keys(pages, page_stride, page, block + programs, length, PAGE, BLOCK)
             page = _page_ids(table, block + 2 * programs, length, PAGE, BLOCK)
-            scores = tl.dot(keys, tl.trans(query))
+            # On Hopper no two of its instructions share an imprecise accumulator.
+            scores = tl.dot(keys, tl.trans(query), max_num_imprecise_acc=32 if FP8 else 0)
             scores = tl.sum(tl.maximum(scores, 0.0) * weight[None, :], 1) * factor
             entry = block * BLOCK + tl.arange(0, BLOCK)
             if FILL:
@@ -95,11 +113,12 @@ def _score(
 
 
 class Config(NamedTuple):
-    """Entries that a program scores at once, programs per SM, and warps."""
+    """Entries that a program scores at once, programs per SM, warps, and whether FP8 is multiplied, not fp16."""
 
     block: int = 128
     programs_per_sm: int = 4
     warps: int = 4
+    fp8: bool = False
 
 
 def _tuned_refusal(shape: tuned.Shape, rows: int, c: Config) -> str | None:
@@ -124,7 +143,7 @@ def score(a: Arguments, part: slice, logits: torch.Tensor, least: int | None = N
         weights.stride(0), a.pages, a.pages.stride(0), page_table, page_table.stride(0), lengths, logits,
         logits.stride(0), width, 0 if least is None else least, programs,
         HEADS=heads, PADDED=max(16, triton.next_power_of_2(heads)), PAGE=a.page_size, BLOCK=c.block,
-        FILL=least is None, num_warps=c.warps,
+        FILL=least is None, FP8=c.fp8, num_warps=c.warps,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from ...spec import C4_PAGE, Calls, Inputs, Spec, nbytes
 from ...tuned import Shape
 from ..indexer_logits.spec import page_table
+from . import streamed
 from .triton import TUNED, WARPS, Config
 
 
@@ -20,9 +21,12 @@ def _calls(make: Inputs, c: dict[str, Any], tp: int, rows: int, context: int) ->
 
 
 def others(shape: Shape, rows: int, h: Any) -> Iterator[Any]:
+    for tile in streamed.TILES:
+        for warps in streamed.WARPS:
+            yield Config(tile, warps, stream=True)
     for tile, usual in WARPS.items():
         for warps in (usual, usual // 2, usual * 2):
-            yield Config(tile, warps, h.warps_again)
+            yield Config(tile, warps, h.warps_again or usual)
         for again in (4, 8, 16, 32):
             yield Config(tile, usual, again)
 

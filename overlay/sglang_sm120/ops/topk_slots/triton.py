@@ -1,13 +1,11 @@
 """Exact top-k by searching for the threshold among order-preserving integer keys in registers, in one or two launches.
 
-A program loads a tile of a row once. The k-th largest key is found by cutting a range in three and counting the keys at
-or above either cut, both in one sum: four instructions per key and step where a histogram costs some fifty. Cuts
-between values rather than bit patterns, and an end as soon as a count equals k, leave about 8 steps for ordinary
-scores. One prefix sum over (greater, equal) packed in an int32 then gives every chosen entry its place in ascending
-order.
+A program loads a tile of a row once and searches for its k-th largest key (`search`). One prefix sum over (greater,
+equal) packed in an int32 then gives every chosen entry its place in ascending order.
 Rows longer than a tile are a tournament: tiles hand their k best on in order, and a second launch chooses among those,
 few rows in several programs each, which share the work of finding places.
 Rows of at most k entries are listed without reading a score; rows of one tile end in the first launch.
+That spends a whole SM on a row, which suits few rows. Many long rows are streamed instead (`streamed`).
 """
 
 from __future__ import annotations
@@ -21,7 +19,8 @@ import triton.language as tl
 from ... import kernels, tuned
 from ...registry import Arguments
 from .._pdl_triton import wait
-from . import topk_slots
+from . import streamed, topk_slots
+from .search import LOWEST, compared, fill, key_of, kth_largest, list_entries, page_of, places, put
 
 LARGEST_TILE = 16384
 """Keys of one program: 16 registers of each of 1,024 threads."""
@@ -33,106 +32,6 @@ MOST_PARTS = 8
 """Programs that share a tile: each searches all of it, since finding places costs more, and places its part."""
 MOST_PROGRAMS = 64
 """Up to which tiles are shared, so that each program has an SM of its own."""
-STEP: tl.constexpr = tl.constexpr(512)
-LOWEST: tl.constexpr = tl.constexpr(-(2**31))
-FLIP: tl.constexpr = tl.constexpr(0x7FFFFFFF)
-
-
-@triton.jit
-def _key(score):
-    """fp32 to an int32 of the same order; NaN counts as -inf, -0.0 as 0.0."""
-    score = tl.where(score != score, float("-inf"), tl.where(score == 0.0, 0.0, score))
-    return _flipped(score.to(tl.int32, bitcast=True))
-
-
-@triton.jit
-def _flipped(bits):
-    """Bits of an fp32 to an int32 of the same order, and back."""
-    return bits ^ ((bits >> 31) & FLIP)
-
-
-@triton.jit
-def _value(key):
-    return _flipped(key).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _kth_largest(keys, live, K: tl.constexpr):
-    """(t, n) of more than K live keys: the K largest are the n above t and K - n that equal t."""
-    low = tl.min(tl.where(live, keys, FLIP), 0)
-    high = tl.max(keys, 0)
-    greater = 0
-    step = 0
-    while low < high:
-        # The thirds between the two values, or, should they prove slow or be none, a quarter and half of the keys.
-        first = _value(low) * (2 / 3) + _value(high) * (1 / 3)
-        second = _value(low) * (1 / 3) + _value(high) * (2 / 3)
-        finite = (step < 16) & (tl.abs(first) < float("inf")) & (tl.abs(second) < float("inf"))
-        quarter = (high >> 2) - (low >> 2)
-        less = tl.where(finite, _flipped(first.to(tl.int32, bitcast=True)), low + quarter)
-        more = tl.where(finite, _flipped(second.to(tl.int32, bitcast=True)), low + 2 * quarter)
-        less = tl.minimum(tl.maximum(less, low + 1), high)
-        more = tl.minimum(tl.maximum(more, less), high)
-        # Two counts in one sum.
-        counts = tl.sum((keys >= less).to(tl.int32) + ((keys >= more).to(tl.int32) << 16), 0)
-        below, above = counts & 0xFFFF, counts >> 16
-        greater = tl.where(above >= K, greater, tl.where(below >= K, above, below))
-        high = tl.where(above >= K, high, tl.where(below >= K, more - 1, less - 1))
-        low = tl.where(above >= K, more, tl.where(below >= K, less, low))
-        if (below == K) | (above == K):
-            # All from low on, which are those above the key before it.
-            low -= 1
-            high = low
-            greater = K
-        step += 1
-    return low, greater
-
-
-@triton.jit
-def _compared(keys, threshold):
-    """1 where a key is above the threshold, 2^16 where it equals it, as int32: sums count both."""
-    return (keys > threshold).to(tl.int32) + ((keys == threshold).to(tl.int32) << 16)
-
-
-@triton.jit
-def _places(keys, before, threshold, allowed):
-    """Which keys are above the threshold or, the first `allowed` of them, equal to it, and their places in order.
-
-    before sums what `_compared` gives for keys that lie before these.
-    """
-    compared = _compared(keys, threshold)
-    before += tl.cumsum(compared, 0) - compared
-    equals = before >> 16
-    chosen = (keys > threshold) | ((keys == threshold) & (equals < allowed))
-    return chosen, (before & 0xFFFF) + tl.minimum(equals, allowed)
-
-
-@triton.jit
-def _page(table, entry, live, PAGE: tl.constexpr):
-    return tl.load(table + entry // PAGE, mask=live, other=0)
-
-
-@triton.jit
-def _put(out, place, entry, page, chosen, PAGE: tl.constexpr):
-    """Write the slots of chosen entries to their places."""
-    tl.store(out + place, page * PAGE + entry % PAGE, mask=chosen)
-
-
-@triton.jit
-def _list(table, out, count, PAGE: tl.constexpr):
-    """Entries 0 … count - 1."""
-    for start in tl.range(0, count, STEP):
-        entry = start + tl.arange(0, STEP)
-        live = entry < count
-        _put(out, entry, entry, _page(table, entry, live, PAGE), live, PAGE)
-
-
-@triton.jit
-def _fill(out, out_width, count):
-    """-1 from place `count` on."""
-    for start in tl.range(count, out_width, STEP):
-        column = start + tl.arange(0, STEP)
-        tl.store(out + column, -1, mask=column < out_width)
 
 
 @triton.jit(
@@ -160,8 +59,8 @@ def _choose(
     table += row * table_row
     out += row * out_row
     if (tile == 0) & (part == 0):
-        _list(table, out, tl.where(length <= K, length, 0), PAGE)
-        _fill(out, out_width, tl.minimum(length, K))
+        list_entries(table, out, tl.where(length <= K, length, 0), PAGE)
+        fill(out, out_width, tl.minimum(length, K))
     if (length > K) & (start < length):
         entry = start + part * OWN + tl.arange(0, OWN)
         live = entry < length
@@ -170,17 +69,17 @@ def _choose(
         chosen, place = live, entry - start
         if length - start > K:
             if PARTS == 1:
-                threshold, greater = _kth_largest(keys, live, K)
-                chosen, place = _places(keys, 0, threshold, K - greater)
+                threshold, greater = kth_largest(keys, live, K, K)
+                chosen, place = places(keys, 0, threshold, K - greater)
             else:
                 index = tl.arange(0, TILE)
                 all_live = start + index < length
                 all_keys = _row_keys(logits, start + index, all_live)
-                threshold, greater = _kth_largest(all_keys, all_live, K)
-                before = tl.sum(tl.where(index < part * OWN, _compared(all_keys, threshold), 0), 0)
-                chosen, place = _places(keys, before, threshold, K - greater)
+                threshold, greater = kth_largest(all_keys, all_live, K, K)
+                before = tl.sum(tl.where(index < part * OWN, compared(all_keys, threshold), 0), 0)
+                chosen, place = places(keys, before, threshold, K - greater)
         if length <= TILE:
-            _put(out, place, entry, _page(table, entry, chosen, PAGE), chosen, PAGE)
+            put(out, place, entry, page_of(table, entry, chosen, PAGE), chosen, PAGE)
         else:
             best = (row * tiles + tile) * K
             tl.store(best_keys + best + place, keys, mask=chosen)
@@ -189,7 +88,7 @@ def _choose(
 
 @triton.jit
 def _row_keys(logits, entry, live):
-    return tl.where(live, _key(tl.load(logits + entry, mask=live, other=0.0)), LOWEST)
+    return tl.where(live, key_of(tl.load(logits + entry, mask=live, other=0.0)), LOWEST)
 
 
 @triton.jit(
@@ -218,26 +117,30 @@ def _choose_again(
         keys = tl.load(best_keys + own, mask=live, other=LOWEST)
         entry = tl.load(best_entries + own, mask=live, other=0)
         # Of all, not of the chosen alone: so it is here when they are known.
-        page = _page(table + row * table_row, entry, live, PAGE)
+        page = page_of(table + row * table_row, entry, live, PAGE)
         before = 0
         if PARTS == 1:
-            threshold, greater = _kth_largest(keys, live, K)
+            threshold, greater = kth_largest(keys, live, K, K)
         else:
             index = tl.arange(0, AGAIN)
             all_live = (index // K * TILE + index % K) < length
             all_keys = tl.load(best_keys + index, mask=all_live, other=LOWEST)
-            threshold, greater = _kth_largest(all_keys, all_live, K)
-            before = tl.sum(tl.where(index < part * OWN, _compared(all_keys, threshold), 0), 0)
-        chosen, place = _places(keys, before, threshold, K - greater)
-        _put(out + row * out_row, place, entry, page, chosen, PAGE)
+            threshold, greater = kth_largest(all_keys, all_live, K, K)
+            before = tl.sum(tl.where(index < part * OWN, compared(all_keys, threshold), 0), 0)
+        chosen, place = places(keys, before, threshold, K - greater)
+        put(out + row * out_row, place, entry, page, chosen, PAGE)
 
 
 class Config(NamedTuple):
-    """Entries per program of `_choose`, and the warps of `_choose` and `_choose_again`."""
+    """Entries per program of `_choose`, and the warps of `_choose` and `_choose_again`.
+
+    stream: one launch of `streamed.stream` with these warps instead, whose programs walk rows by `tile` entries.
+    """
 
     tile: int
     warps: int
-    warps_again: int
+    warps_again: int = 0
+    stream: bool = False
 
 
 def tile_size(rows: int, width: int, k: int, sms: int) -> int:
@@ -265,7 +168,12 @@ def _handed_on(width: int, k: int, tile: int) -> int:
 
 
 def config(rows: int, width: int, k: int, sms: int) -> Config:
-    """How `rows` rows of `width` entries are searched on `sms` SMs."""
+    """How `rows` rows of `width` entries are searched on `sms` SMs.
+
+    Long ones are streamed if not each has an SM.
+    """
+    if tuned.bucket(rows) > max(sms, streamed.ABOVE) and tuned.bucket(width) > 4096 and k <= streamed.LARGEST_K:
+        return Config(*streamed.launch_of(rows, k, sms), stream=True)
     tile = tile_size(rows, width, k, sms)
     return Config(tile, WARPS[tile], WARPS[min(_handed_on(width, k, tile), LARGEST_TILE)])
 
@@ -273,6 +181,9 @@ def config(rows: int, width: int, k: int, sms: int) -> Config:
 def _tuned_refusal(shape: tuned.Shape, rows: int, c: Config) -> str | None:
     width, k = shape
     warps = (1, 2, 4, 8, 16, 32)
+    if c.stream:
+        why = tuned.beyond(c, tile=streamed.TILES, warps=streamed.WARPS, warps_again=(0,))
+        return why or streamed.refusal(k, c.tile, c.warps)
     if why := tuned.beyond(c, tile=tuple(WARPS), warps=warps, warps_again=warps):
         return why
     if c.tile < width and (c.tile < k or _handed_on(width, k, c.tile) > LARGEST_TILE):
@@ -292,6 +203,9 @@ def choose(a: Arguments, part: slice, logits: torch.Tensor, out: torch.Tensor) -
     sms = max(8, kernels.sms(logits.device))
     c = config(rows, width, k, sms)
     c = TUNED.choose(logits.device, (tuned.bucket(width), k), rows, c)
+    if c.stream:
+        streamed.choose(a, part, logits, out, c.tile, c.warps)
+        return
     tile = c.tile
     tiles = max(1, -(-width // tile))
     again = _handed_on(width, k, tile)
