@@ -241,6 +241,14 @@ KERNELS = (
         (("    live = (own // K * TILE + own % K) < length", "    live = own < tiles * K"),), INDEXER,
     ),
     Mutation(
+        "stale scratch", "the last program but one goes on, Triton", "ops/_arrival_triton.py",
+        (("== programs - 1", "== programs - 2"),), ROUTER,
+    ),
+    Mutation(
+        "counter not set back", "the next call's last program is another one, Triton", "ops/_arrival_triton.py",
+        (("tl.store(counter, 0)", "tl.store(counter, 1)"),), ROUTER,
+    ),
+    Mutation(
         "scratch overrun", "more parts than it was made for, Triton", "ops/sparse_mla/triton.py",
         (("min(blocks, MAX_SPLITS, slots // max(programs, 1))", "min(blocks, MAX_SPLITS)"),), ATTENTION,
     ),

@@ -20,6 +20,7 @@ import triton.language as tl
 
 from ... import kernels, tuned
 from ...registry import Arguments
+from .._arithmetic import FLIP, LOWEST, flipped, sort_key
 from .._pdl_triton import wait
 from . import topk_slots
 
@@ -34,26 +35,11 @@ MOST_PARTS = 8
 MOST_PROGRAMS = 64
 """Up to which tiles are shared, so that each program has an SM of its own."""
 STEP: tl.constexpr = tl.constexpr(512)
-LOWEST: tl.constexpr = tl.constexpr(-(2**31))
-FLIP: tl.constexpr = tl.constexpr(0x7FFFFFFF)
-
-
-@triton.jit
-def _key(score):
-    """fp32 to an int32 of the same order; NaN counts as -inf, -0.0 as 0.0."""
-    score = tl.where(score != score, float("-inf"), tl.where(score == 0.0, 0.0, score))
-    return _flipped(score.to(tl.int32, bitcast=True))
-
-
-@triton.jit
-def _flipped(bits):
-    """Bits of an fp32 to an int32 of the same order, and back."""
-    return bits ^ ((bits >> 31) & FLIP)
 
 
 @triton.jit
 def _value(key):
-    return _flipped(key).to(tl.float32, bitcast=True)
+    return flipped(key).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -69,8 +55,8 @@ def _kth_largest(keys, live, K: tl.constexpr):
         second = _value(low) * (1 / 3) + _value(high) * (2 / 3)
         finite = (step < 16) & (tl.abs(first) < float("inf")) & (tl.abs(second) < float("inf"))
         quarter = (high >> 2) - (low >> 2)
-        less = tl.where(finite, _flipped(first.to(tl.int32, bitcast=True)), low + quarter)
-        more = tl.where(finite, _flipped(second.to(tl.int32, bitcast=True)), low + 2 * quarter)
+        less = tl.where(finite, flipped(first.to(tl.int32, bitcast=True)), low + quarter)
+        more = tl.where(finite, flipped(second.to(tl.int32, bitcast=True)), low + 2 * quarter)
         less = tl.minimum(tl.maximum(less, low + 1), high)
         more = tl.minimum(tl.maximum(more, less), high)
         # Two counts in one sum.
@@ -189,7 +175,7 @@ def _choose(
 
 @triton.jit
 def _row_keys(logits, entry, live):
-    return tl.where(live, _key(tl.load(logits + entry, mask=live, other=0.0)), LOWEST)
+    return tl.where(live, sort_key(tl.load(logits + entry, mask=live, other=0.0)), LOWEST)
 
 
 @triton.jit(
