@@ -9,7 +9,8 @@ import torch
 
 from sglang_sm120 import kernels
 from sglang_sm120.ops.router_topk import triton as router
-from sglang_sm120.parity import DEVICE, calls_of, triton_result
+from sglang_sm120.ops.sparse_mla import triton as attention
+from sglang_sm120.parity import DEVICE, calls_of, triton_result, worst
 from sglang_sm120.spec import Call
 
 REPLAYS = 1000
@@ -68,3 +69,24 @@ def test_the_gate_chooses_alike_in_one_launch_and_in_two(
     monkeypatch.setattr(router, "WARPS_AT_ONCE", 1 << 20)
     assert_replays_alike(call, expected)
     assert launched == ["_gemv_route"] * 3
+
+
+@pytest.mark.parametrize("rows", (1, 64))
+def test_attention_merges_a_few_parts_by_itself(
+    rows: int, launched: list[str], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused = 0
+    for call in calls_of("sparse_mla", 2, rows, 8192, seed):
+        launched.clear()
+        expected = triton_result(call)
+        if launched != ["_attend"]:
+            continue
+        with monkeypatch.context() as apart:
+            apart.setattr(attention, "MERGED_PARTS", 1)
+            merged = triton_result(call)
+        if launched == ["_attend", "_attend", "_merge"]:
+            fused += 1
+            # Which adds the parts as a tree.
+            assert worst(call.op, expected, merged).problem is None
+            assert_replays_alike(call, expected)
+    assert fused

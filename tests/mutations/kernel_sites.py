@@ -233,6 +233,10 @@ KERNELS = (
         (('live = top > float("-inf")', "live = part < splits"),), ATTENTION,
     ),
     Mutation(
+        "stale scratch", "last program reads parts that nobody wrote, Triton", "ops/sparse_mla/triton.py",
+        (("real & (part * each < whole)", "real & (part < MERGED)"),), ATTENTION,
+    ),
+    Mutation(
         "stale scratch", "sum reads absent experts' slots, Triton", "ops/mxfp4_moe/triton.py",
         (("mask=inside & chosen,", "mask=inside,"),), EXPERTS,
     ),

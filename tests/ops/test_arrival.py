@@ -14,13 +14,17 @@ import pytest
 import torch
 from cases.common import Maker
 from cases.router_topk import cases as router_cases
+from cases.sparse_mla import cases as attention_cases
 from triton.runtime.interpreter import interpreter_builder
 
 from sglang_sm120 import kernels, registry
 from sglang_sm120.parity import tensors
 
 CPU = torch.device("cpu")
-FUSED = {"router_topk": [case for case in router_cases("cpu") if case.name in ("rows-1", "rows-5")]}
+FUSED = {
+    "router_topk": [case for case in router_cases("cpu") if case.name in ("rows-1", "rows-5")],
+    "sparse_mla": [case for case in attention_cases("cpu") if case.name in ("several-blocks", "few-parts")],
+}
 CASES = [pytest.param(op, case, id=f"{op}-{case.name}") for op, cases in FUSED.items() for case in cases]
 
 
