@@ -13,7 +13,7 @@ from sglang_sm120.spec import Call
 
 ROWS_COMPARED = 64
 ROW_ARGUMENTS = frozenset(
-    "x q o f post comb mixes topk_ids topk_weights weights page_table lengths logits slots positions "
+    "x q o f post comb mixes topk_ids topk_weights weights page_table lengths logits slots router_logits positions "
     "window_slots window_lengths extra_slots extra_lengths".split()
 )
 """Arguments whose first dimension is the rows of the step."""

@@ -192,37 +192,10 @@ def _part(op: str, device: torch.device, size: int) -> torch.Tensor:
     key = (op, device, torch.cuda.current_stream(device).cuda_stream)
     if key not in _parts:
         if torch.cuda.is_current_stream_capturing():
-            raise ScratchError(_new_in_capture(op))
+            raise ScratchError(f"op {op} first runs on this stream inside a capture: run it there once before.")
         spare = _spare[op, device]
         _parts[key] = spare.pop() if spare else torch.empty(size, dtype=torch.uint8, device=device)
     return _parts[key]
-
-
-COUNTERS = 4096
-"""Of an op on a stream."""
-_counters: dict[tuple[str, torch.device, int], torch.Tensor] = {}
-
-
-def counters(op: str, device: torch.device, count: int) -> torch.Tensor:
-    """int32 [COUNTERS] of which `count` are used: zero, and `op`'s kernels on this stream leave zeros behind.
-
-    Apart from scratch, which may hold anything. A server runs every op on a stream before it captures there.
-
-    Raises:
-        ScratchError: there are not so many, or a stream that has none yet is being captured.
-    """
-    if count > COUNTERS:
-        raise ScratchError(f"op {op} asks for {count} counters and there are {COUNTERS}: make kernels.COUNTERS larger.")
-    key = (op, device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
-    if key not in _counters:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise ScratchError(_new_in_capture(op))
-        _counters[key] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-    return _counters[key]
-
-
-def _new_in_capture(op: str) -> str:
-    return f"op {op} first runs on this stream inside a capture: run it there once before."
 
 
 _late: list[str] = []
@@ -236,13 +209,12 @@ def freeze() -> None:
 
 
 def reset() -> None:
-    """Undo `freeze` and every `reserve`, and forget the counters (tests)."""
+    """Undo `freeze` and every `reserve` (tests)."""
     from triton import knobs
 
     _reserved.clear()
     _spare.clear()
     _parts.clear()
-    _counters.clear()
     _late.clear()
     knobs.runtime.jit_post_compile_hook = None
 

@@ -233,24 +233,12 @@ KERNELS = (
         (('live = top > float("-inf")', "live = part < splits"),), ATTENTION,
     ),
     Mutation(
-        "stale scratch", "last program reads parts that nobody wrote, Triton", "ops/sparse_mla/triton.py",
-        (("real & (part * each < whole)", "real & (part < MERGED)"),), ATTENTION,
-    ),
-    Mutation(
         "stale scratch", "sum reads absent experts' slots, Triton", "ops/mxfp4_moe/triton.py",
         (("mask=inside & chosen,", "mask=inside,"),), EXPERTS,
     ),
     Mutation(
         "stale scratch", "tournament reads what no tile handed on, Triton", "ops/topk_slots/triton.py",
         (("    live = (own // K * TILE + own % K) < length", "    live = own < tiles * K"),), INDEXER,
-    ),
-    Mutation(
-        "stale scratch", "the last program but one goes on, Triton", "ops/_arrival_triton.py",
-        (("== programs - 1", "== programs - 2"),), ROUTER,
-    ),
-    Mutation(
-        "counter not set back", "the next call's last program is another one, Triton", "ops/_arrival_triton.py",
-        (("tl.store(counter, 0)", "tl.store(counter, 1)"),), ROUTER,
     ),
     Mutation(
         "scratch overrun", "more parts than it was made for, Triton", "ops/sparse_mla/triton.py",

@@ -284,9 +284,9 @@ def hash_topk(router_logits, input_ids, tid2eid):
     return out(weights).view(shape), torch.tensor(ids, dtype=torch.int32).view(shape)
 
 
-def router_topk(x, w, correction_bias, k, renormalize=True):
+def router_topk(router_logits, correction_bias, k, renormalize=True):
     weights, ids = [], []
-    for row in (f64(x) @ f64(w).T).tolist():
+    for row in router_logits.tolist():
         # In fp32, as the op adds: float64 would break ties that fp32 has.
         total = [
             float(np.float32(score(v)) + np.float32(b)) for v, b in zip(row, correction_bias.tolist(), strict=True)

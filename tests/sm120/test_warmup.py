@@ -84,8 +84,8 @@ def test_a_compilation_after_freeze_is_counted() -> None:
         before, after = pool.submit(_late, "router_topk").result()
     assert before == []
     (line,) = after
-    assert line.startswith("sglang_sm120.ops.router_topk.triton._gemv_route(x=*bf16, ")
-    assert "x_row=i32" in line and "EXPERTS=256" in line and line.endswith("warps=4, stages=3)")
+    assert line.startswith("sglang_sm120.ops.router_topk.triton._route(logits_ptr=*fp32, ")
+    assert "rows=i32" in line and "EXPERTS=256" in line and line.endswith("warps=1, stages=3)")
 
 
 def _dependent(pdl: str | None) -> tuple[int, int]:

@@ -8,10 +8,6 @@ import triton.language as tl
 
 from ._pdl_triton import INTERPRETED
 
-LOWEST: tl.constexpr = tl.constexpr(-(2**31))
-"""Below every `sort_key`."""
-FLIP: tl.constexpr = tl.constexpr(0x7FFFFFFF)
-
 
 @triton.jit
 def to_bf16(value):
@@ -49,16 +45,3 @@ def e8m0_value(bits):
     wide = bits.to(tl.int32)
     wide = tl.where(wide == 0, 0x00400000, tl.where(wide == 255, 0x7FC00000, wide << 23))
     return wide.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def sort_key(score):
-    """fp32 to an int32 of the same order; NaN counts as -inf, -0.0 as 0.0."""
-    score = tl.where(score != score, float("-inf"), tl.where(score == 0.0, 0.0, score))
-    return flipped(score.to(tl.int32, bitcast=True))
-
-
-@triton.jit
-def flipped(bits):
-    """Bits of an fp32 to an int32 of the same order, and back."""
-    return bits ^ ((bits >> 31) & FLIP)

@@ -21,7 +21,7 @@ Sums leave the tensor core every 64 or 128 products because it truncates them, w
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -83,12 +83,15 @@ def linear(
 
     With norm, (weight bf16 [K], eps), x [T, 1, K] is normalised first. `op` owns the scratch.
     """
-    c = chosen(x, w)
+    rows, (groups, n, k) = x.shape[0], w.shape
+    # At least 8 SMs, for the interpreter, whose one would never split K.
+    c = config(rows, groups, n, k, w.element_size(), max(8, kernels.sms(x.device)))
+    c = TUNED.choose(x.device, (groups, n, k, w.element_size()), rows, c)
     if norm is not None and c.kernel != "gemv":
         x, norm = _normalised(x, *norm), None
-    call = sized(c, x, w, scale, torch.empty((*x.shape[:2], w.shape[1]), dtype=dtype, device=x.device))
+    call = _sized(c, x, w, scale, torch.empty((rows, groups, n), dtype=dtype, device=x.device))
     if c.kernel == "gemv":
-        run_gemv(call, norm)
+        _run_gemv(call, norm)
     elif c.kernel == "few":
         _run_few_rows(call)
     else:
@@ -96,15 +99,7 @@ def linear(
     return call.y
 
 
-def chosen(x: torch.Tensor, w: torch.Tensor) -> Config:
-    """How `linear` computes x [T, G, K] w [G, N, K]ᵀ."""
-    rows, (groups, n, k) = x.shape[0], w.shape
-    # At least 8 SMs, for the interpreter, whose one would never split K.
-    c = config(rows, groups, n, k, w.element_size(), max(8, kernels.sms(x.device)))
-    return TUNED.choose(x.device, (groups, n, k, w.element_size()), rows, c)
-
-
-def sized(c: Config, x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor | None, y: torch.Tensor) -> Call:
+def _sized(c: Config, x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor | None, y: torch.Tensor) -> Call:
     rows, (groups, n, k) = x.shape[0], w.shape
     form, scales = UNSCALED.value, w
     if scale is not None:
@@ -116,18 +111,15 @@ def sized(c: Config, x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor | Non
     return Call(c, x, w, scales, y, (x_row // unit, x_group // unit), constants)
 
 
-def run_gemv(
-    call: Call, norm: tuple[torch.Tensor, float] | None = None, kernel: Any = None, *more: torch.Tensor, **also: Any
-) -> None:
-    """Launch `_gemv`, or a `kernel` that does `gemv_sums` in the same programs and takes `more` and `also` besides."""
+def _run_gemv(call: Call, norm: tuple[torch.Tensor, float] | None) -> None:
     c, x, w = call.config, call.x, call.w
     # Without a norm no kernel reads its weight, and needs a pointer all the same.
     norm_weight, eps = (w, 0.0) if norm is None else norm
     # A row of few loads in one step, a longer one a load of all threads at a time. A norm is of the whole row.
     step = c.bk if norm is not None or c.bk <= WHOLE_K else 32 * c.warps * LOAD_BYTES // w.element_size()
     kernels.launch(
-        kernel or _gemv, (x.shape[0], triton.cdiv(w.shape[1], c.bn), w.shape[0]),
-        x, norm_weight, eps, w, call.scales, call.y, *call.strides, *more, **call.constants, **also,
+        _gemv, (x.shape[0], triton.cdiv(w.shape[1], c.bn), w.shape[0]),
+        x, norm_weight, eps, w, call.scales, call.y, *call.strides, **call.constants,
         NORM=norm is not None, POLICY="evict_first" if c.evict_first else "", BN=c.bn, KP=c.bk, STEP=step,
         num_warps=c.warps,
     )  # fmt: skip
@@ -240,13 +232,13 @@ def _products(weight, value, R: tl.constexpr, K: tl.constexpr):
     return w00 * v00 + w01 * v01 + w10 * v10 + w11 * v11
 
 
-@triton.jit
-def gemv_sums(
-    x, norm_weight, eps, w, scale, x_row, x_group, N: tl.constexpr, K: tl.constexpr, X_STEP: tl.constexpr,
-    X_UNIT: tl.constexpr, SCALE: tl.constexpr, NORM: tl.constexpr, POLICY: tl.constexpr, BN: tl.constexpr,
-    KP: tl.constexpr, STEP: tl.constexpr,
+@triton.jit(do_not_specialize=["x_row", "x_group"])
+def _gemv(
+    x, norm_weight, eps, w, scale, y, x_row, x_group, G: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    X_STEP: tl.constexpr, X_UNIT: tl.constexpr, SCALE: tl.constexpr, NORM: tl.constexpr, POLICY: tl.constexpr,
+    BN: tl.constexpr, KP: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """fp32 [BN] of program (t, i, g): outputs i BN … of row t and group g, from whole weight rows padded to KP. Waits.
+    """Program (t, i, g): outputs i BN … of row t and group g, from whole weight rows padded to KP.
 
     STEP of K after another is multiplied, so that few products are held beside the weights. NORM: every program
     normalises the row, then one step, for itself, which is less than the wait for a kernel that does.
@@ -290,21 +282,8 @@ def gemv_sums(
         products = _products(tl.cast(weights[i], tl.float32), value[None, :], BN, STEP)
         # A sum of one step alone is not added to zeros, which would take registers.
         total = products if STEP == KP else total + products
-    return tl.sum(total, 1)
-
-
-@triton.jit(do_not_specialize=["x_row", "x_group"])
-def _gemv(
-    x, norm_weight, eps, w, scale, y, x_row, x_group, G: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-    X_STEP: tl.constexpr, X_UNIT: tl.constexpr, SCALE: tl.constexpr, NORM: tl.constexpr, POLICY: tl.constexpr,
-    BN: tl.constexpr, KP: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """y [T, G, N]: program (t, i, g) stores its `gemv_sums`."""
-    out = gemv_sums(
-        x, norm_weight, eps, w, scale, x_row, x_group, N, K, X_STEP, X_UNIT, SCALE, NORM, POLICY, BN, KP, STEP
-    )
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
-    _store(y + (tl.program_id(0).to(tl.int64) * G + tl.program_id(2)) * N + n, out, n < N)
+    out = tl.sum(total, 1)
+    _store(y + (row * G + group) * N + n, out, n < N)
 
 
 @triton.jit(do_not_specialize=["rows", "x_row", "x_group"])

@@ -14,10 +14,11 @@ def experts(e: Experts, x: torch.Tensor, input_ids: torch.Tensor, beside: Beside
 
         y = shared(x) + factor Σ_e weight_e expert_e(x), chosen by a table of tokens (hash layers) or by the gate
     """
+    logits = ops.bf16_linear_fp32(x, e.gate)
     if e.tid2eid is not None:
-        weights, ids = ops.hash_topk(ops.bf16_linear_fp32(x, e.gate), input_ids, e.tid2eid)
+        weights, ids = ops.hash_topk(logits, input_ids, e.tid2eid)
     else:
-        weights, ids = ops.router_topk(x, e.gate, e.bias, e.topk)
+        weights, ids = ops.router_topk(logits, e.bias, e.topk)
     # Not from the start: the gate and the router are short, and would wait for SMs and memory beside it.
     chosen = beside.mark()
     routed = ops.mxfp4_moe(x, local(ids, e), weights, *e.weights, e.limit)

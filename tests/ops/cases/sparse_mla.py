@@ -82,11 +82,7 @@ def cases(kind: str) -> Iterator[Case]:
     yield Case("20-rows-turned", BF16, lambda make: build(make, 24, long_rows, turned=torch.int32))
     projected = partial(build, turned=torch.int64, q_eps=0.1)
     yield Case("queries-as-projected", BF16, partial(projected, heads=8, window=[16, 0, 7], extra=[5, 0, 16]))
-    # In five parts, which a second launch merges, and in four, which the last program does; one row fills one of them.
-    yield Case("queries-as-projected-in-parts", BF16, partial(projected, heads=8, window=[150, 3], width=160))
-    few_parts = partial(build, heads=24, width=160, turned=torch.int64, q_eps=0.1)
-    yield Case("few-parts", BF16, partial(few_parts, window=[150, 3], extra=[70, 0]))
-    yield Case("few-parts-of-nothing", BF16, partial(few_parts, window=[0, 150], extra=[0, 130], sink=False, gaps=True))
+    yield Case("queries-as-projected-in-parts", BF16, partial(projected, heads=24, window=[150, 3], width=160))
     yield Case("window-only", BF16, lambda make: build(make, 8, [16, 1, 7]))
     yield Case("window-empty", BF16, lambda make: build(make, 8, [0, 3, 0]))
     yield Case("with-c4", BF16, lambda make: build(make, 16, [16, 5, 3], [16, 0, 9]))

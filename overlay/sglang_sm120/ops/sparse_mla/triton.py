@@ -6,8 +6,7 @@ shared-memory copy that both dots read. The query stays in shared memory too (49
 of SM120), and each of 4 warps owns a quarter of the value channels, so that the 16 x 512 fp32 sums fit registers.
 (32 heads in 8 warps share the gather but read more shared memory, for every warp reads the whole query.)
 Weights enter the second dot as fp16: that moves the bf16 result by 7e-4 of its RMS, bf16 weights would by 2e-3.
-With few rows the blocks are split over programs, whose partial sums are merged in a fixed order: a few parts by the
-last of their programs to arrive, more by a second launch, for one SM would take longer over them (`MERGED_PARTS`).
+With few rows the blocks are split over programs, whose partial sums a second launch merges in a fixed order.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from ... import kernels
 from ...formats import kv_page
 from ...registry import Arguments
 from .._arithmetic import to_bf16
-from .._arrival_triton import last_to_arrive
 from .._pages_triton import kv_bytes, kv_f16, kv_rope, kv_scales, kv_slots, pool_refusal
 from .._pdl_triton import wait
 from . import sparse_mla
@@ -30,11 +28,6 @@ TILE = 16
 WARPS = 4
 PROGRAMS_PER_SM = 2
 MAX_SPLITS = 64
-MERGED_PARTS = 4
-"""That one program merges. Each is 32 KiB, which an SM reads in 512 clocks of 64 bytes: twenty, as on c4 layers at one
-row, take it longer than a launch takes that gives every head an SM. A power of two, and a variant for each up to it."""
-EAGER: tl.constexpr = tl.constexpr(32)
-"""Parts that `_merge` asks for before it knows which of them are empty: of more, most are."""
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 DIM: tl.constexpr = tl.constexpr(kv_page.DIM)
 ROPE: tl.constexpr = tl.constexpr(kv_page.ROPE)
@@ -100,13 +93,11 @@ def _gather(slot, is_extra, window, extra):
 def _attend(
     q, q_row, q_head, window_pages, window_page_stride, window_slots, window_row, window_width, window_lengths,
     extra_pages, extra_page_stride, extra_slots, extra_row, extra_width, extra_lengths, sink, freqs, positions, out,
-    parts, stats, counters, scale, q_eps, splits, HEADS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-    WINDOW_PAGE: tl.constexpr, EXTRA_PAGE: tl.constexpr, SPLIT: tl.constexpr, MERGED: tl.constexpr,
-    TURN: tl.constexpr, NORM: tl.constexpr,
+    parts, stats, scale, q_eps, splits, HEADS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    WINDOW_PAGE: tl.constexpr, EXTRA_PAGE: tl.constexpr, SPLIT: tl.constexpr, TURN: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """q bf16 [T, HEADS, 512] -> out bf16 [T, HEADS, 512], or with SPLIT parts fp32 [T, splits, HEADS, 512] and stats
-    fp32 [T, splits, HEADS, 2]: a part's weighted sum, its largest score (base 2) and its sum of weights. Of splits up
-    to MERGED the last program to arrive at counters int32 [T, tiles], all zero, makes out; else, MERGED 0, `_merge`.
+    fp32 [T, splits, HEADS, 2]: a part's weighted sum, its largest score (base 2) and its sum of weights.
 
     TURN: out's last 64 channels are turned back by freqs fp32 [S, 32, 2]. NORM: q is normalised and turned before.
 
@@ -134,10 +125,9 @@ def _attend(
         last += tl.cdiv(count, BLOCK)
     first = 0
     if SPLIT:
-        whole = last
-        each = tl.cdiv(whole, splits)
+        each = tl.cdiv(last, splits)
         first = split * each
-        last = tl.minimum(first + each, whole)
+        last = tl.minimum(first + each, last)
 
     slot = _slots(first, last, window_list, extra_list, BLOCK)
     raw, rope, scales = _gather(slot, first >= own_blocks, window, extra)
@@ -185,67 +175,23 @@ def _attend(
         top = above
 
     total = tl.sum(totals, 1)
-    result = out + (row * HEADS + head) * DIM
     if SPLIT:
         at = (row * splits + split) * HEADS + head
         tl.store(stats + at * 2, top, mask=real)
         tl.store(stats + at * 2 + 1, total, mask=real)
         # An empty part is known by its -inf; nobody reads its sums.
-        for i in tl.static_range(TILES):
-            _store(parts + at * DIM, real & (first < last), sums[i], 128 * i if i < 4 else 448, 128 if i < 3 else 64)
-        if MERGED > 0:
-            if last_to_arrive(counters + row * tiles + program % tiles, splits):
-                index = row * splits * HEADS + head
-                sums, top, total = _together(parts, stats, index, real, each, whole, HEADS, MERGED)
-                _finish(sums, top, total, sink, freqs, positions, row, result, head, real, TURN)
+        real = real & (first < last)
+        to = parts + at * DIM
+        factor = tl.full([TILE], 1.0, tl.float32)
     else:
-        _finish(sums, top, total, sink, freqs, positions, row, result, head, real, TURN)
-
-
-@triton.jit
-def _together(parts, stats, first, real, each, whole, HEADS: tl.constexpr, MERGED: tl.constexpr):
-    """(sums, largest scores, sums of weights) of all parts; first: the index of each head in part 0.
-
-    A part has `each` of `whole` blocks, as far as there are any; what others would have held is not read.
-    """
-    stored = ()
-    tops = ()
-    totals = ()
-    peak = tl.full(first.shape, float("-inf"), tl.float32)
-    for part in tl.static_range(MERGED):
-        at = (first + part * HEADS) * 2
-        stored += (real & (part * each < whole),)
-        tops += (tl.load(stats + at, mask=stored[part], other=float("-inf"), cache_modifier=".cg"),)
-        totals += (tl.load(stats + at + 1, mask=stored[part], other=0.0, cache_modifier=".cg"),)
-    for part in tl.static_range(MERGED):
-        peak = tl.maximum(peak, tops[part])
-    pivot = tl.where(peak == float("-inf"), 0.0, peak)
-    total = tl.zeros(first.shape, tl.float32)
-    for part in tl.static_range(MERGED):
-        total += totals[part] * tl.exp2(tops[part] - pivot)
-    sums = ()
-    for i in tl.static_range(TILES):
-        channel = (128 * i if i < 4 else 448) + tl.arange(0, 128 if i < 3 else 64)
-        values = tl.zeros([first.shape[0], 128 if i < 3 else 64], tl.float32)
-        for part in tl.static_range(MERGED):
-            at = (first + part * HEADS)[:, None] * DIM + channel[None, :]
-            value = tl.load(parts + at, mask=stored[part][:, None], other=0.0, cache_modifier=".cg")
-            values += value * tl.exp2(tops[part] - pivot)[:, None]
-        sums += (values,)
-    return sums, peak, total
-
-
-@triton.jit
-def _finish(sums, top, total, sink, freqs, positions, row, to, head, real, TURN: tl.constexpr):
-    """Store the five tiles of sums at vectors to [N], divided and turned back."""
-    factor = _normaliser(top, total, tl.load(sink + head, mask=real, other=0.0).to(tl.float32))
+        factor = _normaliser(top, total, tl.load(sink + head, mask=real, other=0.0).to(tl.float32))
+        to = out + (row * HEADS + head) * DIM
     for i in tl.static_range(TILES):
         values = sums[i] * factor[:, None]
-        if TURN and i == 4:
+        if TURN and not SPLIT and i == 4:
             pair = tl.arange(0, ROPE // 2)
             cos, sin = _turn(freqs, positions, row, pair, pair >= 0)
-            turned = _turned_back(tl.reshape(values, values.shape[0], ROPE // 2, 2), cos[None], sin[None])
-            values = tl.reshape(turned, values.shape[0], ROPE)
+            values = tl.reshape(_turned_back(tl.reshape(values, TILE, ROPE // 2, 2), cos[None], sin[None]), TILE, ROPE)
         _store(to, real, values, 128 * i if i < 4 else 448, 128 if i < 3 else 64)
 
 
@@ -319,17 +265,10 @@ def _merge(
     channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     part = tl.arange(0, SPLITS)
     at = (row * splits + part) * HEADS + head
-    there = part < splits
-    top = tl.load(stats + at * 2, mask=there, other=float("-inf"))
-    total = tl.load(stats + at * 2 + 1, mask=there, other=0.0)
+    top = tl.load(stats + at * 2, mask=part < splits, other=float("-inf"))
+    total = tl.load(stats + at * 2 + 1, mask=part < splits, other=0.0)
     live = top > float("-inf")
-    asked = there if SPLITS <= EAGER else live
-    values = tl.load(parts + at[:, None] * DIM + channel[None, :], mask=asked[:, None], other=0.0)
-    values = tl.where(live[:, None], values, 0.0)
-    if TURN:
-        # Asked for beside the parts, for the position is waited for.
-        pair = (tl.program_id(1) * WIDTH - (DIM - ROPE)) // 2 + tl.arange(0, WIDTH // 2)
-        cos, sin = _turn(freqs, positions, row, pair, pair >= 0)
+    values = tl.load(parts + at[:, None] * DIM + channel[None, :], mask=live[:, None], other=0.0)
     peak = tl.max(top, 0)
     pivot = tl.where(peak == float("-inf"), 0.0, peak)
     shrink = tl.exp2(top - pivot)
@@ -337,6 +276,8 @@ def _merge(
     merged = tl.sum(values * shrink[:, None], 0)
     merged *= _normaliser(peak, total, bias)
     if TURN:
+        pair = (tl.program_id(1) * WIDTH - (DIM - ROPE)) // 2 + tl.arange(0, WIDTH // 2)
+        cos, sin = _turn(freqs, positions, row, pair, pair >= 0)
         merged = tl.reshape(_turned_back(tl.reshape(merged, WIDTH // 2, 2), cos, sin), WIDTH)
     tl.store(out + (row * HEADS + head) * DIM + channel, to_bf16(merged))
 
@@ -392,7 +333,7 @@ def sparse_mla_triton(a: Arguments) -> torch.Tensor:
     # At least 8 SMs, for the interpreter, whose one would never split.
     at_once = max(8, kernels.sms(q.device)) * PROGRAMS_PER_SM
     splits = _splits(rows * tiles, blocks, at_once)
-    parts, stats, counters = out, sink, sink
+    parts, stats = out, sink
     if splits > 1:
         # The same for every number of rows, since the largest need is at none that stands out: 12 MiB on 188 SMs.
         parts, stats = kernels.scratch(
@@ -401,19 +342,16 @@ def sparse_mla_triton(a: Arguments) -> torch.Tensor:
             ((at_once // tiles, heads, kv_page.DIM), torch.float32),
             ((at_once // tiles, heads, 2), torch.float32),
         )
-        counters = kernels.counters("sparse_mla", q.device, rows * tiles)
-    variants = _powers(splits, at_once // max(1, rows * tiles))
-    for many in variants:
-        kernels.launch(
-            _attend, (rows * splits * tiles,), q, q.stride(0), q.stride(1), *_given(*window), *_given(*extra), sink,
-            freqs, positions, out, parts, stats, counters, a.scale, 0.0 if a.q_eps is None else float(a.q_eps), splits,
-            HEADS=heads, TILE=TILE, BLOCK=BLOCK, WINDOW_PAGE=a.window_page_size,
-            EXTRA_PAGE=a.extra_page_size if extra is not window else 0, SPLIT=splits > 1,
-            MERGED=many if 1 < many <= MERGED_PARTS else 0, TURN=turn, NORM=a.q_eps is not None, num_warps=WARPS,
-        )  # fmt: skip
-    width = 128 if rows < 16 else kv_page.DIM
-    for many in variants:
-        if many > MERGED_PARTS:
+    kernels.launch(
+        _attend, (rows * splits * tiles,), q, q.stride(0), q.stride(1), *_given(*window), *_given(*extra), sink,
+        freqs, positions, out, parts, stats, a.scale, 0.0 if a.q_eps is None else float(a.q_eps), splits,
+        HEADS=heads, TILE=TILE, BLOCK=BLOCK, WINDOW_PAGE=a.window_page_size,
+        EXTRA_PAGE=a.extra_page_size if extra is not window else 0, SPLIT=splits > 1, TURN=turn,
+        NORM=a.q_eps is not None, num_warps=WARPS,
+    )  # fmt: skip
+    if splits > 1:
+        width = 128 if rows < 16 else kv_page.DIM
+        for many in _merged(splits, at_once // (rows * tiles)):
             kernels.launch(
                 _merge, (rows * heads, kv_page.DIM // width), parts, stats, sink, freqs, positions, out, splits,
                 HEADS=heads, SPLITS=many, WIDTH=width, TURN=turn, num_warps=4,
@@ -425,12 +363,9 @@ def _given(pages: torch.Tensor, slots: torch.Tensor, lengths: torch.Tensor) -> t
     return pages, pages.stride(0), slots, slots.stride(0), slots.shape[1], lengths
 
 
-def _powers(splits: int, most: int) -> list[int]:
-    """The power of two for splits; in a rehearsal every one up to `most`, which other widths of the slots would choose.
-
-    One part stays one.
-    """
-    if splits == 1 or not kernels.rehearsing():
+def _merged(splits: int, most: int) -> list[int]:
+    """SPLITS of `_merge`; in a rehearsal every one up to `most` parts, which other widths of the slots would choose."""
+    if not kernels.rehearsing():
         return [triton.next_power_of_2(splits)]
     last = triton.next_power_of_2(min(most, MAX_SPLITS))
     return [1 << bit for bit in range(1, last.bit_length())]

@@ -10,9 +10,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .._arithmetic import FLIP, flipped
-
 STEP: tl.constexpr = tl.constexpr(512)
+LOWEST: tl.constexpr = tl.constexpr(-(2**31))
+"""Below every score's key."""
+FLIP: tl.constexpr = tl.constexpr(0x7FFFFFFF)
+
+
+@triton.jit
+def key_of(score):
+    """fp32 to an int32 of the same order; NaN counts as -inf, -0.0 as 0.0."""
+    score = tl.where(score != score, float("-inf"), tl.where(score == 0.0, 0.0, score))
+    return flipped(score.to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def flipped(bits):
+    """Bits of an fp32 to an int32 of the same order, and back."""
+    return bits ^ ((bits >> 31) & FLIP)
 
 
 @triton.jit

@@ -22,9 +22,8 @@ import triton.language as tl
 from ... import kernels, tuned
 from ...limits import MAX_ROWS
 from ...registry import Arguments
-from .._arithmetic import LOWEST, sort_key
 from .._pdl_triton import wait
-from .search import compared, fill, kth_largest, list_entries, page_of, places, put, value_of
+from .search import LOWEST, compared, fill, key_of, kth_largest, list_entries, page_of, places, put, value_of
 
 ABOVE = MAX_ROWS
 """Rows that are never streamed by default: those of decode and verification, until a card has shown it."""
@@ -52,7 +51,7 @@ def _guess(logits, length, K: tl.constexpr):
     SECTORS: tl.constexpr = SAMPLE // SECTOR
     sector = index // SECTOR
     start = sector * (length // SECTORS) + sector * (length % SECTORS) // SECTORS
-    keys = sort_key(tl.load(logits + start // SECTOR * SECTOR + index % SECTOR))
+    keys = key_of(tl.load(logits + start // SECTOR * SECTOR + index % SECTOR))
     # Of the K best the sample has `expected`, with about its root for a deviation; four more, and four for few.
     expected = SAMPLE * K / length.to(tl.float32)
     least = (expected + 4 * tl.sqrt(expected) + 4).to(tl.int32)
@@ -109,7 +108,7 @@ def _append(buffer, place, x0, x1, x2, x3, n1, n2, n3, n4, entry, BUFFER: tl.con
 def _search(buffer, count, K: tl.constexpr, BUFFER: tl.constexpr):
     """`kth_largest` of the first `count` scores of the buffer."""
     index = tl.arange(0, BUFFER)
-    keys = sort_key(tl.load(buffer + index).to(tl.float32, bitcast=True))
+    keys = key_of(tl.load(buffer + index).to(tl.float32, bitcast=True))
     return kth_largest(tl.where(index < count, keys, LOWEST), index < count, K, K)
 
 
@@ -130,7 +129,7 @@ def _cut(buffer, count, last, pages, slots, K: tl.constexpr, PAGE: tl.constexpr,
         live = index >= 0
         score = tl.load(buffer + index, mask=live, other=0)
         entry = tl.load(buffer + BUFFER + index, mask=live, other=0)
-        keys = tl.where(live, sort_key(score.to(tl.float32, bitcast=True)), LOWEST)
+        keys = tl.where(live, key_of(score.to(tl.float32, bitcast=True)), LOWEST)
         chosen, place = places(keys, before, threshold, K - greater)
         before += tl.sum(compared(keys, threshold), 0)
         # None may be overwritten that another thread has yet to read.

@@ -18,10 +18,9 @@ import triton.language as tl
 
 from ... import kernels, tuned
 from ...registry import Arguments
-from .._arithmetic import LOWEST, sort_key
 from .._pdl_triton import wait
 from . import streamed, topk_slots
-from .search import compared, fill, kth_largest, list_entries, page_of, places, put
+from .search import LOWEST, compared, fill, key_of, kth_largest, list_entries, page_of, places, put
 
 LARGEST_TILE = 16384
 """Keys of one program: 16 registers of each of 1,024 threads."""
@@ -89,7 +88,7 @@ def _choose(
 
 @triton.jit
 def _row_keys(logits, entry, live):
-    return tl.where(live, sort_key(tl.load(logits + entry, mask=live, other=0.0)), LOWEST)
+    return tl.where(live, key_of(tl.load(logits + entry, mask=live, other=0.0)), LOWEST)
 
 
 @triton.jit(
