@@ -1,4 +1,4 @@
-"""`mxfp4_moe` by its provider mxfp8: the format bit by bit, the emulation by another reading, the kernels in stages."""
+"""The providers mxfp8: the format bit by bit, the emulations by another reading, the experts' kernels in stages."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ import pytest
 import torch
 from cases.common import Maker
 from cases.mxfp4_moe import cases
-from naive import E2M1, f64, raw, silu, swizzled
+from naive import E2M1, f64, fp8_linear, raw, silu, swizzled
 
 from sglang_sm120 import kernels, registry
 from sglang_sm120.formats import e8m0, mxfp4
 from sglang_sm120.formats import mxfp8 as mxfp8_format
+from sglang_sm120.ops._mxfp8_triton import quantise_rows
 from sglang_sm120.ops.mxfp4_moe import LARGEST_SCALE_BYTE, mxfp8, triton
 from sglang_sm120.registry import Arguments
-from sglang_sm120.tolerance import E4M3_FLIPS, FP32
+from sglang_sm120.tolerance import BF16, E4M3_FLIPS, FP32
 
 CPU = torch.device("cpu")
 MOE = registry.ops()["mxfp4_moe"]
+LINEAR = registry.ops()["fp8_linear"]
 E4M3 = np.array([(8 + c % 8) * 2.0 ** (c // 8 - 10) if c >= 8 else c * 2.0**-9 for c in range(127)])
 """Values of the codes 0 … 126."""
 PLACE = [*range(0, 32, 2), *range(1, 32, 2)]
@@ -79,23 +81,25 @@ def test_a_block_with_what_is_not_finite_is_nan(bad: float, wide: torch.Tensor) 
     assert broken[9, 32:64].all() and broken.sum() == 32
 
 
+@pytest.mark.parametrize("even_first", [True, False])
 @pytest.mark.parametrize("stride", [192, 256])
-def test_rows_are_quantised_as_the_format_says(stride: int, wide: torch.Tensor) -> None:
+def test_rows_are_quantised_as_the_format_says(stride: int, even_first: bool, wide: torch.Tensor) -> None:
+    place, shift = (PLACE, mxfp8.SHIFT.value) if even_first else (list(range(32)), 0)
     wide[9, 40], wide[10, 70], wide[11, 0] = math.inf, -math.inf, math.nan
     x = torch.full((41, stride), math.nan, dtype=torch.bfloat16)
     x[:, :192] = wide
     x8 = torch.full((41, 192), 0xFF, dtype=torch.uint8)
     sx = torch.full((41, 6), 0xFF, dtype=torch.uint8)
     for count in (4, 64):
-        mxfp8.quantise_rows[(41, -(-6 // count))](
-            x, x8.view(torch.float8_e4m3fn), sx, K=192, X_STRIDE=stride, COUNT=count
+        quantise_rows[(41, -(-6 // count))](
+            x, x8.view(torch.float8_e4m3fn), sx, K=192, X_STRIDE=stride, COUNT=count, EVEN_FIRST=even_first, SHIFT=shift
         )
         values, scale = mxfp8_format.quantise(wide)
-        expected = values.view(torch.uint8).unflatten(-1, (6, 32))[..., PLACE].flatten(-2)
-        nan = values.isnan().unflatten(-1, (6, 32))[..., PLACE].flatten(-2)
+        expected = values.view(torch.uint8).unflatten(-1, (6, 32))[..., place].flatten(-2)
+        nan = values.isnan().unflatten(-1, (6, 32))[..., place].flatten(-2)
         assert torch.equal(x8[~nan], expected[~nan]) and (x8[nan] & 0x7F == 0x7F).all() and nan.sum() == 96
         finite = ~values.isnan().unflatten(-1, (6, 32)).any(-1)
-        assert torch.equal(sx[finite] + mxfp8.SHIFT.value, e8m0.scale_bytes(scale)[finite]) and sx.min() >= 1
+        assert torch.equal(sx[finite] + shift, e8m0.scale_bytes(scale)[finite]) and sx.min() >= 1
 
 
 def experts(make: Maker, rows: int, k: int, count: int, hidden: int, inter: int, **more: Any) -> dict[str, Any]:
@@ -289,3 +293,58 @@ def test_the_models_calls_have_a_tile_of_each_size() -> None:
 def test_the_cases_of_parity_reach_these_kernels() -> None:
     rows = [case.build(Maker(0, CPU))["x"].shape[0] for case in cases("cpu")]
     assert sum(r > mxfp8.SORT_ABOVE for r in rows) >= 5
+
+
+def linear(make: Maker, rows: int, n: int, k: int, **more: Any) -> dict[str, Any]:
+    w, scale = make.fp8_weight(n, k)
+    x = make.bf16(rows, k)
+    x[rows // 3] = 0
+    return {"x": x, "w": w, "scale": scale} | more
+
+
+@pytest.mark.parametrize("rows", [65, 130])
+def test_the_linears_emulation_by_another_reading(rows: int, seed: int) -> None:
+    given = linear(Maker(seed, CPU), rows, 200, 384)
+    got = f64(LINEAR.meant("mxfp8", **given))
+    rounded = torch.from_numpy(read(f64(given["x"]))[2])
+    expected = f64(fp8_linear(rounded, given["w"], given["scale"]))
+    assert rms(got - expected) <= BF16.rms * rms(expected)
+    reference = f64(LINEAR.reference(**given))
+    # 2^-4 / sqrt(3) of what is no subnormal, as above.
+    assert 0 < rms(got - reference) <= 2.0**-4 / math.sqrt(3) * rms(reference)
+
+
+@pytest.mark.parametrize(("rows", "k"), [(64, 256), (70, 200)])
+def test_the_linears_that_keep_the_references_arithmetic(rows: int, k: int, seed: int) -> None:
+    given = linear(Maker(seed, CPU), rows, 130, k)
+    assert torch.equal(LINEAR.meant("mxfp8", **given), LINEAR.reference(**given))
+    assert torch.equal(LINEAR.by("mxfp8", **given), LINEAR.by("triton", **given))
+
+
+@pytest.mark.parametrize("rows", [67, 131])
+@pytest.mark.parametrize("scale", ["bytes", "fp32", "no power of two"])
+@pytest.mark.parametrize("normed", [False, True])
+def test_linears(rows: int, scale: str, normed: bool, seed: int) -> None:
+    make = Maker(seed, CPU)
+    given = linear(make, rows, 200, 384)
+    given["x"] = (given["x"] * torch.exp2(make.integers(-20, 60, rows, 1).float())).bfloat16()
+    if scale != "bytes":
+        given["scale"] = e8m0.to_float(given["scale"]) * (1.0 if scale == "fp32" else 1.37)
+    if normed:
+        given |= {"norm_weight": make.bf16(384), "eps": 1e-6}
+    got, expected = f64(LINEAR.by("mxfp8", **given)), f64(LINEAR.meant("mxfp8", **given))
+    # Row by row, whose magnitudes differ; a norm's last bit may let a value round the other way.
+    error, size = np.abs(got - expected), np.abs(expected).max(1, keepdims=True)
+    assert (error <= (E4M3_FLIPS if normed else BF16).largest * size).all()
+    assert not got[rows // 3].any()
+
+
+def test_a_linears_row_with_what_is_not_finite_is_nan_and_no_other(seed: int) -> None:
+    given = linear(Maker(seed, CPU), 70, 200, 384)
+    given["x"][5, 7], given["x"][69, 300] = math.inf, math.nan
+    bits = e8m0.scale_bytes(given["scale"]).clone()
+    bits[1, 2] = 255
+    for scale in (e8m0.from_bytes(bits), e8m0.to_float(e8m0.from_bytes(bits))):
+        wrong = LINEAR.by("mxfp8", **given | {"scale": scale}).isnan()
+        assert wrong[:, 128:].all() and wrong[:, :128].all(1).nonzero()[:, 0].tolist() == [5, 69]
+        assert wrong[:, :128].sum() == 2 * 128

@@ -157,7 +157,7 @@ def test_no_step_launches_a_kernel_that_was_not_compiled(
 
 
 def _own_rows(chosen: str) -> tuple[set[str], set[str]]:
-    """Kernels of the experts that a warm-up with this provider compiles; what steps of other rows would miss."""
+    """Kernels of an op that a warm-up with this provider compiles; what steps of other rows would miss."""
     op, provider = ops.named(chosen)
     given = (model_config(), 2, 1, 8192, 64, 4096, [chosen], kernels.SM120_SMS)
     found, missing = warmup.variants(*given), set()
@@ -175,6 +175,8 @@ def test_a_provider_that_was_asked_for_is_compiled() -> None:
         default, missing = pool.submit(_own_rows, "mxfp4_moe").result()
         assert not missing and "_gate_up_mxfp8" not in default
         own, missing = pool.submit(_own_rows, "mxfp4_moe=mxfp8").result()
+        linears, others = pool.submit(_own_rows, "fp8_linear=mxfp8").result()
+    assert not others and linears > {"_linear_mxfp8", "quantise_rows", "_gemv"}
     # Few rows are the default's.
     assert not missing and own > {"_gate_up_mxfp8", "_down_mxfp8", "quantise_rows", "_gate_up", "_down_row"}
 

@@ -30,15 +30,14 @@ from ... import kernels
 from ...formats import e8m0, mxfp8
 from ...registry import Arguments, Own
 from ...tolerance import E4M3_FLIPS
+from .._mxfp8_triton import BLOCK, launch_quantise_rows, quantise
 from .._pdl_triton import INTERPRETED, wait
 from . import mxfp4_moe, with_operands
 from .grouped import LARGEST_SCALE_BYTE, members, scales_of, sort_pairs
 from .triton import SORT_ABOVE, accepts, mxfp4_moe_triton, stretch_of, sum_slots
 
-BLOCK = tl.constexpr(mxfp8.BLOCK)
-SMALLEST = tl.constexpr(mxfp8.SMALLEST_SCALE_BYTE)
 SHIFT = tl.constexpr(57)
-"""Exponent by which scales of activations are too small: SMALLEST becomes the byte 1. Those of weights have 6 more."""
+"""Exponent by which scales of activations are too small: the smallest becomes the byte 1. Weights' have 6 more."""
 DEPTH = tl.constexpr(128)
 """Channels of a step: four scales of a row, which lie together."""
 LOW = tl.constexpr(
@@ -68,49 +67,6 @@ def expand(packed, R: tl.constexpr):
     both = tl.join(_expand(packed, LOW, 0), _expand(packed, HIGH, 4))
     blocks = tl.permute(tl.reshape(both, (R, DEPTH // BLOCK, BLOCK // 2, 2)), (0, 1, 3, 2))
     return tl.reshape(blocks, (R, DEPTH)).to(tl.float8e4nv, bitcast=True)
-
-
-@triton.jit
-def quantise(blocks):
-    """fp32 [R, B, 32] to (E4M3 [R, B, 32], scale bytes uint8 [R, B], 2^SHIFT too small), as `formats.mxfp8`."""
-    largest = tl.max(blocks.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 2)
-    exponent = largest >> 23
-    byte = exponent - 8 + ((largest & 0x7FFFFF) > 0x600000).to(tl.int32)
-    byte = tl.maximum(byte, SMALLEST)
-    # 2^(127 - byte); of an infinity and of NaN, NaN.
-    factor = tl.where(exponent == 255, 0x7FC00000, (254 - byte) << 23).to(tl.float32, bitcast=True)
-    return _to_e4m3(blocks * factor[:, :, None]), (byte - SHIFT).to(tl.uint8)
-
-
-@triton.jit
-def _to_e4m3(value):
-    if INTERPRETED:  # Triton 3.8's rounds wrongly, so there the bits are made
-        magnitude = tl.abs(value)
-        bits = magnitude.to(tl.int32, bitcast=True)
-        code = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
-        # A sum with 2^14, whose last bit is the subnormals' step of 2^-9, rounds to such steps and counts them.
-        steps = (magnitude + 2.0**14).to(tl.int32, bitcast=True) - 0x46800000
-        code = tl.where(magnitude < 2.0**-6, steps, code)
-        code = tl.where(value != value, 0x7F, code) | ((value.to(tl.int32, bitcast=True) >> 24) & 0x80)
-        return code.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
-    else:
-        return value.to(tl.float8e4nv)
-
-
-@triton.jit
-def quantise_rows(x_ptr, x8_ptr, sx_ptr, K: tl.constexpr, X_STRIDE: tl.constexpr, COUNT: tl.constexpr):
-    """x8 E4M3 [rows, K] in the order of `place`, sx uint8 [rows, K/32] of x bf16 [rows, K]; COUNT blocks a program."""
-    wait()
-    row = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1) * COUNT + tl.arange(0, COUNT)
-    inside = block < K // BLOCK
-    channel = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    x = tl.load(x_ptr + row * X_STRIDE + channel, mask=inside[:, None], other=0.0).to(tl.float32)
-    values, byte = quantise(tl.reshape(x, (1, COUNT, BLOCK)))
-    # Data is moved, not addresses, so that neighbours are stored together.
-    values = tl.reshape(tl.permute(tl.reshape(values, (COUNT, BLOCK // 2, 2)), (0, 2, 1)), (COUNT, BLOCK))
-    tl.store(x8_ptr + row * K + channel, values, mask=inside[:, None])
-    tl.store(sx_ptr + row * (K // BLOCK) + block, tl.reshape(byte, (COUNT,)), mask=inside)
 
 
 @triton.jit
@@ -163,7 +119,7 @@ def _gate_up_mxfp8(
         up = tl.minimum(up, limit, propagate_nan=tl.PropagateNan.ALL)
         up = tl.maximum(up, -limit, propagate_nan=tl.PropagateNan.ALL)
     hidden = gate / (1 + tl.exp(-gate)) * up
-    values, byte = quantise(tl.reshape(hidden, (T, N // BLOCK, BLOCK)))
+    values, byte = quantise(tl.reshape(hidden, (T, N // BLOCK, BLOCK)), SHIFT)
     pair = pair.to(tl.int64)[:, None]
     to = tl.program_id(0) * N + tl.arange(0, N)
     tl.store(hidden_ptr + pair * INTER + to[None, :], tl.reshape(values, (T, N)), mask=live[:, None])
@@ -254,10 +210,7 @@ def mxfp4_moe_mxfp8(a: Arguments) -> torch.Tensor:
         sort_pairs, (experts,), topk_ids, offsets, order, pairs, topk_ids.stride(0),
         E=experts, SLOTS=slots, BLOCK=1024, num_warps=4,
     )  # fmt: skip
-    kernels.launch(
-        quantise_rows, (rows, triton.cdiv(width, 64 * mxfp8.BLOCK)), x, x8, sx,
-        K=width, X_STRIDE=x.stride(0), COUNT=64, num_warps=4,
-    )  # fmt: skip
+    launch_quantise_rows(x, x8, sx, True, SHIFT.value)
     groups = min(pairs, pairs // tile.tokens + experts)
     common = {"H": width, "INTER": inter, "E": experts, "BOUND": triton.next_power_of_2(experts), "SLOTS": slots}
     common |= {"T": tile.tokens, "R": ROWS, "STAGES": tile.stages, "num_warps": tile.warps}
