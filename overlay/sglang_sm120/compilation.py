@@ -25,7 +25,7 @@ from . import kernels, registry, tuned
 
 @dataclass(frozen=True)
 class Job:
-    """The calls of one op on one of `tp` ranks, for every (rows, context) of `steps`.
+    """The calls of one op on one of `tp` ranks, for every (rows, context) of `steps`, by one of its providers.
 
     only: the `variant_key` of the one kernel to compile, together with the C function that launches it; by default
     every kernel they launch, without. table: the configurations that the launches follow.
@@ -38,6 +38,7 @@ class Job:
     sms: int = kernels.SM120_SMS
     only: str | None = None
     table: tuned.Table = field(default_factory=dict)
+    provider: str = "triton"
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,8 @@ def rehearse_job(job: Job, compile: Callable[[Any, tuple[Any, ...], dict[str, An
             label = f"{call.label} tp{job.tp} rows{rows} context{context}"
             rehearsal.compile = partial(_with_label, compile, label)
             with kernels.rehearse(rehearsal), tuned.using(job.table):
-                if op.refusal("triton", **call.arguments) is None:
-                    op.by("triton", **call.arguments)
+                if op.refusal(job.provider, **call.arguments) is None:
+                    op.by(job.provider, **call.arguments)
     return rehearsal.scratch
 
 

@@ -1,7 +1,8 @@
-"""The Triton kernels on the real model's calls: against their torch references, and under CUDA-graph replay.
+"""The Triton kernels on the real model's calls: against what they are to give, and under CUDA-graph replay.
 
 `python -m sglang_sm120.parity [OP …]` is the part of `sglang-sm120 prove` that runs kernels. It says what it finds as
-JSON objects, one a line: first the GPU and the ops, or that there is none; then each op's name, and its calls.
+JSON objects, one a line: first the GPU and the ops, or that there is none; then each op's name, and its calls. A
+provider with arithmetic of its own is named `op=provider`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -24,6 +26,8 @@ from .tolerance import BF16, EXACT, FP32, Tolerance
 DEVICE = torch.device("cuda")
 STEPS = ((1, 8192), (4, 8192), (16, 8192), (64, 8192), (256, 8192), (1, 1_048_576))
 """(rows, context) of the steps that `prove` runs, of one of TP ranks."""
+OWN_STEPS = ((65, 8192), (256, 8192), (4096, 8192), (8192, 8192))
+"""Those for providers with arithmetic of their own, which are for prefill, and are timed beside the default there."""
 TP = 2
 SEED = 20
 REPLAYS = 8
@@ -43,14 +47,14 @@ def tensors(value: Any) -> list[torch.Tensor]:
     return [t for item in value for t in tensors(item)] if isinstance(value, tuple | list) else []
 
 
-def triton_result(call: Call) -> list[torch.Tensor]:
-    """What the op's Triton kernels make of a call."""
-    return tensors(registry.ops()[call.op].by("triton", **call.arguments))
+def triton_result(call: Call, provider: str = "triton") -> list[torch.Tensor]:
+    """What Triton kernels of the op make of a call."""
+    return tensors(registry.ops()[call.op].by(provider, **call.arguments))
 
 
-def reference_result(call: Call) -> list[torch.Tensor]:
-    """What the op's torch reference makes of a call."""
-    return tensors(registry.ops()[call.op].reference(**call.arguments))
+def reference_result(call: Call, provider: str = "triton") -> list[torch.Tensor]:
+    """What they are to make of it: the torch reference's result, or that of the provider's own arithmetic."""
+    return tensors(registry.ops()[call.op].meant(provider, **call.arguments))
 
 
 class Verdict(NamedTuple):
@@ -64,11 +68,14 @@ class Verdict(NamedTuple):
     largest: float | None = None
 
 
-def compare(call: Call) -> Verdict:
-    """How the Triton result of a call compares with the reference's."""
+def compare(call: Call, provider: str = "triton") -> Verdict:
+    """How the Triton result of a call compares with what it is to be."""
     # The next allocations get this memory.
     torch.full((1 << 26,), torch.nan, device=DEVICE)
-    got = triton_result(call)
+    got = triton_result(call, provider)
+    own = registry.ops()[call.op].providers[provider].own
+    if own:
+        return worst(call.op, got, reference_result(call, provider), own.tolerance)
     if ops.SPECS[call.op].scores:
         return Verdict(selection_problem(call, got[0]))
     if problem := ops.SPECS[call.op].problem:
@@ -76,10 +83,15 @@ def compare(call: Call) -> Verdict:
     return worst(call.op, got, reference_result(call))
 
 
-def worst(op: str, got: list[torch.Tensor], expected: list[torch.Tensor]) -> Verdict:
-    """The results of an op beside the reference's: the first problem, and the largest errors of all."""
+def worst(
+    op: str, got: list[torch.Tensor], expected: list[torch.Tensor], tolerance: Tolerance | None = None
+) -> Verdict:
+    """The results of an op beside what is expected: the first problem, and the largest errors of all.
+
+    tolerance: by default that of the op's results.
+    """
     found = [
-        difference(a, b, EXACT if ops.SPECS[op].exact else FP32 if b.dtype == torch.float32 else BF16)
+        difference(a, b, tolerance or (EXACT if ops.SPECS[op].exact else FP32 if b.dtype == torch.float32 else BF16))
         for a, b in zip(got, expected, strict=True)
     ]
     problem = next((verdict.problem for verdict in found if verdict.problem), None)
@@ -138,7 +150,7 @@ def selection_problem(call: Call, slots: torch.Tensor) -> str | None:
     return None
 
 
-def replay(call: Call, seed: int) -> str | None:
+def replay(call: Call, seed: int, provider: str = "triton") -> str | None:
     """None, or how a replayed CUDA graph of the call differs, by a bit, from the call outside of a graph.
 
     Before each of the REPLAYS the call's lengths, choices and tables change in place, and free memory and what the
@@ -146,18 +158,18 @@ def replay(call: Call, seed: int) -> str | None:
     """
     kernels.reset()
     with kernels.rehearse(kernels.Rehearsal(lambda *_: None, kernels.sms(DEVICE))) as rehearsal:
-        triton_result(call)
+        triton_result(call, provider)
     for owner, size in rehearsal.scratch.items():
         kernels.reserve(owner, size, torch.device("cuda", 0))
     stream = torch.cuda.Stream()
     # It reads what the other stream has made.
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        triton_result(call)  # compiles
+        triton_result(call, provider)  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        captured = triton_result(call)
+        captured = triton_result(call, provider)
     rng = torch.Generator(DEVICE).manual_seed(seed)
     for number in range(1, REPLAYS + 1):
         for name, value in call.arguments.items():
@@ -174,7 +186,7 @@ def replay(call: Call, seed: int) -> str | None:
             tensor.view(torch.uint8).fill_(0xFF)
         graph.replay()
         torch.cuda.synchronize()
-        for a, b in zip(captured, triton_result(call), strict=True):
+        for a, b in zip(captured, triton_result(call, provider), strict=True):
             if differ := int((a.view(torch.uint8) != b.view(torch.uint8)).sum()):
                 return f"replay {number}: {differ} of {b.nbytes} bytes differ from those of the call outside the graph"
     return None
@@ -186,24 +198,49 @@ def _say(**found: Any) -> None:
     signal.alarm(SILENCE_SECONDS)
 
 
-def _prove(op: str) -> None:
-    """Say how each call of an op fares; an error ends the calls of its step."""
-    for rows, context in STEPS:
+def microseconds(call: Call, provider: str) -> float:
+    """Median GPU time of eleven runs of a call, each after the L2 was overwritten."""
+    other = torch.empty(1 << 28, dtype=torch.uint8, device=DEVICE)
+    times = []
+    for _ in range(12):
+        other.zero_()
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        triton_result(call, provider)
+        ended.record()
+        torch.cuda.synchronize()
+        times.append(1000 * began.elapsed_time(ended))
+    return round(statistics.median(times[1:]), 1)
+
+
+def _prove(name: str) -> None:
+    """Say how each call of an op, or of one of its providers, fares; an error ends the calls of its step."""
+    op, provider = ops.named(name)
+    own = registry.ops()[op].providers[provider].own
+    kind = registry.device_kind(DEVICE)
+    why = registry.refusal(registry.ops()[op].providers[provider], kind) if own else None
+    _say(op=name, not_run=why)
+    if why:
+        return
+    for rows, context in OWN_STEPS if own else STEPS:
         step, label = {"rows": rows, "context": context}, "arguments"
         try:
             for call in calls_of(op, TP, rows, context, SEED):
                 began, label = time.monotonic(), call.label
-                verdict, replayed = compare(call), replay(call, SEED)
+                verdict, replayed = compare(call, provider), replay(call, SEED, provider)
+                times = [microseconds(call, p) if own else None for p in (provider, "triton")]
                 seconds = round(time.monotonic() - began, 2)
-                _say(call=label, **step, **verdict._asdict(), replay=replayed, seconds=seconds)
-                for name, table in ops.SPECS[op].trials(call.arguments).items():
+                found = verdict._asdict() | {"replay": replayed, "us": times[0], "default_us": times[1]}
+                _say(call=label, **step, **found, seconds=seconds)
+                for trial, table in {} if own else ops.SPECS[op].trials(call.arguments).items():
                     with tuned.using(table):
-                        tried = compare(call)._replace(problem=None)
-                    _say(call=f"{call.label}, {name}", **step, **tried._asdict(), replay=None, seconds=None)
+                        found |= compare(call)._replace(problem=None)._asdict()
+                    _say(call=f"{call.label}, {trial}", **step, **found | {"replay": None}, seconds=None)
                 label = "arguments"
         except Exception as error:
             problem = f"{type(error).__name__}: {' '.join(str(error).split())[:500] or 'no message'}"
-            _say(call=label, **step, **Verdict(problem)._asdict(), replay=None, seconds=None)
+            found = Verdict(problem)._asdict() | {"replay": None, "us": None, "default_us": None}
+            _say(call=label, **step, **found, seconds=None)
             # A bad address poisons the context: then nothing after it could be believed, and this raises.
             torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -223,12 +260,11 @@ def main() -> None:
     gpu = {"name": card.name, "compute_capability": f"{card.major}.{card.minor}", "sms": card.multi_processor_count}
     gpu |= {"memory_mib": card.total_memory >> 20, "kernels": compiled_for, "dependent_launches": kernels.dependent()}
     versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__}
-    names = sys.argv[1:] or ops.with_triton()
+    names = sys.argv[1:] or [*ops.with_triton(), *ops.with_own()]
     evidence = "measured" if card.major == 12 and compiled_for == native else "emulated"
     _say(gpu=gpu, versions=versions, evidence=evidence, ops=names)
-    for op in names:
-        _say(op=op)
-        _prove(op)
+    for name in names:
+        _prove(name)
 
 
 if __name__ == "__main__":

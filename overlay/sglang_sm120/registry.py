@@ -9,7 +9,8 @@
 
 Which provider serves an op is decided once per device kind, in this order:
 `SGLANG_SM120_PROVIDER` ("torch", or "mhc_post=torch,sparse_mla=triton"), then the provider whose `default_on`
-names the device, then, with `SGLANG_SM120_FORCE=1`, the first provider that runs on the device, then torch.
+names the device, then, with `SGLANG_SM120_FORCE=1`, the first provider that runs on the device, then torch. A provider
+with arithmetic of its `Own` serves only where the variable names it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from types import SimpleNamespace
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
+
+from .tolerance import Tolerance
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -47,6 +50,18 @@ Check = Callable[[Arguments], str | None]
 """None, or a sentence that says why not."""
 
 
+class Own(NamedTuple):
+    """Arithmetic of a provider that is not the reference's.
+
+    emulated: the same in torch, which the provider is held against, within `tolerance`. differs: how the reference's
+    is another, and what is known of it, in a few words.
+    """
+
+    emulated: Callable[[Arguments], Any]
+    tolerance: Tolerance
+    differs: str
+
+
 class Provider(NamedTuple):
     """One implementation of an op. `accepts` says why this one does not take a call."""
 
@@ -55,6 +70,7 @@ class Provider(NamedTuple):
     runs_on: str
     default_on: str
     accepts: Check
+    own: Own | None = None
 
 
 class Choice(NamedTuple):
@@ -101,12 +117,12 @@ class Op(Generic[P, R]):
         return check
 
     def provider(
-        self, name: str, *, runs_on: str, default_on: str = "", accepts: Check | None = None
+        self, name: str, *, runs_on: str, default_on: str = "", accepts: Check | None = None, own: Own | None = None
     ) -> Callable[[Callable[[Arguments], Any]], Callable[[Arguments], Any]]:
         """Register another implementation, which is given the arguments by name.
 
         runs_on and default_on list device kinds, separated by spaces: `cpu`, `sm120`, or `sm80+` for that
-        CUDA capability and above.
+        CUDA capability and above. With arithmetic of its own it is nowhere the default.
         """
 
         def register(function: Callable[[Arguments], Any]) -> Callable[[Arguments], Any]:
@@ -114,7 +130,9 @@ class Op(Generic[P, R]):
                 raise ProviderError(f"op {self.name} already has a provider {name}; give this one another name.")
             for kinds in (runs_on, default_on):
                 _matches(kinds, "cpu")
-            self.providers[name] = Provider(name, function, runs_on, default_on, accepts or _nothing)
+            if own and default_on:
+                raise ProviderError(f"provider {name} of op {self.name} {own.differs}: leave default_on out.")
+            self.providers[name] = Provider(name, function, runs_on, default_on, accepts or _nothing, own)
             reset()
             return function
 
@@ -146,6 +164,11 @@ class Op(Generic[P, R]):
         if why := provider.accepts(found):
             raise ProviderError(f"provider {name} of op {self.name} refuses: {why}")
         return provider.function(found)
+
+    def meant(self, name: str, *args: P.args, **kwargs: P.kwargs) -> R:
+        """What the provider `name` is to give: the reference's result, or that of its own arithmetic in torch."""
+        found, own = self.bind(*args, **kwargs), self.providers[name].own
+        return own.emulated(found) if own else self._by_reference(found)
 
     def refusal(self, name: str, *args: P.args, **kwargs: P.kwargs) -> str | None:
         """Why the provider `name` does not take this call, or None."""
@@ -187,12 +210,18 @@ def table(kind: str | None = None) -> list[Row]:
         for provider in op.providers.values():
             if provider is choice.provider:
                 why = choice.why
-            elif _matches(provider.runs_on, kind):
-                why = f"runs on {kind}, not chosen"
+            elif why_not := refusal(provider, kind):
+                why = why_not
             else:
-                why = f"does not run on {kind}, needs {provider.runs_on}"
+                off = f"off by default: {provider.own.differs}" if provider.own else "not chosen"
+                why = f"runs on {kind}, {off}"
             rows.append(Row(op.name, provider.name, provider is choice.provider, why))
     return rows
+
+
+def refusal(provider: Provider, kind: str) -> str | None:
+    """Why a provider does not run on a device kind, or None."""
+    return None if _matches(provider.runs_on, kind) else f"does not run on {kind}, needs {provider.runs_on}"
 
 
 @functools.cache
@@ -221,13 +250,13 @@ def _choose(name: str, kind: str) -> Choice:
     asked = _asked().get(name) or _asked().get("")
     if asked is not None and (asked in op.providers or name in _asked()):
         provider = op.providers[asked]
-        if not _matches(provider.runs_on, kind):
+        if refusal(provider, kind):
             raise ProviderError(
                 f"SGLANG_SM120_PROVIDER asks for {asked} in op {name}, which runs on {provider.runs_on} "
                 f"and not on {kind}; name another of {', '.join(op.providers)}."
             )
         return Choice(provider, "SGLANG_SM120_PROVIDER", True)
-    others = [p for p in op.providers.values() if p.name != TORCH and _matches(p.runs_on, kind)]
+    others = [p for p in op.providers.values() if not (p.name == TORCH or p.own or refusal(p, kind))]
     for provider in others:
         if _matches(provider.default_on, kind):
             return Choice(provider, f"default on {kind}", False)

@@ -79,7 +79,8 @@ def warm_up(
         return
     began = time.monotonic()
     table = registry.table(registry.device_kind(device))
-    names = [row.op for row in table if row.chosen and row.provider == "triton" and row.op in served()]
+    ours = {ops.named(name) for name in (*served(), *ops.with_own())}
+    names = [f"{row.op}={row.provider}" for row in table if row.chosen and (row.op, row.provider) in ours]
     found = variants(config, *sizes, names, kernels.sms(device), tuned.of_device(device), lent_rows)
     for op, size in found.scratch.items():
         kernels.reserve(op, size, device, kernels.STREAMS + ops.SPECS[op].streams)
@@ -130,14 +131,15 @@ def variants(
     table: tuned.Table = tuned.EMPTY,
     lent_rows: int = 0,
 ) -> Variants:
-    """Rehearse the ops `names` at all their `steps`, for the active Triton target with `sms` SMs."""
+    """Rehearse the ops `names` (`ops.named`) at all their `steps`, for the active Triton target with `sms` SMs."""
     found = Variants()
-    for name in names:
+    for op_and_provider in names:
+        name, provider = ops.named(op_and_provider)
         spec = ops.SPECS[name]
         mine = _divided(config, ep) if spec.by_experts else config
         captured = max(graph_rows, lent_rows) if spec.lent else graph_rows
         for step in steps(name, prefill_rows, captured, context):
-            job = Job(mine, name, tp, (step,), sms, table=table)
+            job = Job(mine, name, tp, (step,), sms, table=table, provider=provider)
 
             def collect(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], _: str, job: Job = job) -> None:
                 key = variant_key(kernel, args, options)

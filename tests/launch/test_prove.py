@@ -31,8 +31,10 @@ gpu = dict(name="A card", compute_capability="12.0", sms=188, memory_mib=97887, 
 gpu["dependent_launches"] = True
 say(gpu=gpu, versions=dict(torch="2", cuda="13.0", triton="3"), evidence="measured", ops=names)
 for name in names:
-    say(op=name)
+    say(op=name, not_run="does not run on sm90" if name.endswith("=off") else None)
+    if name.endswith("=off"): continue
     call = dict(call="one", rows=4, context=8192, problem=None, rms=1e-7, largest=1e-6, replay=None, seconds=0.5)
+    call |= dict(us=12.4, default_us=20.0) if "=" in name else dict(us=None, default_us=None)
     {act}
     say(**call)
 """
@@ -41,14 +43,26 @@ import os, sys, time
 os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from sglang_sm120 import ops, parity, registry
+from sglang_sm120.tolerance import Tolerance
 parity.DEVICE, parity.STEPS = torch.device("cpu"), ((2, 2048), (1, 2600))
 parity.SILENCE_SECONDS = 60 if sys.argv[1:] else 2
-parity.replay = lambda call, seed: None
+parity.replay = lambda call, seed, provider: None
 torch.cuda.is_available = lambda: True
 torch.cuda.synchronize = torch.cuda.empty_cache = lambda: None
 class Card: name, major, minor, multi_processor_count, total_memory = "Toy", 9, 0, 1, 1 << 30
 torch.cuda.get_device_properties = lambda device: Card
 ops.with_triton = lambda: ["mhc_post", "router_topk", "mhc_pre", "topk_slots", "indexer_logits"]
+ops.with_own = lambda: ["router_topk=twice", "router_topk=wrong", "router_topk=away"]
+parity.OWN_STEPS, parity.microseconds = ((3, 2048),), lambda call, provider: len(provider)
+router = registry.ops()["router_topk"]
+def twice(factor):
+    def given(a):
+        weights, ids = router.by("triton", **vars(a))
+        return weights * factor, ids
+    return given
+for name, factor, kinds in (("twice", 2.02, "cpu"), ("wrong", 1.0, "cpu"), ("away", 2.0, "sm120")):
+    own = registry.Own(twice(2), Tolerance(0.011, 0.011), "doubles")
+    router.provider(name, runs_on=kinds, own=own)(twice(factor))
 def broken(name, change):
     right = registry.ops()[name].reference
     object.__setattr__(registry.ops()[name], "reference", lambda **given: change(right(**given)))
@@ -117,12 +131,27 @@ def test_the_schema_is_what_is_written(monkeypatch: pytest.MonkeyPatch):
     assert page["schema"]["const"] == prove.SCHEMA
 
 
+def test_one_that_does_not_run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """It is listed with its reason and fails nothing; one that runs is timed beside the default."""
+    found = proved(fake("", "a", "a=off", "a=on"), 0, monkeypatch)
+    assert [op["verdict"] for op in found["ops"]] == ["pass", "not run", "pass"] and found["verdict"] == "pass"
+    assert (found["ops"][1]["not_run"], found["ops"][1]["calls"]) == ("does not run on sm90", [])
+    out = capsys.readouterr().out
+    assert re.search("^a=off +not run: does not run on sm90$", out, re.MULTILINE)
+    assert re.search("^a=on .* µs beside the default's: 4 rows 12 / 20$", out, re.MULTILINE)
+
+
 @pytest.mark.parametrize("key", ("problem", "replay"))
 def test_one_that_fails(key: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     found = proved(fake(f"call |= {{'{key}': 'too far off'}} if name == 'b' else {{}}", "a", "b", "c"), 1, monkeypatch)
     assert [op["verdict"] for op in found["ops"]] == ["pass", "fail", "pass"] and found["verdict"] == "fail"
     assert found["ops"][1]["calls"][0][key] == "too far off"
     assert "0 of 1 calls in 0 s; one, 4 rows, context 8192: too far off" in capsys.readouterr().out
+
+
+def test_what_nothing_chooses_decides_nothing(monkeypatch: pytest.MonkeyPatch):
+    found = proved(fake("call |= {'problem': 'too far off'} if '=' in name else {}", "a", "a=own"), 0, monkeypatch)
+    assert [op["verdict"] for op in found["ops"]] == ["pass", "fail"] and found["verdict"] == "pass"
 
 
 @pytest.mark.parametrize(
@@ -197,10 +226,13 @@ def test_without_a_gpu(capsys: pytest.CaptureFixture[str]):
 
 
 def test_the_real_child(monkeypatch: pytest.MonkeyPatch):
-    """In Triton's interpreter: an op that hangs, one that is right, one that differs, one whose reference raises, and
-    one with a trial."""
+    """In Triton's interpreter: an op that hangs, one that is right, one that differs, one whose reference raises.
+
+    And one with a trial, and providers that double the right result, one by 2.02 within its own tolerance, one not, one
+    of another card.
+    """
     found = proved(INTERPRETED, 1, monkeypatch)
-    hung, right, differs, raised, tried = found["ops"]
+    hung, right, differs, raised, tried, twice, wrong, away = found["ops"]
     assert (hung["op"], hung["verdict"], hung["calls"]) == ("mhc_post", "fail", []) and "SIGALRM" in hung["ended"]
     assert (right["op"], right["verdict"]) == ("router_topk", "pass")
     assert [(call["rows"], call["context"]) for call in right["calls"]] == [(2, 2048), (1, 2600)]
@@ -209,6 +241,11 @@ def test_the_real_child(monkeypatch: pytest.MonkeyPatch):
     assert [call["problem"] for call in raised["calls"]] == ["ValueError: … is wrong"] * 2
     assert [call["call"] for call in tried["calls"]] == ["c4", "c4, FP8 operands"] * 2 and tried["verdict"] == "pass"
     assert all(0 <= call["rms"] < 1e-5 for call in tried["calls"])
+    assert (twice["op"], twice["verdict"], wrong["verdict"]) == ("router_topk=twice", "pass", "fail")
+    (call,) = twice["calls"]
+    assert (call["rows"], call["us"], call["default_us"]) == (3, 5, 6) and 0.009 < call["rms"] < 0.011
+    assert (away["verdict"], away["not_run"], away["calls"]) == ("not run", "does not run on cpu, needs sm120", [])
+    assert right["not_run"] is None and right["calls"][0]["us"] is None
     assert found["evidence"] == "emulated" and found["gpu"]["kernels"] == "sm90"
 
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from sglang_sm120.ops import _mhc_triton
-from sglang_sm120.ops.mxfp4_moe import LARGEST_SCALE_BYTE, grouped
+from sglang_sm120.ops.mxfp4_moe import LARGEST_SCALE_BYTE, grouped, mxfp8
 
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 Bits = np.ndarray
@@ -47,6 +48,8 @@ INSTRUCTIONS: dict[str, Callable[..., Bits]] = {
     "shr.u32": lambda a, b: a >> b,
     "and.b32": lambda a, b: a & b,
     "mul.lo.u32": lambda a, b: a * b,
+    "mad.lo.u32": lambda a, b, c: a * b + c,
+    "add.u32": lambda a, b: a + b,
     "fma.rn.bf16x2": _fma_bf16x2,
     "mul.rn.f32": lambda a, b: (_f32(a) * _f32(b)).view(np.uint32),
     "add.rn.f32": lambda a, b: (_f32(a) + _f32(b)).view(np.uint32),
@@ -99,6 +102,18 @@ def test_every_nibble_at_every_scale(nibble: int, seed: int) -> None:
             code = word >> 4 * nibble & 15
             weight = np.array([*E2M1, *(-value for value in E2M1)])[code] * 2.0 ** (byte - 127 - 63)
             assert (half == as_bf16(weight)).all(), f"scale byte {byte}"
+
+
+@pytest.mark.parametrize(("ptx", "shift"), [(mxfp8.LOW, 0), (mxfp8.HIGH, 4)])
+def test_every_nibble_of_four_bytes_is_an_e4m3(ptx: Any, shift: int, seed: int) -> None:
+    """Each byte beside every other: nothing carries over."""
+    words = np.arange(1 << 16, dtype=np.uint32)
+    words |= np.random.default_rng(seed).permutation(words) << 16
+    [found] = run(ptx.value, 1, words)
+    codes = words.view(np.uint8) >> shift & 15
+    weights = np.array([*E2M1, *(-value for value in E2M1)], np.float32)[codes]
+    values = torch.from_numpy(found.view(np.uint8)).view(torch.float8_e4m3fn).float().numpy()
+    assert (values * 64 == weights).all() and (np.signbit(values) == (codes >= 8)).all()
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ import torch
 
 from sglang_sm120 import ops as _ops  # noqa: F401  (so that an op's name in the environment can be checked)
 from sglang_sm120 import registry
-from sglang_sm120.registry import Arguments, Op, ProviderError
+from sglang_sm120.registry import Arguments, Op, Own, ProviderError
+from sglang_sm120.tolerance import EXACT
 
 
 @pytest.fixture(autouse=True)
@@ -25,12 +26,12 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     registry.reset()
 
 
-def make(default_on: str = "", runs_on: str = "cpu sm80+", accepts=None) -> Op:
+def make(default_on: str = "", runs_on: str = "cpu sm80+", accepts=None, own: Own | None = None) -> Op:
     @Op
     def double(x: torch.Tensor, times: int = 2) -> str:
         return "torch"
 
-    @double.provider("fake", runs_on=runs_on, default_on=default_on, accepts=accepts)
+    @double.provider("fake", runs_on=runs_on, default_on=default_on, accepts=accepts, own=own)
     def double_fake(a: Arguments) -> str:
         return "fake"
 
@@ -58,6 +59,28 @@ def test_force_cannot_choose_what_does_not_run_here(monkeypatch: pytest.MonkeyPa
     assert make(runs_on="sm120")(X) == "torch"
 
 
+OWN = Own(lambda a: f"emulated {a.times}", EXACT, "doubles roughly (compiled, never run)")
+
+
+def test_arithmetic_of_its_own_is_chosen_by_name_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = make(own=OWN)
+    monkeypatch.setenv("SGLANG_SM120_FORCE", "1")
+    assert op(X) == "torch"
+    found = {row.provider: row.why for kind in ("cpu", "sm120") for row in registry.table(kind) if row.op == "double"}
+    assert found["fake"] == "runs on sm120, off by default: doubles roughly (compiled, never run)"
+    monkeypatch.setenv("SGLANG_SM120_PROVIDER", "double=fake")
+    registry.reset()
+    assert op(X) == "fake"
+    with pytest.raises(ProviderError, match="provider fake of op double doubles roughly .*: leave default_on out"):
+        monkeypatch.setattr(registry, "_ops", {})
+        make(default_on="cpu", own=OWN)
+
+
+def test_a_provider_is_meant_to_give_the_references_result_or_its_own() -> None:
+    assert make(own=OWN).meant("fake", X, times=3) == "emulated 3"
+    assert registry.ops()["double"].meant("torch", X) == "torch"
+
+
 @pytest.mark.parametrize("value", ["torch", "double=torch", " double = torch ,", "fake,double=torch"])
 def test_the_environment_switches_back_to_torch(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("SGLANG_SM120_PROVIDER", value)
@@ -77,7 +100,7 @@ def test_the_environment_chooses_one_op_or_all_that_have_it(monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("value", "sentence"),
     [
-        ("tritn", "asks for provider 'tritn', which any op lacks; use one of fake, sglang, torch"),
+        ("tritn", "asks for provider 'tritn', which any op lacks; use one of fake, mxfp8, sglang, torch"),
         ("double=triton", "asks for provider 'triton', which op double lacks"),
         ("doubel=torch", "names op 'doubel' and needs one of"),
         ("double=", "asks for provider '', which op double lacks"),

@@ -29,6 +29,8 @@ ROWS = tuple(sorted({2**i + more for i in range(14) for more in (0, 1)} - {8193}
 """
 CONTEXTS = (100, 2047, 2600, *(2**i for i in range(12, 21)))
 SAMPLE = ((1, 65_536),)
+MANY = ((65, 65_536), (2048, 65_536), (8192, 65_536))
+"""For providers with arithmetic of their own, which are for prefill: each tile of theirs."""
 
 Step = tuple[int, int]
 Name = tuple[str, str, str]
@@ -57,8 +59,16 @@ def other_steps(op: str) -> tuple[Step, ...]:
 
 
 def jobs(steps: Callable[[str], tuple[Step, ...]], tps: Iterable[int]) -> list[Job]:
-    """One job per op and TP; the TPs of an op, which share kernels, are far apart."""
-    return [Job(model_config(), op, tp, steps(op)) for tp in tps for op in ops.with_triton() if _has_calls(op)]
+    """One job per op, or provider with its own arithmetic, and TP; TPs of one, which share kernels, are far apart."""
+    own = [ops.named(name) for name in ops.with_own()]
+    return [
+        job
+        for tp in tps
+        for job in (
+            *(Job(model_config(), op, tp, steps(op)) for op in ops.with_triton() if _has_calls(op)),
+            *(Job(model_config(), op, tp, steps(op) + MANY, provider=provider) for op, provider in own),
+        )
+    ]
 
 
 def compile_all(wanted: list[Job], done: Callable[[Job, set[Name]], None]) -> Compiled:
@@ -87,6 +97,7 @@ def uncovered(registered: Mapping[str, registry.Op[..., Any]]) -> list[str]:
             f"op {name} has a provider {provider}, and the gate compiles Triton's: teach it the other."
             # SGLang builds and checks its own.
             for provider in op.providers.keys() - {registry.TORCH, "triton", "sglang"}
+            if not op.providers[provider].own
         ]
         if "triton" not in op.providers:
             continue
@@ -95,9 +106,10 @@ def uncovered(registered: Mapping[str, registry.Op[..., Any]]) -> list[str]:
             continue
         for tp, step in itertools.product(TPS, ((ROWS[0], CONTEXTS[0]), (ROWS[-1], CONTEXTS[-1]))):
             for call in _calls(name, tp, *step):
-                refusal = op.refusal("triton", **call.arguments)
-                if refusal is not None:
-                    problems.append(f"op {name} refuses {call.label} at TP {tp}, {step[0]} rows: {refusal}")
+                for provider in ("triton", *(p.name for p in op.providers.values() if p.own)):
+                    refusal = op.refusal(provider, **call.arguments)
+                    if refusal is not None:
+                        problems.append(f"op {name} refuses {call.label} at TP {tp}, {step[0]} rows: {refusal}")
     return problems
 
 

@@ -106,6 +106,39 @@ def test_prefetch_orders_both_weights(compiled: Compiled) -> None:
     assert len([line for line in sass(kernel.cubin) if line.startswith("UBLKPF")]) == 2
 
 
+def test_mxfp8_runs_on_the_block_scaled_tensor_cores(compiled: Compiled) -> None:
+    """And each register of experts is expanded where it is multiplied, for as many tiles of 16 tokens as a warp has."""
+    checked, wrong = set(), []
+    for kernel, _ in compiled.values():
+        if not kernel.name.endswith("_mxfp8"):
+            continue
+        constants = dict(word.split("=") for word in kernel.variant.split(", ") if "=" in word)
+        tokens, rows, instructions = int(constants["T"]), int(constants["R"]), sass(kernel.cubin)
+        checked.add((kernel.name, tokens))
+
+        def count(pattern: str, lines: list[str] = instructions) -> int:
+            return sum(re.match(pattern, line) is not None for line in lines)
+
+        # A step of 128 channels. An mma has 16 tokens, 8 rows, 32 channels; a warp four tiles of tokens, if there are.
+        mmas, tiles = tokens // 16 * (rows // 8) * 4 // int(constants["warps"]), min(tokens // 16, 4)
+        expands = kernel.op == "mxfp4_moe"
+        found = {
+            "block-scaled mma": (count(r"QMMA\.SF\.16832\.F32\.E4M3\.E4M3\.E8 "), mmas),
+            "any mma": (count(r"\w*MMA\b"), mmas),
+            "expanded": (count(r"LOP3\.LUT .* 0x9c9c9c9c,"), mmas * 2 // tiles if expands else 0),
+            # Packed weights are half as many; in another order of channels other instructions would load them.
+            "ldmatrix": (count(r"LDSM\.16\.M88\.4 "), tiles * 4 + (4 if expands else 8)),
+            "clamp that loses a NaN": (count(r"\s*(?:min|max)\.f32", kernel.ptx.splitlines()), 0),
+        }
+        asked = "kind::mxf8f6f4.block_scale.scale_vec::1X.f32.e4m3.e4m3.f32.ue8m0" in kernel.ptx
+        problems = [] if asked else ["no kind::mxf8f6f4 in its PTX"]
+        problems += [f"{what} {is_} times, needed {needed}" for what, (is_, needed) in found.items() if is_ != needed]
+        wrong += [f"{kernel.name} ({kernel.variant}): {problem}" for problem in problems]
+    assert not wrong, "\n".join(wrong)
+    experts = {(name, tokens) for name in ("_gate_up_mxfp8", "_down_mxfp8") for tokens in (32, 64, 128)}
+    assert checked == experts | {("_linear_mxfp8", 64), ("_linear_mxfp8", 128)}
+
+
 def _alone() -> dict[str, list[str]]:
     """SASS of each of `tests/gpu/ptx_kernels.py`; runs in a process whose Triton compiles for sm_120."""
     sys.path.append(str(Path(__file__).parents[1] / "gpu"))

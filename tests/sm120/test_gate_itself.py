@@ -212,6 +212,14 @@ def test_a_provider_that_is_not_compiled_fails_the_gate(
     assert problems and all(problem.startswith(f"op {op} ") and why in problem for problem in problems)
 
 
+def test_a_provider_with_arithmetic_of_its_own_is_asked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = registry.ops()["mxfp4_moe"]
+    refusing = op.providers["mxfp8"]._replace(accepts=lambda _: "not today.")
+    monkeypatch.setitem(op.providers, "mxfp8", refusing)
+    problems = uncovered(registry.ops())
+    assert problems and all(problem.startswith("op mxfp4_moe ") and "not today." in problem for problem in problems)
+
+
 @triton.jit
 def _helper(x: object) -> object:
     return x

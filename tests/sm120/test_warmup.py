@@ -9,6 +9,7 @@ import os
 import random
 import re
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_sm120 import compilation, kernels, ops, warmup
+from sglang_sm120 import compilation, kernels, ops, registry, tuned, warmup
 from sglang_sm120.checkpoint.config import model_config
 from sglang_sm120.limits import MAX_ROWS
 from sglang_sm120.ops._pdl_triton import SMALL_GRID
@@ -153,6 +154,57 @@ def test_no_step_launches_a_kernel_that_was_not_compiled(
         count, missing = pool.submit(_missing, config, tp, ep, graph_rows, sms, steps).result()
     assert count > 100
     assert not missing
+
+
+def _own_rows(chosen: str) -> tuple[set[str], set[str]]:
+    """Kernels of an op that a warm-up with this provider compiles; what steps of other rows would miss."""
+    op, provider = ops.named(chosen)
+    given = (model_config(), 2, 1, 8192, 64, 4096, [chosen], kernels.SM120_SMS)
+    found, missing = warmup.variants(*given), set()
+    rng = random.Random(chosen)
+    job = compilation.Job(model_config(), op, 2, tuple((rng.randrange(1, 8193), 4096) for _ in range(60)))
+    compilation.rehearse_job(
+        replace(job, provider=provider),
+        lambda kernel, args, options, _: missing.add(compilation.variant_key(kernel, args, options)),
+    )
+    return {kernel.fn.__name__ for kernel, _, _ in found.launches.values()}, missing - set(found.launches)
+
+
+def test_a_provider_that_was_asked_for_is_compiled() -> None:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), compilation.use_target, (120,)) as pool:
+        default, missing = pool.submit(_own_rows, "mxfp4_moe").result()
+        assert not missing and "_gate_up_mxfp8" not in default
+        own, missing = pool.submit(_own_rows, "mxfp4_moe=mxfp8").result()
+        linears, others = pool.submit(_own_rows, "fp8_linear=mxfp8").result()
+    assert not others and linears > {"_linear_mxfp8", "quantise_rows", "_gemv"}
+    # Few rows are the default's.
+    assert not missing and own > {"_gate_up_mxfp8", "_down_mxfp8", "quantise_rows", "_gate_up", "_down_row"}
+
+
+@pytest.mark.parametrize("asked", ["", "mxfp4_moe=mxfp8", "mxfp4_moe=torch"])
+def test_the_warm_up_compiles_what_is_chosen(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Found(Exception):
+        pass
+
+    def variants(*given: Any) -> None:
+        raise Found(given[6])
+
+    monkeypatch.setenv("SGLANG_SM120_PROVIDER", asked)
+    monkeypatch.setattr(warmup, "variants", variants)
+    monkeypatch.setattr(registry, "device_kind", lambda _: "sm120")
+    monkeypatch.setattr(kernels, "sms", lambda _: 188)
+    monkeypatch.setattr(tuned, "of_device", lambda _: tuned.EMPTY)
+    registry.reset()
+    try:
+        with pytest.raises(Found) as found:
+            warmup.warm_up(model_config(), 2, 1, 256, 64, 4096, torch.device("cuda", 0))
+    finally:
+        monkeypatch.undo()
+        registry.reset()
+    (names,) = found.value.args
+    experts = "" if asked.endswith("torch") else asked or "mxfp4_moe=triton"
+    expected = {f"{op}=triton" for op in warmup.served() if op != "mxfp4_moe"} | {experts} - {""}
+    assert set(names) == expected and len(names) == len(expected)
 
 
 def test_the_warm_up_covers_the_ops_that_the_step_calls() -> None:

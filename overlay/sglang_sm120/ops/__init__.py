@@ -1,7 +1,8 @@
 """The ops: each is a contract with a torch reference, and has room for providers.
 
 A folder here is an op: `__init__.py` its reference, under `Op`; and where there are, `triton.py` and `sglang.py` its
-providers of our kernels and of SGLang's, and `spec.py` what the tools know of it.
+providers of our kernels and of SGLang's, `mxfp8.py` one of our kernels with arithmetic of its own, and `spec.py` what
+the tools know of it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def load() -> None:
     for name in sorted(module.name for module in iter_modules(__path__) if module.ispkg and module.name not in SPECS):
         package = f"{__name__}.{name}"
         op = getattr(import_module(package), name)
-        parts = {part for part in ("triton", "sglang", "spec") if find_spec(f"{package}.{part}")}
+        parts = {part for part in ("triton", "mxfp8", "sglang", "spec") if find_spec(f"{package}.{part}")}
         found = {part: import_module(f"{package}.{part}") for part in sorted(parts)}
         theirs = "SGLang's CUDA kernel" if "sglang" in parts else None
         SPECS[name] = found["spec"].SPEC if "spec" in found else Spec(prefill=theirs)
@@ -47,6 +48,17 @@ load()
 def with_triton() -> list[str]:
     """Names of the ops that have Triton kernels."""
     return sorted(name for name, op in registry.ops().items() if "triton" in op.providers)
+
+
+def with_own() -> list[str]:
+    """`op=provider` of the providers that have Triton kernels with arithmetic of their own."""
+    return [f"{op.name}={p.name}" for op in registry.ops().values() for p in op.providers.values() if p.own]
+
+
+def named(name: str) -> tuple[str, str]:
+    """Op and provider of `op=provider`, or of an op's name alone: its Triton provider."""
+    op, _, provider = name.partition("=")
+    return op, provider or "triton"
 
 
 def calls(

@@ -88,7 +88,7 @@ def linear(
     c = config(rows, groups, n, k, w.element_size(), max(8, kernels.sms(x.device)))
     c = TUNED.choose(x.device, (groups, n, k, w.element_size()), rows, c)
     if norm is not None and c.kernel != "gemv":
-        x, norm = _normalised(x, *norm), None
+        x, norm = normalised(x, *norm), None
     call = _sized(c, x, w, scale, torch.empty((rows, groups, n), dtype=dtype, device=x.device))
     if c.kernel == "gemv":
         _run_gemv(call, norm)
@@ -170,7 +170,7 @@ def _readable_by_tma(x: torch.Tensor) -> bool:
     return packed and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
 
 
-def _normalised(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def normalised(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     rows, _, k = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     padded = triton.next_power_of_2(k)

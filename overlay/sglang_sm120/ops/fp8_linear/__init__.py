@@ -24,9 +24,14 @@ def fp8_linear(
 
     With norm_weight bf16 [K], x is normalised first: x / sqrt(mean(x²) + eps) * norm_weight in fp32, rounded to bf16.
     """
+    return (normed(x, norm_weight, eps).float() @ fp8_block.dequantise(w, scale).T).bfloat16()
+
+
+def normed(x: torch.Tensor, norm_weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """x bf16 as it meets the weight."""
     if norm_weight is not None:
         x = rms_norm(x, norm_weight, eps).bfloat16()
-    return (x.float() @ fp8_block.dequantise(w, scale).T).bfloat16()
+    return x
 
 
 @fp8_linear.checked

@@ -277,7 +277,7 @@ def _sum_slots(
     tl.store(y_ptr + row * H + first + local, to_bf16(total), mask=inside)
 
 
-def _accepts(a: Arguments) -> str | None:
+def accepts(a: Arguments) -> str | None:
     for name in ("x", "topk_ids", "topk_weights"):
         tensor = getattr(a, name)
         if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
@@ -311,15 +311,30 @@ def _plan(device: torch.device, rows: int, slots: int, experts: int, width: int,
     gate_up, down = _config(rows, pairs, experts, width, inter)
     gate_up = GATE_UP.choose(device, (experts, width, inter, slots), rows, gate_up)
     down = DOWN.choose(device, (experts, width, inter, slots), rows, down)
+    stretch, partial_bytes = stretch_of(pairs, width, down.rows) if sort else (width, 4 * pairs * width)
+    return Plan(gate_up, down, sort, alone, stretch, 0 if alone else partial_bytes)
+
+
+def stretch_of(pairs: int, width: int, multiple: int) -> tuple[int, int]:
+    """Channels of the output that are made at a time, a multiple of `multiple`, and bytes of the slots' outputs."""
     stretch = width
-    while sort and 4 * pairs * stretch > PARTIAL_BYTES and stretch % (2 * down.rows) == 0:
+    while 4 * pairs * stretch > PARTIAL_BYTES and stretch % (2 * multiple) == 0:
         stretch //= 2
     # Never less for more rows, so that the largest case plans for all.
-    partial_bytes = 0 if alone else max(4 * pairs * stretch, min(PARTIAL_BYTES, 4 * pairs * width))
-    return Plan(gate_up, down, sort, alone, stretch, partial_bytes)
+    return stretch, max(4 * pairs * stretch, min(PARTIAL_BYTES, 4 * pairs * width))
 
 
-@mxfp4_moe.provider("triton", runs_on="cpu sm90+", default_on="sm120 sm121", accepts=_accepts)
+def sum_slots(a: Arguments, partial: torch.Tensor, y: torch.Tensor, first: int, stretch: int) -> None:
+    """y bf16 [rows, H], `stretch` channels from `first` on, of the slots' outputs partial fp32 [pairs, stretch]."""
+    rows, width = y.shape
+    kernels.launch(
+        _sum_slots, (rows, triton.cdiv(min(stretch, width - first), 1024)),
+        partial, a.topk_ids, a.topk_weights, y, a.topk_ids.stride(0), a.topk_weights.stride(0), first, stretch,
+        H=width, SLOTS=a.topk_ids.shape[1], WIDTH=1024, num_warps=4,
+    )  # fmt: skip
+
+
+@mxfp4_moe.provider("triton", runs_on="cpu sm90+", default_on="sm120 sm121", accepts=accepts)
 def mxfp4_moe_triton(a: Arguments) -> torch.Tensor:
     """Contract in `mxfp4_moe`: gates and ups of all pairs, downs, their sum."""
     x, topk_ids = a.x, a.topk_ids
@@ -382,11 +397,7 @@ def mxfp4_moe_triton(a: Arguments) -> torch.Tensor:
             hidden, topk_ids, w2, s2, offsets, order, partial, pairs, topk_ids.stride(0), first, p.stretch,
             maxnreg=most, **common, **grouping, **second,
         )  # fmt: skip
-        kernels.launch(
-            _sum_slots, (rows, triton.cdiv(channels, 1024)),
-            partial, topk_ids, a.topk_weights, y, topk_ids.stride(0), a.topk_weights.stride(0), first, p.stretch,
-            H=width, SLOTS=slots, WIDTH=1024, num_warps=4,
-        )  # fmt: skip
+        sum_slots(a, partial, y, first, p.stretch)
     return y
 
 
