@@ -17,6 +17,7 @@ from sglang.kernels.plugin_kernels.nvidia import spec
 
 from . import limits, registry
 from .limits import MAX_ROWS
+from .step import modules
 from .step.passes import Passes
 from .step.reasons import MODEL_TYPE, config_reasons, emulated, model_reasons, takes_prefill, unusable, why_left
 
@@ -29,6 +30,7 @@ DRAFT = "DeepseekV4ForCausalLMNextN"
 def register() -> None:
     """Entry point `nvidia_megakernel` of the group `sglang.srt.plugins`."""
     spec.register(architecture=TARGET, path=f"{__name__}:SPEC")
+    modules.watch()
 
 
 def mode_of(forward_batch: Any) -> str:
