@@ -213,7 +213,7 @@ def port_free(host: str, port: int) -> Finding:
 
 def nvcc(machine: Machine, environment: Mapping[str, str]) -> Finding:
     """A CUDA compiler for SGLang's own JIT kernels, one that knows the cards."""
-    compiler = _find_nvcc(environment)
+    compiler = find_nvcc(environment)
     do = f"install the CUDA toolkit {FIRST_CUDA[0]}.{FIRST_CUDA[1]} or newer and set CUDA_HOME"
     if compiler is None:
         return Finding("nvcc", "fail", "not in CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda", do)
@@ -232,7 +232,7 @@ def nvcc(machine: Machine, environment: Mapping[str, str]) -> Finding:
     return Finding("nvcc", "ok", found)
 
 
-def _find_nvcc(environment: Mapping[str, str]) -> Path | None:
+def find_nvcc(environment: Mapping[str, str]) -> Path | None:
     """Where SGLang's JIT (tvm_ffi) looks, in its order."""
     home = environment.get("CUDA_HOME") or environment.get("CUDA_PATH")
     if home:

@@ -12,6 +12,7 @@ from .errors import LaunchError
 COMMANDS = {
     "plan": "which settings SGLang should get for a model on a machine, and why",
     "serve": "plan, start the server, wait until it answers, watch it",
+    "prebuild": "build SGLang's and FlashInfer's kernels in parallel, before a first start; needs no GPU",
     "doctor": "what is missing on this machine",
     "prove": "doctor, every kernel's parity and its CUDA graph on this machine's GPU, as one file to send",
     "demo": "a small model, served and asked on this machine's CPU, from a clone of the repository",

@@ -17,6 +17,7 @@ from sglang.kernels.plugin_kernels.nvidia import spec
 
 from . import limits, registry
 from .limits import MAX_ROWS
+from .step import modules
 from .step.passes import Passes
 from .step.reasons import (
     DRAFT_MODES,
@@ -39,6 +40,7 @@ DRAFT = "DeepseekV4ForCausalLMNextN"
 def register() -> None:
     """Entry point `nvidia_megakernel` of the group `sglang.srt.plugins`."""
     spec.register(architecture=TARGET, path=f"{__name__}:SPEC")
+    modules.watch()
 
 
 def mode_of(forward_batch: Any) -> str:

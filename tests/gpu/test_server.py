@@ -192,6 +192,8 @@ def assert_nothing_compiled_late(server: LocalServer) -> None:
     text = server.log.read_text(errors="replace")
     assert "kernels ready" in text
     assert "An overlay kernel was compiled while serving" not in text
+    # SGLang's own Triton kernels still compile while it serves: they are logged, and do not fail this.
+    assert "was built with nvcc" not in text.partition("fired up and ready")[2]
 
 
 @pytest.fixture(scope="module", params=TPS, ids=lambda tp: f"tp{tp}")

@@ -242,7 +242,8 @@ def test_force_adds_hopper_alone(hopper: None, isa: str) -> None:
     """In a process of its own: the spec is made when the plugin is imported."""
     line = (
         "import torch; from sglang.kernels.plugin_kernels.nvidia import spec; "
-        "torch.cuda.is_available = lambda: True; torch.cuda.get_device_capability = lambda: (9, 0); "
+        "torch.cuda.is_available, torch.cuda.get_device_name = lambda: True, lambda *_: 'card'; "
+        "torch.cuda.get_device_capability = lambda *_: (9, 0); "
         "from sglang_sm120 import plugin; plugin.register(); "
         f"found, why = spec.find_spec(architectures=[plugin.TARGET], isa={isa!r}); "
         "print(why or sorted(map(str, found.requires.server_args['moe_runner_backend'])))"

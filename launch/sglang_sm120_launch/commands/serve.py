@@ -13,7 +13,7 @@ from types import FrameType
 
 import httpx
 
-from .. import request, show
+from .. import modules, request, show
 from ..address import HOST, PORT, URL_FILE, listen_problem, url
 from ..child import Child
 from ..errors import LaunchError
@@ -21,6 +21,7 @@ from ..plan import Plan, make_plan
 from ..progress import Progress
 
 LOOK_SECONDS = 2.0
+PREBUILD = ("-m", "sglang_sm120_launch", "prebuild")
 PROMPT = "What is 6 times 7?"
 IDS = list(range(1, 9))
 TOKENS = 16
@@ -32,6 +33,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `serve`."""
     request.configure(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan and start nothing")
+    parser.add_argument(
+        "--no-prebuild", action="store_true",
+        help="let SGLang build its modules one after another when it needs them, where `prebuild` has not run",
+    )  # fmt: skip
     parser.add_argument(
         "--watch", action="store_true", help="stop with status 1 when the server makes no token or loses a process"
     )
@@ -68,7 +73,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.watch and plan.value("enable-metrics") is not True:
         raise LaunchError("--watch reads token counters and the config leaves out enable-metrics: add it to `auto`.")
     stall = arguments.stall_limit if arguments.watch else None
-    return serve(plan, arguments.start_limit, arguments.drain_limit, stall)
+    cards = {gpu.sm for gpu in wanted.machine.gpus}
+    builds = len(cards) == 1 and plan.value("device") != "cpu" and not arguments.no_prebuild
+    return serve(plan, arguments.start_limit, arguments.drain_limit, stall, cards.pop() if builds else None)
 
 
 class Stopped(BaseException):
@@ -82,12 +89,15 @@ class Failed(Exception):
     """The server did not come up, ended by itself or made no token; the message is one sentence."""
 
 
-def serve(plan: Plan, start_limit: float, drain_limit: float, stall_limit: float | None) -> int:
+def serve(
+    plan: Plan, start_limit: float, drain_limit: float, stall_limit: float | None, sm: int | None = None
+) -> int:
     """Serve until stopped: 128 + the signal's number when told to stop, 1 when the server failed.
 
     Args:
         start_limit, drain_limit, stall_limit: seconds that the server may take to start, to answer what is in flight
             at its end, and to make no token; None: it is not watched.
+        sm: the card whose modules are built first where they are not; None for none.
     """
     _require_free_port(plan)
     if file := os.environ.get(URL_FILE):
@@ -95,9 +105,28 @@ def serve(plan: Plan, start_limit: float, drain_limit: float, stall_limit: float
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:
+        if sm is not None:
+            _prebuild(plan, sm)
         return _serve(plan, start_limit, drain_limit, stall_limit)
     except Stopped as stopped:
         return 128 + stopped.number
+
+
+def _prebuild(plan: Plan, sm: int) -> None:
+    """Build the modules of a first start; what cannot be built SGLang tries again, and says why."""
+    environment = plan.environment()
+    try:
+        if modules.are_built({**os.environ, **environment}, sm):
+            return
+    except LaunchError:
+        # No list for these cards.
+        return
+    child = Child(["--arch", f"sm{sm}"], environment, launcher=PREBUILD)
+    try:
+        if child.wait() != 0:
+            print("sglang-sm120: Not every module was built before the start: SGLang builds them.", file=sys.stderr)
+    finally:
+        child.stop()
 
 
 def _serve(plan: Plan, start_limit: float, drain_limit: float, stall_limit: float | None) -> int:
