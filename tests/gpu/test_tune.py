@@ -45,7 +45,7 @@ def test_candidates_are_accepted_and_start_with_the_heuristic_s(wanted: list[Cas
 def test_the_most_valuable_calls_come_first(wanted: list[Case]) -> None:
     order = [(case.label, case.rows) for case in wanted]
     assert sorted(order[:2]) == [("experts", 1), ("experts", 8)]
-    assert {label for label, _ in order[2:12]} == {"mtp.h_proj", "wq_b", "wo_b", "wo_a", "compressor.c4"}
+    assert {label for label, _ in order[2:12]} == {"mtp.head", "mtp.h_proj", "wq_b", "wo_b", "wo_a", "compressor.c4"}
     few = [rows in (1, 8) for _, rows in order]
     assert few == sorted(few, reverse=True) and order.index(("experts", 64)) == sum(few)
     assert order.index(("c4", 1)) < sum(few)
