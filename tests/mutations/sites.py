@@ -226,18 +226,11 @@ _STEP = (
     ),
     Mutation(
         "sum over the ranks left out", "experts", "step/target.py",
-        (
-            (
-                "f = post_experts_all_reduce(experts(layer.experts, y, input_ids, at.beside))",
-                "f = experts(layer.experts, y, input_ids, at.beside)",
-            ),
-        ),
-        STEP,
+        (("        f = post_experts_all_reduce(f)\n", ""),), STEP,
     ),
     Mutation(
         "sum over the ranks left out", "attention", "step/target.py",
-        (("f = of_attention.all_reduce(attention(layer.attention, y, at))", "f = attention(layer.attention, y, at)"),),
-        STEP,
+        (("        f = of_attention.all_reduce(f)\n", ""),), STEP,
     ),
     Mutation(
         "noise of another distribution", "for the draw of a token", "step/sample.py",
