@@ -113,6 +113,8 @@ def streams_of(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> dict[str, set[i
     def noted(name: str, op: Any) -> Any:
         def call(*arguments: Any, **options: Any) -> Any:
             found[name].add(watch.current.index)
+            # A launch, also where the reference has nothing to do.
+            watch.current.known[watch.current.index] += 1
             return op(*arguments, **options)
 
         return call
