@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
 
 import msgspec
 import pytest
@@ -22,9 +21,6 @@ from sglang.kernels.plugin_kernels.nvidia import spec
 from sglang.srt import runtime_context
 from sglang.srt.kernel_plugins.nvidia.binding import megakernel_disable_reasons
 from sglang.srt.layers.attention.deepseek_v4_backend import DSV4AttnMetadata
-from sglang.srt.layers.logits_processor import LogitsProcessor
-from sglang.srt.layers.moe import utils as moe_utils
-from sglang.srt.layers.moe.utils import MoeRunnerBackend
 from sglang.srt.mem_cache import allocation_sizing
 from sglang.srt.mem_cache.deepseek_v4_memory_pool import DeepSeekV4TokenToKVPool
 from sglang.srt.model_executor.cuda_graph_config import default_cuda_graph_config, with_phase
@@ -34,11 +30,9 @@ from sglang.srt.server_args import ServerArgs
 from standin import New, Server, Weights, stub_sglang
 
 from sglang_sm120 import plugin, registry, warmup
-from sglang_sm120.formats import fp8_block
 from sglang_sm120.limits import MAX_DRAFT_TOKENS, MAX_ROWS
 from sglang_sm120.plugin import Built, Checked, check_graphs, install_on_cpu
 from sglang_sm120.step import reasons, sample, target
-from sglang_sm120.step.draft import Vocabulary
 from sglang_sm120.step.passes import Passes
 from sglang_sm120.step.prepare import prepare
 from sglang_sm120.step.target import Target
@@ -170,14 +164,6 @@ def test_other_modes_are_left_to_sglang(mode: ForwardMode) -> None:
     assert why_left(name, 1, {}) == f"the step takes decode and verification, not {name}"
 
 
-@pytest.mark.parametrize("mode", ForwardMode, ids=lambda mode: mode.name)
-def test_modes_of_a_draft(mode: ForwardMode) -> None:
-    name = plugin.mode_of(batch(mode))
-    taken = mode in (ForwardMode.DECODE, ForwardMode.DRAFT_EXTEND_V2)
-    said = f"the step takes decode and what a draft keeps of a verification, not {name}"
-    assert reasons.why_left(reasons.DRAFT_MODES, name, 256, {}) == (None if taken else said)
-
-
 @pytest.fixture
 def prefill(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
     """Sets SGLANG_SM120_PREFILL, which is read once."""
@@ -280,25 +266,6 @@ def test_a_built_step_plans_and_counts(
     assert sorted(built.passes.left.values()) == [1, 1, 2]
 
 
-def test_a_rounded_head_follows_the_targets(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """SGLang's own logits processor multiplies by it, also when another head is put there later."""
-    rng = torch.Generator().manual_seed(seed)
-    x = torch.randn(3, 256, generator=rng).bfloat16()
-    processor, vocabulary = SimpleNamespace(use_fp32_lm_head=False), Vocabulary()
-    kept = []
-    for rows in (300, 2048 + 130):  # a partial block; more than one part
-        head = SimpleNamespace(weight=torch.nn.Parameter(torch.randn(rows, 256, generator=rng).bfloat16()))
-        for _ in range(2):
-            found = LogitsProcessor._compute_lm_head(processor, x, vocabulary.of(head))
-        rounded = fp8_block.dequantise(*fp8_block.quantise(head.weight.detach().float()))
-        assert torch.equal(found, (x.float() @ rounded.T).bfloat16())
-        kept.append(vocabulary.weight)
-        assert vocabulary.of(head).weight is kept[-1] and vocabulary.weight.dtype == torch.float8_e4m3fn
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match="met the draft's head first in a CUDA graph, needed a pass before it"):
-        vocabulary.of(SimpleNamespace(weight=SimpleNamespace(is_cuda=True)))
-
-
 def test_what_is_compiled_and_reserved_when_the_step_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     """All that SGLang's graphs may ask for: its page tables are wider than the longest request."""
     given: dict[str, Any] = {}
@@ -333,30 +300,6 @@ def test_what_is_compiled_and_reserved_when_the_step_is_built(monkeypatch: pytes
     plugin.build("model", config, context)
     assert (given["context"], given["prefill_rows"]) == ((1 << 20) + 264, 2048)
     assert given["lent_rows"] == 0
-
-
-@pytest.mark.parametrize(
-    ("emulated", "experts", "drafts"),
-    [
-        (False, "flashinfer_mxfp4", True),
-        (False, "marlin", False),
-        (False, "triton", False),
-        (True, "triton", True),
-        (True, "marlin", False),
-    ],
-)
-def test_the_step_drafts_where_it_can_read_the_experts(
-    registered: None, monkeypatch: pytest.MonkeyPatch, emulated: bool, experts: str, drafts: bool
-) -> None:
-    backend = MoeRunnerBackend(experts)
-    monkeypatch.setattr(moe_utils, "get_speculative_moe_runner_backend", lambda: backend)
-    monkeypatch.setattr(plugin, "emulated", lambda: emulated)
-    graph = SimpleNamespace(graph=SimpleNamespace(cuda_graph_config=None))
-    monkeypatch.setattr(runtime_context, "get_exec", lambda: graph)
-    monkeypatch.setattr(runtime_context, "get_parallel", Mock(side_effect=LookupError("what comes next")))
-    with pytest.raises(LookupError, match="what comes next"):
-        plugin.build(None, None, SimpleNamespace(tokens_per_request=1))
-    assert spec.spec_registered([plugin.DRAFT]) == drafts
 
 
 @pytest.mark.parametrize(
