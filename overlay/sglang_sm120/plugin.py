@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -40,7 +41,8 @@ DRAFT = "DeepseekV4ForCausalLMNextN"
 def register() -> None:
     """Entry point `nvidia_megakernel` of the group `sglang.srt.plugins`."""
     spec.register(architecture=TARGET, path=f"{__name__}:SPEC")
-    modules.watch()
+    if os.environ.get(modules.LIST):
+        modules.watch()
 
 
 def mode_of(forward_batch: Any) -> str:
@@ -117,6 +119,7 @@ def build(model: torch.nn.Module, hf_config: Any, context: spec.BuildContext) ->
     from .step.target import Target
     from .warmup import warm_up
 
+    modules.watch()
     check_graphs(get_exec().graph.cuda_graph_config, context.tokens_per_request)
     if drafts():
         spec.register(architecture=DRAFT, path=f"{__name__}:DRAFT_SPEC")

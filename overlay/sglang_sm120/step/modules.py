@@ -115,10 +115,9 @@ def _written(file: Path) -> int:
 
 
 def _listed(entry: dict[str, Any]) -> None:
-    if file := os.environ.get(LIST):
-        # One write of one line: other processes append to the same file.
-        with open(file, "a", encoding="utf-8") as out:
-            out.write(json.dumps(entry, default=str) + "\n")
+    # One write of one line: other processes append to the same file.
+    with open(os.environ[LIST], "a", encoding="utf-8") as out:
+        out.write(json.dumps(entry, default=str) + "\n")
 
 
 def _built(name: str, began: float) -> None:
