@@ -3,16 +3,26 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 
 from .. import kernels
 from ..formats import mxfp8
+from ..registry import Arguments, Own
+from ..tolerance import E4M3_FLIPS
 from ._pdl_triton import INTERPRETED, wait
 
 BLOCK = tl.constexpr(mxfp8.BLOCK)
 SMALLEST = tl.constexpr(mxfp8.SMALLEST_SCALE_BYTE)
+RUNS_ON = "cpu sm120 sm121"
+
+
+def own(emulated: Callable[[Arguments], torch.Tensor]) -> Own:
+    """What a provider on these tensor cores says of its arithmetic, which is that of `emulated`."""
+    return Own(emulated, E4M3_FLIPS, "rounds activations to FP8 (compiled, never run)")
 
 
 @triton.jit

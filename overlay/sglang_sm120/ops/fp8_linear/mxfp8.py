@@ -13,11 +13,10 @@ import triton.language as tl
 
 from ... import kernels
 from ...formats import e8m0, fp8_block, mxfp8
-from ...registry import Arguments, Own
-from ...tolerance import E4M3_FLIPS
+from ...registry import Arguments
 from .._arithmetic import e8m0_value, scaled_sum, to_bf16
 from .._linear_triton import normalised
-from .._mxfp8_triton import BLOCK, launch_quantise_rows
+from .._mxfp8_triton import BLOCK, RUNS_ON, launch_quantise_rows, own
 from .._pdl_triton import wait
 from . import fp8_linear, normed
 from .triton import accepts, fp8_linear_triton
@@ -73,12 +72,7 @@ def emulated(a: Arguments) -> torch.Tensor:
     return (x @ fp8_block.dequantise(a.w, a.scale).T).bfloat16()
 
 
-@fp8_linear.provider(
-    "mxfp8",
-    runs_on="cpu sm120 sm121",
-    accepts=accepts,
-    own=Own(emulated, E4M3_FLIPS, "rounds activations to FP8 (compiled, never run)"),
-)
+@fp8_linear.provider("mxfp8", runs_on=RUNS_ON, accepts=accepts, own=own(emulated))
 def fp8_linear_mxfp8(a: Arguments) -> torch.Tensor:
     """Contract in `fp8_linear`, activations rounded to MXFP8; up to FEW_ROWS rows, and where K has a part of a block,
     `fp8_linear_triton` serves."""

@@ -35,33 +35,26 @@ def mxfp4_moe(
     bytes above 191 count as scale 0, so with a limit the result is finite for any weight and scale bytes and
     |x| < 2^20. Raises ValueError for shapes that `formats.experts.refusal` names.
     """
-    return with_operands(lambda t: t.bfloat16().float(), x, topk_ids, topk_weights, w13, s13, w2, s2, limit)
+    given = Arguments(
+        x=x, topk_ids=topk_ids, topk_weights=topk_weights, w13=w13, s13=s13, w2=w2, s2=s2, limit=limit
+    )
+    return with_operands(lambda t: t.bfloat16().float(), given)
 
 
-def with_operands(
-    rounded: Callable[[torch.Tensor], torch.Tensor],
-    x: torch.Tensor,
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor,
-    w13: torch.Tensor,
-    s13: torch.Tensor,
-    w2: torch.Tensor,
-    s2: torch.Tensor,
-    limit: float | None,
-) -> torch.Tensor:
-    """`mxfp4_moe`, with what the weights are multiplied by, x and silu(gate) · up, `rounded` (fp32 to fp32)."""
-    y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    x = rounded(x.float())
-    for e in topk_ids.unique().tolist():
+def with_operands(rounded: Callable[[torch.Tensor], torch.Tensor], a: Arguments) -> torch.Tensor:
+    """`mxfp4_moe` of a, with what the weights are multiplied by, x and silu(gate) · up, `rounded` (fp32 to fp32)."""
+    y = torch.zeros(a.x.shape, dtype=torch.float32, device=a.x.device)
+    x = rounded(a.x.float())
+    for e in a.topk_ids.unique().tolist():
         if e < 0:
             continue
-        row, slot = (topk_ids == e).nonzero(as_tuple=True)
-        up, gate = (x[row] @ _dequantise(w13[e], s13[e]).T).chunk(2, dim=-1)
-        if limit is not None:
-            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        row, slot = (a.topk_ids == e).nonzero(as_tuple=True)
+        up, gate = (x[row] @ _dequantise(a.w13[e], a.s13[e]).T).chunk(2, dim=-1)
+        if a.limit is not None:
+            gate, up = gate.clamp(max=a.limit), up.clamp(-a.limit, a.limit)
         hidden = rounded(torch.nn.functional.silu(gate) * up)
-        down = hidden @ _dequantise(w2[e], s2[e]).T
-        y.index_add_(0, row, down * topk_weights[row, slot].float().unsqueeze(-1))
+        down = hidden @ _dequantise(a.w2[e], a.s2[e]).T
+        y.index_add_(0, row, down * a.topk_weights[row, slot].float().unsqueeze(-1))
     return y.bfloat16()
 
 

@@ -28,9 +28,8 @@ import triton.language as tl
 
 from ... import kernels
 from ...formats import e8m0, mxfp8
-from ...registry import Arguments, Own
-from ...tolerance import E4M3_FLIPS
-from .._mxfp8_triton import BLOCK, launch_quantise_rows, quantise
+from ...registry import Arguments
+from .._mxfp8_triton import BLOCK, RUNS_ON, launch_quantise_rows, own, quantise
 from .._pdl_triton import INTERPRETED, wait
 from . import mxfp4_moe, with_operands
 from .grouped import LARGEST_SCALE_BYTE, members, scales_of, sort_pairs
@@ -174,15 +173,10 @@ def emulated(a: Arguments) -> torch.Tensor:
     """
     if a.x.shape[0] <= SORT_ABOVE:
         return mxfp4_moe.reference(**vars(a))
-    return with_operands(mxfp8.rounded, **vars(a))
+    return with_operands(mxfp8.rounded, a)
 
 
-@mxfp4_moe.provider(
-    "mxfp8",
-    runs_on="cpu sm120 sm121",
-    accepts=accepts,
-    own=Own(emulated, E4M3_FLIPS, "rounds activations to FP8 (compiled, never run)"),
-)
+@mxfp4_moe.provider("mxfp8", runs_on=RUNS_ON, accepts=accepts, own=own(emulated))
 def mxfp4_moe_mxfp8(a: Arguments) -> torch.Tensor:
     """Contract in `mxfp4_moe`, activations rounded to MXFP8; up to SORT_ABOVE rows, which the weights' bytes bound,
     `mxfp4_moe_triton` serves."""
