@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mutations.mutation import (
+    AHEAD,
     ATTENTION,
     COMPILED,
     DRAW,
@@ -10,11 +11,13 @@ from mutations.mutation import (
     INDEXER,
     LINEARS,
     MIXING,
+    MXFP8,
     PTX,
     ROUTER,
     SCALES,
     SCRATCH,
     STREAMS,
+    TOPK,
     Mutation,
 )
 
@@ -243,6 +246,22 @@ KERNELS = (
     Mutation(
         "scratch overrun", "more parts than it was made for, Triton", "ops/sparse_mla/triton.py",
         (("min(blocks, MAX_SPLITS, slots // max(programs, 1))", "min(blocks, MAX_SPLITS)"),), ATTENTION,
+    ),
+    Mutation(
+        "read past the end", "orders to prefetch, Triton", "ops/l2_prefetch/triton.py",
+        (("tl.minimum(tl.maximum(size - at, 0), CHUNK)", "tl.full([THREADS], CHUNK, tl.int32)"),), AHEAD,
+    ),
+    Mutation(
+        "one tie too many", "many rows, Triton", "ops/topk_slots/streamed.py",
+        (("places(keys, before, threshold, K - greater)", "places(keys, before, threshold, K - greater + 1)"),), TOPK,
+    ),
+    Mutation(
+        "scale off by one", "weights for SM120's block-scaled tensor cores, Triton", "ops/mxfp4_moe/mxfp8.py",
+        (("exponent + (SHIFT + 6)", "exponent + (SHIFT + 5)"),), MXFP8,
+    ),
+    Mutation(
+        "operands of another format", "index scores, Triton", "ops/indexer_logits/triton.py",
+        (("FP8=c.fp8", "FP8=False"),), INDEXER,
     ),
     Mutation(
         "scratch shared by two streams", "keyed without the stream", "kernels.py",

@@ -12,6 +12,7 @@ from mutations.kernel_sites import KERNELS
 from mutations.mutation import (
     ATTENTION,
     COMPRESSOR,
+    DRAFT,
     DRAW,
     EXPERTS,
     HASHED,
@@ -239,6 +240,18 @@ _STEP = (
     Mutation(
         "tokens drawn by SGLang after all", "the step does not say that it draws", "plugin.py",
         (("    sample.serve(device)\n", ""),), PLUGIN,
+    ),
+    Mutation(
+        "head of another model", "the draft's, rounded before it was the target's", "step/draft.py",
+        (("if lm_head.weight is not self._source:", "if self._source is None:"),), DRAFT,
+    ),
+    Mutation(
+        "weights of another layout", "drafts by the step whatever the experts are", "plugin.py",
+        (("    if drafts():", "    if True:"),), DRAFT,
+    ),
+    Mutation(
+        "part not joined", "weights that come ahead, in a graph", "step/target.py", (("    at.beside.end()\n", ""),),
+        STREAMS,
     ),
     Mutation(
         "part not joined", "attention's, in a graph", "step/attention.py",
