@@ -14,7 +14,8 @@ another prompt of that length.
 `--overlay NAME=FOLDER…` adds a side: the step with the `sglang_sm120` that lies in FOLDER, of another commit perhaps.
 
 With `--ahead` the next server's processes start while the last one's are measured, and wait before they touch the GPU:
-a machine with cores to spare is done in half the time. Time to ready is then that of the first server only.
+a machine with cores to spare is done in half the time. Time to ready is then that of the first server only; of the
+others it is the time from when they may load the model.
 """
 
 from __future__ import annotations
@@ -80,8 +81,11 @@ def sides(overlays: Sequence[tuple[str, Path]] = ()) -> dict[str, Side]:
         return own | {name: Side(path=(folder,)) for name, folder in overlays}
     forced = (sm120_lowering.SERVER_FLAGS, sm120_lowering.SERVER_ENVIRONMENT)
     lowered = HERE / "lowered_children"
+    # FlashInfer's fused all-reduce makes NVLink multicast objects, which the machine's owner may forbid by this.
+    forbidden = os.environ.get("TORCH_SYMM_MEM_DISABLE_MULTICAST", "0") != "0"
+    flags = ("--moe-runner-backend", "marlin", *(sm120_lowering.NO_FUSED_ALL_REDUCE,) * forbidden)
     own = {
-        "sglang": Side(("--moe-runner-backend", "marlin"), {"SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0"}, is_step=False),
+        "sglang": Side(flags, {"SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0"}, is_step=False),
         "sm120": Side(*forced, (lowered,)),
         "native": Side(*forced),
     }
@@ -171,10 +175,14 @@ class Turns:
             self.prepare(turn)
         server, started = self._prepared.pop(turn)
         self._gate(turn).touch()
+        may_load = time.monotonic()
         try:
             started.result()
-            if not is_ahead:
-                found["eagle ready" if turn.eagle else "ready"] = time.monotonic() - began
+            now, kind = time.monotonic(), "eagle " * turn.eagle
+            if is_ahead:
+                found[f"{kind}load"] = now - may_load
+            else:
+                found[f"{kind}ready"] = now - began
             if then:
                 self.prepare(then)
             for what, figure in measure(server.url, self._args, turn.eagle, self._args.deadline):
@@ -289,6 +297,7 @@ def main() -> int:
     about: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "experts": args.experts,
         "date": time.strftime("%Y-%m-%d"), "asked": asked, "problems": [],
+        "flags": {name: known[name].flags for name in figures},
     }  # fmt: skip
 
     def save(**unfinished: dict[str, float]) -> None:
@@ -316,8 +325,8 @@ def main() -> int:
             turns.close()
     picture(about | {"figures": figures}, args.out / "side_by_side.svg")
     print("\n".join(["", table(figures), *(f"problem: {one[-700:]}" for one in about["problems"])]))
-    print(f"{about['gpu']}, torch {about['torch']}, {args.experts} experts, {args.runs} runs; ready in s, prefill in "
-          "tokens/s, the rest in ms")  # fmt: skip
+    print(f"{about['gpu']}, torch {about['torch']}, {args.experts} experts, {args.runs} runs; ready and load in s, "
+          "prefill in tokens/s, the rest in ms")  # fmt: skip
     return 1 if about["problems"] else 0
 
 

@@ -12,7 +12,9 @@ import re
 from typing import Any
 
 SHARED_LIMIT = 101_376
-SERVER_FLAGS = ("--moe-runner-backend", "triton", "--disable-prefill-cuda-graph")
+NO_FUSED_ALL_REDUCE = "--enforce-disable-flashinfer-allreduce-fusion"
+"""SGLang has FlashInfer's on a Hopper card at TP 2 and more, and none on SM12x."""
+SERVER_FLAGS = ("--moe-runner-backend", "triton", "--disable-prefill-cuda-graph", NO_FUSED_ALL_REDUCE)
 """Of a server with the step on a Hopper card: plain experts for the step to take over, of the target and its draft, and
 no graphs of SGLang's prefill."""
 SERVER_ENVIRONMENT = {

@@ -121,4 +121,5 @@ def step_settings(room: Room, request: Request) -> Iterator[Setting]:
         yield flag("disable-prefill-cuda-graph", True, "SGLang's prefill graphs hold its own layers, not the step")
     if not room.sm12x:
         yield flag("moe-runner-backend", "triton", "keeps the experts as loaded, for the step to take over")
+        yield flag("enforce-disable-flashinfer-allreduce-fusion", True, "SGLang fuses no all-reduce on SM12x either")
         yield from (env(name, "0", reason) for name, reason in EMULATION_VARIABLES.items())

@@ -78,7 +78,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("server", SERVERS)
-@pytest.mark.parametrize("tp", TPS)
+@pytest.mark.parametrize("tp", TPS, ids=lambda tp: f"tp{tp}")
 def test_recall(tp: int, server: str, checkpoint: Path, many: Path, tmp_path: Path) -> None:
     if torch.cuda.device_count() < tp:
         pytest.skip(f"{torch.cuda.device_count()} GPU, needed {tp}")

@@ -171,8 +171,7 @@ def test_a_server_that_is_prepared_loads_in_its_own_turn(turns: side_by_side.Tur
     while "step-0 starts" not in Recorded.events and time.monotonic() < deadline:
         time.sleep(0.01)
     assert "step-0 starts" in Recorded.events and not turns._gate(second).exists()
-    # Of this one the start says nothing.
-    assert set(turns.serve(second, None)) == {"decode 1 1024"}
+    assert set(turns.serve(second, None)) == {"load", "decode 1 1024"}
     turns.close()
     stops = [Recorded.events.index(f"{name} stops") for name in ("sglang-0", "step-0")]
     assert stops[0] < Recorded.events.index("step-0 is measured") < stops[1]
