@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_server import LOWERED, VOCABULARY, assert_nothing_compiled_late, generate
+from test_server import LOWERED, VOCABULARY, assert_nothing_compiled_late, first_difference, generate
 from test_server import checkpoint as checkpoint
 from test_server import logs as logs
 from test_server import tp as tp
@@ -156,8 +156,8 @@ def test_no_further_from_the_oracle_than_sglang(
     # The same tokens, until one where rounding decides: either side may be off by its error at both candidates.
     tie, same = 2 * float(theirs.max() + ours.max()), 0
     for a, b in zip(found, own, strict=True):
-        at = next((i for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=True)) if x != y), None)
-        same += NEW_TOKENS if at is None else at
-        assert at is None or b.lead(at) < tie
+        at = first_difference(a.tokens, b.tokens)
+        same += at
+        assert at == NEW_TOKENS or b.lead(at) < tie
     print(f"{same} of {len(own) * NEW_TOKENS} tokens are SGLang's up to the first that differs, by less than {tie:.2f}")
     assert same >= len(own) * NEW_TOKENS // 3

@@ -28,8 +28,6 @@ WIDTH = 4096
 EXPERTS = 16
 SMALL = ("--mem-fraction-static", "0.4", "--max-total-tokens", "65536")
 """Leaves the cards to others."""
-MARK = "SGLANG_SM120_TEST"
-"""Variable of all processes of one server."""
 
 
 @pytest.fixture(autouse=True)
@@ -100,26 +98,26 @@ def watched(folder: Path, *words: str) -> Iterator[Serve]:
     given = ("--config", str(CONFIG), "--gpus", "0,1", "--watch", *words)
     variables = environment()
     variables["PYTHONPATH"] = os.pathsep.join((str(RANDOM_WEIGHTS), variables.get("PYTHONPATH", "")))
-    variables[MARK] = str(folder)
     flags = ("--load-format", "dummy", "--grammar-backend", "none", *SMALL)
     with serve(REAL, folder / "model", folder, *given, flags=flags, **variables) as running:
         running.wait_for("evidence for this configuration", 600)
         ranks = {running.member(f"sglang::scheduler_TP{rank}").pid for rank in (0, 1)}
-        assert ranks <= on_the_cards(folder)
+        assert ranks <= on_the_cards()
         yield running
 
 
-def on_the_cards(folder: Path) -> set[int]:
-    """Processes that have memory on the first two cards and are not another server's: `folder`'s, or dead ones."""
+def on_the_cards() -> set[int]:
+    """Processes that have memory on the first two cards."""
     pynvml.nvmlInit()
     handles = [pynvml.nvmlDeviceGetHandleByIndex(card) for card in (0, 1)]
-    found = {each.pid for handle in handles for each in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)}
-    others = {each.pid for each in psutil.process_iter(["environ"]) if _mark(each) != str(folder)}
-    return found - others
+    return {each.pid for handle in handles for each in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)}
 
 
-def _mark(process: psutil.Process) -> str | None:
-    return (process.info["environ"] or {}).get(MARK)
+def assert_nothing_is_left(tree: list[psutil.Process]) -> None:
+    """Nothing of the server on the cards, and nothing of a process that is no more."""
+    left = on_the_cards()
+    assert not left & {process.pid for process in tree}
+    assert all(map(psutil.pid_exists, left))
 
 
 def test_a_killed_rank_ends_the_server_on_tp2(tmp_path: Path) -> None:
@@ -128,7 +126,7 @@ def test_a_killed_rank_ends_the_server_on_tp2(tmp_path: Path) -> None:
         tree = running.tree()
         running.member("sglang::scheduler_TP1").kill()
         assert running.ends(60, tree) == 1
-    assert not on_the_cards(tmp_path)
+    assert_nothing_is_left(tree)
 
 
 def test_a_frozen_rank_ends_the_server_on_tp2(tmp_path: Path) -> None:
@@ -141,4 +139,4 @@ def test_a_frozen_rank_ends_the_server_on_tp2(tmp_path: Path) -> None:
         assert running.ends(90, tree) == 1
         text = running.text()
         assert "(limit 20 s)" in text and f"--- {rank.pid} sglang::scheduler_TP1" in text
-    assert not on_the_cards(tmp_path)
+    assert_nothing_is_left(tree)
