@@ -7,7 +7,8 @@ from sglang_sm120.tolerance import EXACT
 
 
 def _softmax(a: Arguments) -> Run:
-    logits, temperature, noise = a["logits"], a["temperature"], a["noise"]
+    logits, noise = a["logits"], a["noise"]
+    temperature = a["temperature"].repeat_interleave(len(logits) // len(a["temperature"]), 0)
     probabilities = logits.clone()
 
     def draw() -> object:

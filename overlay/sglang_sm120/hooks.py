@@ -70,6 +70,20 @@ def sampled(logits: Any, info: Any) -> Any:
     return sample.sampled(logits, info)
 
 
+def draws_targets(logits: Any, info: Any) -> bool:
+    """`step.sample.draws_targets`, imported when it is called, as the next one."""
+    from .step import sample
+
+    return sample.draws_targets(logits, info)
+
+
+def target_tokens(logits: Any, info: Any) -> Any:
+    """`step.sample.target_tokens`."""
+    from .step import sample
+
+    return sample.target_tokens(logits, info)
+
+
 def sample_chain_target_only(*, retrive_index: Any, **arguments: Any) -> None:
     """`step.cpu_speculation.sample_chain_target_only`, called as SGLang calls `tree_speculative_sampling_target_only`.
 

@@ -129,19 +129,20 @@ def build(model: torch.nn.Module, hf_config: Any, context: spec.BuildContext) ->
     chunk = get_schedule().chunked_prefill_size or 0
     prefill = chunk if chunk > 0 else longest
     device = torch.device("cuda", torch.cuda.current_device())
-    warm_up(
-        hf_config.to_dict(),
-        tp=parallel.tp_size,
-        ep=parallel.moe_ep_size,
-        prefill_rows=prefill if takes_prefill() else MAX_ROWS,
-        lent_rows=prefill if patched() and not takes_prefill() else 0,
-        graph_rows=MAX_ROWS,
-        # The page tables in SGLang's graphs are as wide as the longest request with its drafts.
-        context=longest + get_req_to_token_extra_context_len(),
-        device=device,
-        barrier=parallel.tp_group.barrier,
-        compiles=parallel.tp_group.local_rank == 0,
-    )
+    with modules.late_ones(context.tokens_per_request > 1, hf_config.vocab_size):
+        warm_up(
+            hf_config.to_dict(),
+            tp=parallel.tp_size,
+            ep=parallel.moe_ep_size,
+            prefill_rows=prefill if takes_prefill() else MAX_ROWS,
+            lent_rows=prefill if patched() and not takes_prefill() else 0,
+            graph_rows=MAX_ROWS,
+            # The page tables in SGLang's graphs are as wide as the longest request with its drafts.
+            context=longest + get_req_to_token_extra_context_len(),
+            device=device,
+            barrier=parallel.tp_group.barrier,
+            compiles=parallel.tp_group.local_rank == 0,
+        )
     sample.serve(device)
     return built
 
@@ -232,6 +233,7 @@ def install_on_cpu(model: torch.nn.Module, hf_config: Any) -> None:
     from sglang.srt.kernel_plugins.nvidia.binding import MegakernelBinding
     from sglang.srt.runtime_context import get_parallel
 
+    from .step import sample
     from .step.draft import Draft
     from .step.target import Target
 
@@ -240,6 +242,7 @@ def install_on_cpu(model: torch.nn.Module, hf_config: Any) -> None:
         reasons.append(f"the model type is {hf_config.model_type} and the step serves {MODEL_TYPE}")
     if reasons:
         raise ValueError(f"sglang_sm120 cannot serve this model on a CPU: {'; '.join(reasons)}.")
+    sample.serve(torch.device("cpu"))
     step = Checked((Target if architecture == TARGET else Draft)(model))
     passes = Passes(architecture == TARGET and get_parallel().tp_rank == 0)
     binding, original = MegakernelBinding(model=model), model.forward

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import trace_modules
 
+from sglang_sm120.checkpoint.config import model_config
 from sglang_sm120_launch import modules
 from sglang_sm120_launch.cli import main
 from sglang_sm120_launch.commands import serve
@@ -38,7 +39,7 @@ done
 read_too() { sed -n 's/^#include "\(\/.*\)"$/\1/p' "$source" | tr '\n' ' '; }
 if [ -n "$dep" ] && [ -n "$source" ]; then echo "$out: $source $(read_too)" > "$dep"; fi
 """
-SERVER = """
+CARD = """
 import torch
 torch.cuda.is_available, torch.cuda.get_device_name = lambda: True, lambda *_: "card"
 torch.cuda.device_count, torch.cuda.current_device = lambda: 1, lambda: 0
@@ -50,11 +51,20 @@ from flashinfer.jit import core, sampling
 from sglang.kernels.jit.utils.compile import loader
 from sglang.kernels.ops.moe import dsv4
 loader._load = core.JitSpecNvcc.load = lambda library: library
+"""
+SERVER = CARD + """
 for _ in range(2):
     sampling.gen_sampling_module().build_and_load()
     dsv4._jit_hash_topk_module.__wrapped__()
 """
 """Asks twice for a module of each, on a card that torch seems to have; the second time both are found."""
+AHEAD = CARD + """
+import json, sys
+from sglang_sm120.step import modules
+sampling.get_sampling_module = sampling.gen_sampling_module().build_and_load
+with modules.late_ones(*json.loads(sys.argv[1])):
+    print("as long as others are made")
+"""
 
 
 class Place:
@@ -191,6 +201,24 @@ def test_what_a_server_asked_for_is_rebuilt_and_found(place: Place, tmp_path: Pa
         os.utime(file, (int(file.stat().st_mtime),) * 2)
     server = place.run(("-c", SERVER), SGLANG_SM120_MODULES=str(tmp_path / "again.jsonl"))
     assert "was built with nvcc" not in server.stderr and place.compiled() == []
+
+
+@pytest.mark.parametrize("speculates", [False, True])
+def test_what_requests_would_wait_for_is_built_before(place: Place, tmp_path: Path, speculates: bool):
+    """With top-k, top-p or drafts; all of it is in the list."""
+    asked, vocabulary = tmp_path / "asked.jsonl", model_config()["vocab_size"]
+    server = place.run(("-c", AHEAD, json.dumps([speculates, vocabulary])), SGLANG_SM120_MODULES=str(asked))
+    assert server.returncode == 0 and server.stdout == "as long as others are made\n", server.stderr
+    of_drafts = {"sgl_kernel_jit_speculative_tree", "sgl_kernel_jit_speculative_sampling_4_True"}
+    found = {json.loads(line)["name"]: json.loads(line) for line in asked.read_text().splitlines()}
+    assert set(found) == {"sampling", *(of_drafts if speculates else ())}
+    listed = {entry["name"]: {k: v for k, v in entry.items() if k != "runs"} for entry in modules.listed(120)}
+    assert found == {name: listed[name] for name in found}
+
+
+def test_a_module_that_cannot_be_built_ends_no_server(place: Place):
+    server = place.run(("-c", AHEAD, "[true, 6]"), **{FAILS: "speculative_tree"})
+    assert server.returncode == 0 and "could not build SGLang's module for verification ahead" in server.stderr
 
 
 @pytest.mark.parametrize(

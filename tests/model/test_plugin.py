@@ -32,7 +32,7 @@ from standin import New, Server, Weights, stub_sglang
 from sglang_sm120 import plugin, registry, warmup
 from sglang_sm120.limits import MAX_DRAFT_TOKENS, MAX_ROWS
 from sglang_sm120.plugin import Built, Checked, check_graphs, install_on_cpu
-from sglang_sm120.step import reasons, sample, target
+from sglang_sm120.step import modules, reasons, sample, target
 from sglang_sm120.step.passes import Passes
 from sglang_sm120.step.prepare import prepare
 from sglang_sm120.step.target import Target
@@ -284,7 +284,9 @@ def test_what_is_compiled_and_reserved_when_the_step_is_built(monkeypatch: pytes
     monkeypatch.setattr(target, "Target", str)
     monkeypatch.setattr(plugin, "Built", lambda *arguments, counts: (*arguments, counts))
     monkeypatch.setattr(warmup, "warm_up", lambda config, **sizes: given.update(sizes, config=config))
-    config = SimpleNamespace(to_dict=dict, max_position_embeddings=1 << 20)
+    config = SimpleNamespace(to_dict=dict, max_position_embeddings=1 << 20, vocab_size=6)
+    late: list[tuple[bool, int]] = []
+    monkeypatch.setattr(modules, "_late", lambda *asked: late.append(asked) or {})
 
     monkeypatch.setattr(sample, "_devices", set())
     context = SimpleNamespace(widths=(1, 2), tokens_per_request=1)
@@ -299,7 +301,7 @@ def test_what_is_compiled_and_reserved_when_the_step_is_built(monkeypatch: pytes
     monkeypatch.setattr(plugin, "takes_prefill", lambda: True)
     plugin.build("model", config, context)
     assert (given["context"], given["prefill_rows"]) == ((1 << 20) + 264, 2048)
-    assert given["lent_rows"] == 0
+    assert given["lent_rows"] == 0 and late == [(False, 6)] * 2
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from scipy.stats import chisquare
+from sglang.srt import runtime_context
 from sglang.srt.layers.sampler import Sampler
 
-from sglang_sm120 import ops
+from sglang_sm120 import hooks, ops
 from sglang_sm120.step import sample
 
 CPU = torch.device("cpu")
@@ -115,3 +116,90 @@ def test_tokens_come_as_often_as_the_softmax_says(drawn: Drawn, seed: int) -> No
     expected = (logits[0].double() / 0.8).softmax(-1) * 40_000
     # One seed in 10,000 would fail by chance.
     assert chisquare(torch.bincount(found.long(), minlength=12).double(), expected).pvalue > 1e-4
+
+
+@pytest.fixture
+def chain(drawn: Drawn, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The settings of a chain of drafts as a server has them by default, on one rank."""
+    found = SimpleNamespace(
+        speculative_accept_threshold_single=1.0, speculative_accept_threshold_acc=1.0, speculative_eagle_topk=1,
+        speculative_use_rejection_sampling=False,
+    )  # fmt: skip
+    parallel = SimpleNamespace(tp_group=SimpleNamespace(broadcast=lambda tokens, src: tokens))
+    monkeypatch.setattr(runtime_context, "get_spec", lambda: found)
+    monkeypatch.setattr(runtime_context, "get_parallel", lambda: parallel)
+    return found
+
+
+def batch(temperatures: torch.Tensor, **info: Any) -> SimpleNamespace:
+    filters = {"need_top_p_sampling": False, "need_top_k_sampling": False}
+    others = {"is_all_greedy": False, "sampling_seed": None, "sampling_mask_batch_indices": None}
+    return SimpleNamespace(**filters | others | {"temperatures": temperatures} | info)
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked"),
+    [
+        ({"speculative_accept_threshold_single": 0.9}, {}),
+        ({"speculative_accept_threshold_acc": 0.9}, {}),
+        ({"speculative_eagle_topk": 2}, {}),
+        ({"speculative_use_rejection_sampling": True}, {}),
+        ({}, {"need_top_p_sampling": True}),
+        ({}, {"need_top_k_sampling": True}),
+        ({}, {"sampling_seed": torch.tensor([1])}),
+        ({}, {"sampling_mask_batch_indices": torch.tensor([0])}),
+    ],
+)
+def test_sglang_verifies_when_asked_for(
+    settings: dict[str, Any], asked: dict[str, Any], chain: SimpleNamespace, drawn: Drawn
+) -> None:
+    logits = torch.randn(4, 40)
+    assert hooks.draws_targets(logits, batch(torch.ones(1, 1)))
+    vars(chain).update(settings)
+    assert not hooks.draws_targets(logits, batch(torch.ones(1, 1), **asked))
+    assert torch.equal(hooks.target_tokens(logits, batch(torch.ones(1, 1), **asked)), logits.argmax(-1))
+    assert drawn.calls == 0
+
+
+def test_a_greedy_batch_is_verified_by_its_likeliest_tokens(chain: SimpleNamespace, drawn: Drawn) -> None:
+    logits = torch.randn(8, 40)
+    found = hooks.target_tokens(logits, batch(torch.ones(2, 1), is_all_greedy=True))
+    assert torch.equal(found, logits.argmax(-1)) and drawn.calls == 0
+
+
+def test_every_rank_verifies_with_the_first_ones_tokens(
+    chain: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = SimpleNamespace(broadcast=lambda tokens, src: torch.full_like(tokens, 7 + src))
+    monkeypatch.setattr(runtime_context, "get_parallel", lambda: SimpleNamespace(tp_group=group))
+    assert hooks.target_tokens(torch.randn(4, 40), batch(torch.ones(2, 1))).tolist() == [7] * 4
+
+
+def test_verified_tokens_follow_the_target(chain: SimpleNamespace, seed: int) -> None:
+    """Of three nodes with two drafts: each sequence that the drafts allow as often as the target's product says."""
+    requests, words, temperatures = 40_000, 3, (0.6, 1.7)
+    logits = torch.randn(3, words, generator=torch.Generator().manual_seed(seed))
+    torch.manual_seed(seed)
+    info = batch(torch.tensor(temperatures).repeat(requests // 2).view(-1, 1))
+    targets = hooks.target_tokens(logits.repeat(requests, 1), info).view(requests, 3)
+    assert targets.dtype == torch.int64
+    drafts = (1, 2)
+    predicts = torch.zeros(requests * 3, dtype=torch.int32)
+    accepted_at = torch.full((requests, 3), -1, dtype=torch.int32)
+    candidates = torch.tensor([[0, *drafts]]).repeat(requests, 1)
+    kept = torch.zeros(requests, dtype=torch.int32)
+    nodes = torch.arange(requests * 3).view(requests, 3)
+    hooks.verify_chain_greedy(predicts, accepted_at, kept, candidates, nodes, targets)
+    for which, temperature in enumerate(temperatures):
+        p = (logits.double() / temperature).softmax(-1)
+        found, expected = [], []
+        for accepted, chance in enumerate((1.0, p[0, drafts[0]], p[0, drafts[0]] * p[1, drafts[1]])):
+            mine = (kept == accepted) & (torch.arange(requests) % 2 == which)
+            last = predicts.view(requests, 3)[mine, accepted]
+            for token in range(words):
+                if accepted == 2 or token != drafts[accepted]:
+                    found.append(int((last == token).sum()))
+                    expected.append(float(chance * p[accepted, token]) * requests / 2)
+        assert sum(found) == requests / 2
+        # One seed in 10,000 would fail by chance.
+        assert chisquare(found, expected).pvalue > 1e-4

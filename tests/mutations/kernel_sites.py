@@ -215,7 +215,11 @@ KERNELS = (
     ),
     Mutation(
         "draw without its temperature", "Triton", "ops/sample_token/triton.py",
-        (("logits / tl.load(temperature_ptr + row)", "logits"),), DRAW,
+        (("logits / tl.load(temperature_ptr + row // each)", "logits"),), DRAW,
+    ),
+    Mutation(
+        "each row of a verification has a temperature of its own", "Triton", "ops/sample_token/triton.py",
+        (("temperature_ptr + row // each", "temperature_ptr + row"),), DRAW,
     ),
     Mutation(
         "NaN drawn", "Triton", "ops/sample_token/triton.py",

@@ -234,6 +234,15 @@ _STEP = (
         (("        f = of_attention.all_reduce(f)\n", ""),), STEP,
     ),
     Mutation(
+        "top-p left out", "tokens that drafts are compared with", "step/sample.py",
+        ((" or info.need_top_p_sampling", ""),), SAMPLER,
+    ),
+    Mutation(
+        "each rank draws for itself", "tokens that drafts are compared with", "step/sample.py",
+        (("get_parallel().tp_group.broadcast(_drawn(logits, info).long(), src=0)", "_drawn(logits, info).long()"),),
+        SAMPLER,
+    ),
+    Mutation(
         "noise of another distribution", "for the draw of a token", "step/sample.py",
         ((".exponential_()", ".uniform_()"),), SAMPLER,
     ),

@@ -297,8 +297,8 @@ def router_topk(router_logits, correction_bias, k, renormalize=True):
 
 
 def sample_token(logits, temperature, noise):
-    tokens = []
-    for row, t, e in zip(f64(logits), f64(temperature), f64(noise), strict=True):
+    tokens, each = [], len(logits) // len(temperature)
+    for row, t, e in zip(f64(logits), np.repeat(f64(temperature), each, 0), f64(noise), strict=True):
         scores = row / t - np.log(np.maximum(e, np.finfo(np.float32).tiny))
         scores = np.where(np.isnan(scores), -np.inf, scores).tolist()
         tokens.append(scores.index(max(scores)))

@@ -185,7 +185,8 @@ DRAW = {"logits": torch.zeros(3, 5), "temperature": torch.ones(3, 1), "noise": t
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"temperature": torch.ones(1, 1)},
+        {"temperature": torch.ones(2, 1)},
+        {"temperature": torch.ones(0, 1)},
         {"temperature": torch.ones(3)},
         {"noise": torch.ones(1, 5)},
         {"logits": torch.zeros(3, 0), "noise": torch.ones(3, 0)},
@@ -194,7 +195,7 @@ DRAW = {"logits": torch.zeros(3, 5), "temperature": torch.ones(3, 1), "noise": t
 def test_a_draw_of_other_shapes_is_refused(wrong: dict[str, Any]) -> None:
     for provider in ops.sample_token.providers:
         assert ops.sample_token.by(provider, **DRAW).tolist() == [0, 0, 0]
-        with pytest.raises(ValueError, match=r"and need \[T, V\], \[T, 1\] and \[T, V\]"):
+        with pytest.raises(ValueError, match=r"and need \[T, V\], \[B, 1\] and \[T, V\]"):
             ops.sample_token.by(provider, **DRAW | wrong)
 
 

@@ -8,10 +8,14 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import math
 import os
 import sys
 import time
-from functools import wraps
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial, wraps
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -39,6 +43,34 @@ def watch() -> None:
     except (ImportError, AttributeError) as error:
         # What it would say is not worth a server.
         logger.warning("sglang_sm120 does not see which modules are built with nvcc: %s.", error)
+
+
+@contextmanager
+def late_ones(speculates: bool, vocabulary: int) -> Iterator[None]:
+    """While the context lasts, build or load what SGLang asks for at the first request that needs it.
+
+    That is a request with top-k or top-p, and with speculation every one: it would wait for nvcc.
+    """
+    with ThreadPoolExecutor() as pool:
+        made = {name: pool.submit(make) for name, make in _late(speculates, vocabulary).items()}
+        yield
+    for name, future in made.items():
+        if error := future.exception():
+            # As without this: who needs it gets SGLang's own error.
+            logger.warning("sglang_sm120 could not build SGLang's module for %s ahead of a request: %s", name, error)
+
+
+def _late(speculates: bool, vocabulary: int) -> dict[str, Callable[[], object]]:
+    from flashinfer.sampling import get_sampling_module
+    from sglang.kernels.ops.speculative import sampling, tree
+
+    found: dict[str, Callable[[], object]] = {"top-k and top-p": get_sampling_module}
+    if speculates:
+        found["verification"] = tree._jit_tree_module
+        found["verification with top-k and top-p"] = partial(
+            sampling._jit_sampling_module, math.gcd(4, vocabulary), True
+        )
+    return found
 
 
 def _log_builds() -> None:

@@ -1,4 +1,4 @@
-"""What SGLang's sampler asks the package: one token a request, where no probability is needed."""
+"""What SGLang's samplers ask the package: one token a row of logits, where no probability is needed."""
 
 from __future__ import annotations
 
@@ -28,8 +28,42 @@ def sampled(logits: torch.Tensor, info: Any) -> torch.Tensor | None:
     Args:
         info: SGLang's `SamplingBatchInfo` of a batch without top-k, top-p and min-p.
     """
-    if logits.device not in _devices or info.sampling_seed is not None or info.sampling_mask_batch_indices is not None:
-        return None
+    return _drawn(logits, info) if _draws(logits, info) else None
+
+
+def draws_targets(logits: torch.Tensor, info: Any) -> bool:
+    """Whether a verification may take `target_tokens` of a sampled batch, and accept the drafts that are these.
+
+    The token behind a node is then its draft d with the target's probability p(d), and each other token t with p(t), as
+    after SGLang's `tree_speculative_sampling_target_only` of a chain with both thresholds at 1.
+
+    Args:
+        logits: fp32 [T, V], T / B rows a request.
+        info: SGLang's `SamplingBatchInfo` of B requests.
+    """
+    if not _draws(logits, info) or info.need_top_k_sampling or info.need_top_p_sampling:
+        return False
+    from sglang.srt.runtime_context import get_spec
+
+    spec = get_spec()
+    thresholds = (spec.speculative_accept_threshold_single, spec.speculative_accept_threshold_acc)
+    return thresholds == (1, 1) and spec.speculative_eagle_topk == 1 and not spec.speculative_use_rejection_sampling
+
+
+def target_tokens(logits: torch.Tensor, info: Any) -> torch.Tensor:
+    """The target's token of each row, int64 [T]: the likeliest, or where `draws_targets` a drawn one, rank 0's."""
+    if info.is_all_greedy or not draws_targets(logits, info):
+        return logits.argmax(-1)
+    from sglang.srt.runtime_context import get_parallel
+
+    return get_parallel().tp_group.broadcast(_drawn(logits, info).long(), src=0)
+
+
+def _draws(logits: torch.Tensor, info: Any) -> bool:
+    return logits.device in _devices and info.sampling_seed is None and info.sampling_mask_batch_indices is None
+
+
+def _drawn(logits: torch.Tensor, info: Any) -> torch.Tensor:
     from .. import ops
 
     noise = torch.empty(logits.shape, dtype=torch.float32, device=logits.device).exponential_()

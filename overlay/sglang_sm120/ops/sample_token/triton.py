@@ -17,9 +17,9 @@ PART = 4096
 _LEAST = tl.constexpr(LEAST)
 
 
-@triton.jit(do_not_specialize=["vocabulary", "parts", "stride"])
+@triton.jit(do_not_specialize=["vocabulary", "parts", "stride", "each"])
 def _best_of_part(
-    logits_ptr, temperature_ptr, noise_ptr, best_ptr, place_ptr, vocabulary, parts, stride, PART: tl.constexpr
+    logits_ptr, temperature_ptr, noise_ptr, best_ptr, place_ptr, vocabulary, parts, stride, each, PART: tl.constexpr
 ):  # fmt: skip
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = part * PART + tl.arange(0, PART)
@@ -27,7 +27,7 @@ def _best_of_part(
     wait()
     logits = tl.load(logits_ptr + row * stride + at, mask=live, other=-float("inf"))
     noise = tl.load(noise_ptr + row * vocabulary + at, mask=live, other=1.0)
-    scores = logits / tl.load(temperature_ptr + row) - tl.log(tl.maximum(noise, _LEAST))
+    scores = logits / tl.load(temperature_ptr + row // each) - tl.log(tl.maximum(noise, _LEAST))
     scores = tl.where(scores == scores, scores, -float("inf"))  # a comparison with NaN could choose no token at all
     best, place = tl.max(scores, axis=0, return_indices=True, return_indices_tie_break_left=True)
     tl.store(best_ptr + row * parts + part, best)
@@ -64,7 +64,7 @@ def sample_token_triton(a: Arguments) -> torch.Tensor:
     tokens = torch.empty(rows, dtype=torch.int32, device=a.logits.device)
     kernels.launch(
         _best_of_part, (rows, parts), a.logits, a.temperature, a.noise, best, place, vocabulary, parts,
-        a.logits.stride(0), PART=PART, num_warps=8,
+        a.logits.stride(0), rows // a.temperature.shape[0], PART=PART, num_warps=8,
     )  # fmt: skip
     lanes = triton.next_power_of_2(parts)
     kernels.launch(_best_of_row, (rows,), best, place, tokens, parts, LANES=lanes, num_warps=1)
