@@ -29,6 +29,9 @@ Negative where less was read, or faster, than the first term says."""
 TOLD = (1, 8, 32)
 SUM_MS = 0.010
 """One sum over ranks; assumed."""
+OFF = 0.15
+"""By so much two H200 with all experts at most differed from this formula, which is not made from their figures
+(results/2026-11-30-h200-tp2/decode.json). Of another card nobody knows."""
 
 
 def weights(model: Model, rows: int, tp: int) -> float:
@@ -72,5 +75,5 @@ def sentence(model: Model, card: str, tp: int, requests: int, *, speculates: boo
     plain = " without speculation" if speculates else ""
     return (
         f"Predicted, not measured: a decode step{plain} takes {told} requests of little context, by the bytes it reads "
-        f"and what an H200 showed (docs/launcher.md, Prediction)."
+        f"and what an H200 showed; two H200 were up to {OFF:.0%} off (docs/launcher.md, Prediction)."
     )

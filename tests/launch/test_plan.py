@@ -84,7 +84,7 @@ FACTS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "container": ({"container": True}, set()),
     "small /dev/shm with peer access": ({"shm_mib": 64}, set()),
     "root ports": ({"link": "root"}, set()),
-    "different sockets": ({"link": "system"}, COMMS - {"NCCL_P2P_DISABLE"}),
+    "different sockets": ({"link": "system"}, COMMS - {"NCCL_P2P_DISABLE"} | {"SGLANG_ENABLE_PCIE_IPC_ALLREDUCE"}),
     "no peer access": ({"p2p": False}, COMMS),
     "IOMMU": ({"iommu": "translated"}, COMMS),
     "IOMMU passes through": ({"iommu": "passthrough"}, set()),

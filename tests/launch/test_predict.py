@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,10 @@ import pytest
 from sglang_sm120_launch import predict
 from sglang_sm120_launch.model import Model, _from_config
 
-MEASURED = Path(__file__).parents[2] / "results/2026-11-30-h200-three-runs/side-by-side.json"
+ROOT = Path(__file__).parents[2]
+MEASURED = ROOT / "results/2026-11-30-h200-three-runs/side-by-side.json"
+TWO_CARDS = ROOT / "results/2026-11-30-h200-tp2/decode.json"
+SHEET = ROOT / "docs/launcher.md"
 
 
 def test_the_rest_is_what_the_measurement_leaves(flash: Model):
@@ -23,6 +27,31 @@ def test_the_rest_is_what_the_measurement_leaves(flash: Model):
         ms = statistics.median(measured["figures"]["sm120"][f"decode {rows} 1024"])
         read = predict.weights(served, rows, 1) / (predict.SHARE * predict.BANDWIDTH["NVIDIA H200"] * 1e6)
         assert rest == pytest.approx(ms - read, abs=0.006)
+
+
+def test_how_far_two_cards_were_off(flash: Model):
+    """Two ranks with all experts, by which no part of the formula was chosen."""
+    measured = json.loads(TWO_CARDS.read_text())
+    assert (measured["experts"], measured["asked"]["tp"]) == (256, 2) and flash.config["n_routed_experts"] == 256
+    predicted = predict.step_ms(flash, measured["gpu"], 2)
+    off = [
+        statistics.median(measured["figures"]["sm120"][f"decode {rows} 1024"]) / predicted[rows] - 1
+        for rows in predict.TOLD
+    ]
+    assert max(map(abs, off)) == pytest.approx(predict.OFF, abs=0.005)
+
+
+def test_the_sheet_is_the_formulas(flash: Model):
+    """The table of docs/launcher.md, row by row."""
+    rows = [line for line in SHEET.read_text().splitlines() if re.match(r"\| \d × ", line)]
+    assert len(rows) >= 3
+    for row in rows:
+        what, read, ms, tokens = (cell.strip() for cell in row.strip("|").split("|"))
+        tp, card = int(what[0]), "NVIDIA " + what[4:]
+        predicted = predict.step_ms(flash, card, tp)
+        assert read == ", ".join(f"{predict.weights(flash, b, tp) / 1e9:.1f}" for b in predict.TOLD)
+        assert ms == ", ".join(f"{predicted[b]:.1f}" for b in predict.TOLD)
+        assert tokens == ", ".join(f"{b * 1000 / predicted[b]:,.0f}" for b in predict.TOLD)
 
 
 def test_bytes_of_a_step(flash: Model):
