@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -286,7 +287,7 @@ def test_what_is_compiled_and_reserved_when_the_step_is_built(monkeypatch: pytes
     monkeypatch.setattr(warmup, "warm_up", lambda config, **sizes: given.update(sizes, config=config))
     config = SimpleNamespace(to_dict=dict, max_position_embeddings=1 << 20, vocab_size=6)
     late: list[tuple[bool, int]] = []
-    monkeypatch.setattr(modules, "_late", lambda *asked: late.append(asked) or {})
+    monkeypatch.setattr(modules, "late_ones", lambda *asked: late.append(asked) or nullcontext())
 
     monkeypatch.setattr(sample, "_devices", set())
     context = SimpleNamespace(widths=(1, 2), tokens_per_request=1)

@@ -12,10 +12,10 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial, wraps
+from functools import wraps
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -51,26 +51,22 @@ def late_ones(speculates: bool, vocabulary: int) -> Iterator[None]:
 
     That is a request with top-k or top-p, and with speculation every one: it would wait for nvcc.
     """
+    late: dict[str, tuple[Any, ...]] = {"top-k and top-p": ("flashinfer.sampling", "get_sampling_module")}
+    if speculates:
+        ops, width = "sglang.kernels.ops.speculative", math.gcd(4, vocabulary)
+        late["verification"] = (f"{ops}.tree", "_jit_tree_module")
+        late["verification with top-k and top-p"] = (f"{ops}.sampling", "_jit_sampling_module", width, True)
     with ThreadPoolExecutor() as pool:
-        made = {name: pool.submit(make) for name, make in _late(speculates, vocabulary).items()}
+        made = {what: pool.submit(_make, *whence) for what, whence in late.items()}
         yield
-    for name, future in made.items():
+    for what, future in made.items():
         if error := future.exception():
             # As without this: who needs it gets SGLang's own error.
-            logger.warning("sglang_sm120 could not build SGLang's module for %s ahead of a request: %s", name, error)
+            logger.warning("sglang_sm120 could not build SGLang's module for %s ahead of a request: %s", what, error)
 
 
-def _late(speculates: bool, vocabulary: int) -> dict[str, Callable[[], object]]:
-    from flashinfer.sampling import get_sampling_module
-    from sglang.kernels.ops.speculative import sampling, tree
-
-    found: dict[str, Callable[[], object]] = {"top-k and top-p": get_sampling_module}
-    if speculates:
-        found["verification"] = tree._jit_tree_module
-        found["verification with top-k and top-p"] = partial(
-            sampling._jit_sampling_module, math.gcd(4, vocabulary), True
-        )
-    return found
+def _make(module: str, name: str, *arguments: object) -> object:
+    return getattr(import_module(module), name)(*arguments)
 
 
 def _log_builds() -> None:
