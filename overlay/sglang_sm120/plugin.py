@@ -114,7 +114,7 @@ def build(model: torch.nn.Module, hf_config: Any, context: spec.BuildContext) ->
     from sglang.srt.mem_cache.allocation_sizing import get_req_to_token_extra_context_len
     from sglang.srt.runtime_context import get_exec, get_model, get_parallel, get_schedule
 
-    from .step import sample
+    from .step import draft_states, sample
     from .step.prepare import patched
     from .step.target import Target
     from .warmup import warm_up
@@ -141,8 +141,10 @@ def build(model: torch.nn.Module, hf_config: Any, context: spec.BuildContext) ->
         device=device,
         barrier=parallel.tp_group.barrier,
         compiles=parallel.tp_group.local_rank == 0,
+        speculates=context.tokens_per_request > 1,
     )
     sample.serve(device)
+    draft_states.serve(device)
     return built
 
 
@@ -232,6 +234,7 @@ def install_on_cpu(model: torch.nn.Module, hf_config: Any) -> None:
     from sglang.srt.kernel_plugins.nvidia.binding import MegakernelBinding
     from sglang.srt.runtime_context import get_parallel
 
+    from .step import draft_states
     from .step.draft import Draft
     from .step.target import Target
 
@@ -252,6 +255,7 @@ def install_on_cpu(model: torch.nn.Module, hf_config: Any) -> None:
         passes.take(mode_of(forward_batch), input_ids.shape[0])
         return step(binding.forward_view(), input_ids, positions, forward_batch)
 
+    draft_states.serve(torch.device("cpu"))
     model.forward = forward
     model._derived_weight_cache_error = "Online weight updates are not supported with the step of sglang_sm120 on a CPU"
     logger.info("sglang_sm120: the step serves every pass of %s on this CPU.", architecture)
