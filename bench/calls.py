@@ -33,5 +33,7 @@ def checker(call: Call) -> Callable[[Any], str | None]:
     part = sample(call)
     if ops.SPECS[call.op].scores:
         return lambda result: selection_problem(part, tensors(result)[0][:ROWS_COMPARED])
+    if problem := ops.SPECS[call.op].problem:
+        return lambda result: problem(part.arguments, *(t[:ROWS_COMPARED] for t in tensors(result)))
     expected = reference_result(part)
     return lambda result: worst(call.op, [t[:ROWS_COMPARED] for t in tensors(result)], expected).problem

@@ -70,7 +70,7 @@ def problem_of(baseline: Baseline, call: Call, result: Any) -> str | None:
     """None, or how the first rows of the baseline's `result` differ from the reference's."""
     part, got = sample(call), [t[:ROWS_COMPARED] for t in tensors(result)]
     if of_choice := ops.SPECS[call.op].problem:
-        return of_choice(baseline.computes(part.arguments), got[0])
+        return of_choice(baseline.computes(part.arguments), *got)
     expected = reference_result(Call(call.op, call.label, baseline.computes(part.arguments)))
     if len(got) != len(expected):
         return f"it gives {len(got)} tensors and the op {len(expected)}"

@@ -79,7 +79,7 @@ def compare(call: Call, provider: str = "triton") -> Verdict:
     if ops.SPECS[call.op].scores:
         return Verdict(selection_problem(call, got[0]))
     if problem := ops.SPECS[call.op].problem:
-        return Verdict(problem(call.arguments, got[0]))
+        return Verdict(problem(call.arguments, *got))
     return worst(call.op, got, reference_result(call))
 
 

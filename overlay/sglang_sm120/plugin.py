@@ -114,7 +114,7 @@ def build(model: torch.nn.Module, hf_config: Any, context: spec.BuildContext) ->
     from sglang.srt.mem_cache.allocation_sizing import get_req_to_token_extra_context_len
     from sglang.srt.runtime_context import get_exec, get_model, get_parallel, get_schedule
 
-    from .step import sample
+    from .step import draft_states, sample
     from .step.prepare import patched
     from .step.target import Target
     from .warmup import warm_up
@@ -129,7 +129,8 @@ def build(model: torch.nn.Module, hf_config: Any, context: spec.BuildContext) ->
     chunk = get_schedule().chunked_prefill_size or 0
     prefill = chunk if chunk > 0 else longest
     device = torch.device("cuda", torch.cuda.current_device())
-    with modules.late_ones(context.tokens_per_request > 1, hf_config.vocab_size):
+    speculates = context.tokens_per_request > 1
+    with modules.late_ones(speculates, hf_config.vocab_size):
         warm_up(
             hf_config.to_dict(),
             tp=parallel.tp_size,
@@ -142,8 +143,10 @@ def build(model: torch.nn.Module, hf_config: Any, context: spec.BuildContext) ->
             device=device,
             barrier=parallel.tp_group.barrier,
             compiles=parallel.tp_group.local_rank == 0,
+            speculates=speculates,
         )
     sample.serve(device)
+    draft_states.serve(device)
     return built
 
 
@@ -233,7 +236,7 @@ def install_on_cpu(model: torch.nn.Module, hf_config: Any) -> None:
     from sglang.srt.kernel_plugins.nvidia.binding import MegakernelBinding
     from sglang.srt.runtime_context import get_parallel
 
-    from .step import sample
+    from .step import draft_states, sample
     from .step.draft import Draft
     from .step.target import Target
 
@@ -243,6 +246,7 @@ def install_on_cpu(model: torch.nn.Module, hf_config: Any) -> None:
     if reasons:
         raise ValueError(f"sglang_sm120 cannot serve this model on a CPU: {'; '.join(reasons)}.")
     sample.serve(torch.device("cpu"))
+    draft_states.serve(torch.device("cpu"))
     step = Checked((Target if architecture == TARGET else Draft)(model))
     passes = Passes(architecture == TARGET and get_parallel().tp_rank == 0)
     binding, original = MegakernelBinding(model=model), model.forward

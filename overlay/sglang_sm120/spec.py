@@ -38,14 +38,14 @@ class Spec:
     traffic(arguments): bytes read and written once, and floating-point operations, that a call cannot do without.
     aim(arguments, rows, context): what a call at TP 2 is to reach: `bench`'s name of a share, at least, or of a time.
     tunables: by family of kernels, (shape, rows, heuristic's) -> configurations that `make tune` tries.
-    served: a server with the step calls it, and warm-up compiles its Triton kernels.
+    served: a server with the step calls it, and warm-up compiles its Triton kernels. speculates: with EAGLE alone.
     lent: patched SGLang's own forward calls it too, in its prefill and in the graphs of that.
     context: powers of two of the context that launch the same kernels; 0 where its arguments do not depend on it.
     streams: how many of `streams` call it, beside the step's own.
     by_experts: expert parallelism divides its experts by number.
     trials(arguments): name and table of launches that no default takes, whose errors `prove` tells and does not judge.
-    exact: its results are not rounded. scores: the op by whose result it chooses. problem(arguments, result): of
-    another choice, how it is none of the best.
+    exact: its results are not rounded. scores: the op by whose result it chooses. problem(arguments, *results): where
+    equal results are not what is asked, of another choice or of what was written in place, what is wrong with them.
     synchronises: its reference asks the GPU for sizes, so that no graph can hold it.
     prefill: what SGLang's own forward runs in its place on SM12x, as its source says.
     """
@@ -56,13 +56,14 @@ class Spec:
     tunables: Mapping[str, Callable[[tuple[int, ...], int, Any], Iterator[Any]]] = field(default_factory=dict)
     trials: Callable[[Arguments], Mapping[str, Mapping[Any, Any]]] = lambda _: {}
     served: bool = False
+    speculates: bool = False
     lent: bool = False
     context: int = 0
     streams: int = 0
     by_experts: bool = False
     exact: bool = False
     scores: str | None = None
-    problem: Callable[[Arguments, torch.Tensor], str | None] | None = None
+    problem: Callable[..., str | None] | None = None
     synchronises: bool = False
     prefill: str | None = None
 
@@ -132,5 +133,6 @@ class Inputs:
 
 
 def nbytes(*values: Any) -> int:
-    """Bytes of tensors, other values left out."""
-    return sum(value.numel() * value.element_size() for value in values if isinstance(value, torch.Tensor))
+    """Bytes of tensors, also of those in tuples; other values left out."""
+    tensors = (value.nbytes for value in values if isinstance(value, torch.Tensor))
+    return sum(tensors) + sum(nbytes(*value) for value in values if isinstance(value, tuple))

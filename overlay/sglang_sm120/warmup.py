@@ -23,9 +23,9 @@ from .compilation import Job, compile_jobs, rehearse_job, variant_key
 logger = logging.getLogger(__name__)
 
 
-def served() -> list[str]:
-    """The ops with Triton kernels that the step calls."""
-    return [name for name in ops.with_triton() if ops.SPECS[name].served]
+def served(speculates: bool = True) -> list[str]:
+    """The ops with Triton kernels that the step calls, or calls without speculation."""
+    return [name for name in ops.with_triton() if ops.SPECS[name].served and speculates >= ops.SPECS[name].speculates]
 
 
 def steps(op: str, prefill_rows: int, graph_rows: int, context: int) -> tuple[tuple[int, int], ...]:
@@ -61,6 +61,7 @@ def warm_up(
     barrier: Callable[[], None] = lambda: None,
     compiles: bool = True,
     lent_rows: int = 0,
+    speculates: bool = True,
 ) -> None:
     """Compile in parallel into Triton's cache on disk, load every kernel from there, reserve scratch.
 
@@ -72,14 +73,15 @@ def warm_up(
         barrier: waits for the other ranks.
         compiles: whether this rank is the one that compiles for its host.
         lent_rows: tokens of the largest pass in which SGLang's own forward calls what is lent to it.
+        speculates: whether the server does.
     """
     sizes = (tp, ep, prefill_rows, graph_rows, context)
-    key = (*sizes, lent_rows, device)
+    key = (*sizes, lent_rows, speculates, device)
     if key in _warm:
         return
     began = time.monotonic()
     table = registry.table(registry.device_kind(device))
-    ours = {ops.named(name) for name in (*served(), *ops.with_own())}
+    ours = {ops.named(name) for name in (*served(speculates), *ops.with_own())}
     names = [f"{row.op}={row.provider}" for row in table if row.chosen and (row.op, row.provider) in ours]
     found = variants(config, *sizes, names, kernels.sms(device), tuned.of_device(device), lent_rows)
     for op, size in found.scratch.items():
@@ -106,7 +108,7 @@ def warm_up(
     )  # fmt: skip
 
 
-_warm: set[tuple[int, int, int, int, int, int, torch.device]] = set()
+_warm: set[tuple[int, int, int, int, int, int, bool, torch.device]] = set()
 _Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 

@@ -358,21 +358,6 @@ def test_state_of_the_last_pass_is_gathered(seed: int, batch: int, with_hidden: 
             assert part.tolist() == [buffer[i].tolist() for i in indices.tolist()]
 
 
-@SOME
-@given(seeds, batches, nodes)
-def test_refused_nodes_leave_the_rings(seed: int, batch: int, n: int) -> None:
-    g, ring, dim = generator(seed), 16, 3
-    state = torch.rand(6, ring, 2 * dim, generator=g)
-    rows, lengths = torch.randperm(6, generator=g)[:batch], below(g, 70, batch)
-    accepted = below(g, n, batch) + 1
-    expected = state.clone()
-    for row, length, kept in zip(rows.tolist(), lengths.tolist(), accepted.tolist(), strict=True):
-        for node in range(kept, n):
-            expected[row, (length + node) % ring] = torch.tensor([0.0] * dim + [-torch.inf] * dim)
-    hooks.clear_unaccepted_c128_draft_states(state, rows, lengths.int(), accepted.int(), ring, n)
-    assert torch.equal(state, expected)
-
-
 @FEW
 @given(seeds, st.integers(1, 4), nodes, st.booleans())
 def test_chains_are_those_of_sglangs_kernels(seed: int, batch: int, n: int, full: bool) -> None:
@@ -399,8 +384,7 @@ def test_chains_are_those_of_sglangs_kernels(seed: int, batch: int, n: int, full
 
 @FEW
 @given(seeds, st.integers(1, 4))
-def test_slots_and_state_are_those_of_sglangs_kernels(seed: int, batch: int) -> None:
-    from sglang.kernels.ops.kvcache import dsv4_c128_cleanup
+def test_slots_and_tokens_are_those_of_sglangs_kernels(seed: int, batch: int) -> None:
     from sglang.kernels.ops.speculative import cache_locs, eagle
     from sglang.srt.mem_cache import allocation
 
@@ -424,8 +408,3 @@ def test_slots_and_state_are_those_of_sglangs_kernels(seed: int, batch: int) -> 
     hooks.fill_bonus_tokens(tokens, lengths, bonus[0], 5)
     eagle.fill_bonus_tokens[(batch,)](tokens, lengths, bonus[1], 5)
     assert torch.equal(*bonus)
-    states = [torch.rand(8 * 16, 512, generator=generator(seed)) for _ in "ab"]
-    hooks.clear_unaccepted_c128_draft_states(states[0], rows, start, lengths, 16, 5)
-    kernel = dsv4_c128_cleanup._clear_unaccepted_c128_draft_states_kernel
-    kernel[(batch, 5, 1)](states[1], rows, start, lengths, 16, 256, 5, BLOCK_D=256)
-    assert torch.equal(*states)

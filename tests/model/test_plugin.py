@@ -33,7 +33,7 @@ from standin import New, Server, Weights, stub_sglang
 from sglang_sm120 import plugin, registry, warmup
 from sglang_sm120.limits import MAX_DRAFT_TOKENS, MAX_ROWS
 from sglang_sm120.plugin import Built, Checked, check_graphs, install_on_cpu
-from sglang_sm120.step import modules, reasons, sample, target
+from sglang_sm120.step import draft_states, modules, reasons, sample, target
 from sglang_sm120.step.passes import Passes
 from sglang_sm120.step.prepare import prepare
 from sglang_sm120.step.target import Target
@@ -289,20 +289,22 @@ def test_what_is_compiled_and_reserved_when_the_step_is_built(monkeypatch: pytes
     late: list[tuple[bool, int]] = []
     monkeypatch.setattr(modules, "late_ones", lambda *asked: late.append(asked) or nullcontext())
 
-    monkeypatch.setattr(sample, "_devices", set())
+    for asked in (sample, draft_states):
+        monkeypatch.setattr(asked, "_devices", set())
     context = SimpleNamespace(widths=(1, 2), tokens_per_request=1)
     assert plugin.build("model", config, context) == ("model", (1, 2), reasons.TARGET_MODES, True)
-    assert sample._devices == {torch.device("cuda", 3)}
+    assert sample._devices == draft_states._devices == {torch.device("cuda", 3)}
     assert given == {
         "config": {}, "tp": 4, "ep": 2, "prefill_rows": MAX_ROWS, "graph_rows": MAX_ROWS, "context": 98_304 + 264,
         "lent_rows": 2048,  # the series is applied here
+        "speculates": False,
         "device": torch.device("cuda", 3), "barrier": None, "compiles": False,
     }  # fmt: skip
     bags["get_model"].context_length = None
     monkeypatch.setattr(plugin, "takes_prefill", lambda: True)
-    plugin.build("model", config, context)
-    assert (given["context"], given["prefill_rows"]) == ((1 << 20) + 264, 2048)
-    assert given["lent_rows"] == 0 and late == [(False, 6)] * 2
+    plugin.build("model", config, SimpleNamespace(widths=(1, 2), tokens_per_request=2))
+    assert (given["context"], given["prefill_rows"], given["speculates"]) == ((1 << 20) + 264, 2048, True)
+    assert given["lent_rows"] == 0 and late == [(False, 6), (True, 6)]
 
 
 @pytest.mark.parametrize(
@@ -487,8 +489,9 @@ def test_another_model_type_is_refused_on_a_cpu(model: SimpleNamespace, architec
 
 def test_embeddings_are_refused_on_a_cpu(model: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime_context, "get_parallel", lambda: SimpleNamespace(tp_rank=0))
+    monkeypatch.setattr(draft_states, "_devices", set())
     install_on_cpu(model, hf_config())
-    assert model.forward is not _not_called
+    assert model.forward is not _not_called and draft_states._devices == {torch.device("cpu")}
     ids = torch.zeros(1, dtype=torch.int64)
     with pytest.raises(ValueError, match="^A request brings embeddings, .*: send text or token ids\\.$"):
         model.forward(ids, ids, batch(ForwardMode.EXTEND), input_embeds=ids)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mutations.mutation import (
     AHEAD,
     ATTENTION,
+    CLEARING,
     COMPILED,
     DRAW,
     EXPERTS,
@@ -234,6 +235,18 @@ KERNELS = (
             ),
         ),
         DRAW,
+    ),
+    Mutation(
+        "first refused draft stays in the ring", "Triton", "ops/clear_draft_states/triton.py",
+        (("offset >= tl.load(accept_lens", "offset > tl.load(accept_lens"),), CLEARING,
+    ),
+    Mutation(
+        "refused drafts cleared behind their ring's end", "Triton", "ops/clear_draft_states/triton.py",
+        (("to(tl.int64) + offset) % ring_size", "to(tl.int64)) % ring_size + offset"),), CLEARING,
+    ),
+    Mutation(
+        "refused drafts of the first layer alone cleared", "Triton", "ops/clear_draft_states/triton.py",
+        (("addresses + tl.program_id(2)", "addresses"),), CLEARING,
     ),
     Mutation(
         "stale scratch", "merge reads parts that nobody wrote, Triton", "ops/sparse_mla/triton.py",

@@ -11,6 +11,8 @@ import re
 from mutations.kernel_sites import KERNELS
 from mutations.mutation import (
     ATTENTION,
+    CLEARED,
+    CLEARING,
     COMPRESSOR,
     DRAFT,
     DRAW,
@@ -168,6 +170,14 @@ _REFERENCES = (
         "ops/router_topk/__init__.py", (("if renormalize:", "if False:"),), ROUTER,
     ),
     Mutation(
+        "first refused draft stays in the ring", "torch reference", "ops/clear_draft_states/__init__.py",
+        (("offset >= accept_lens", "offset > accept_lens"),), CLEARING,
+    ),
+    Mutation(
+        "refused drafts cleared behind their ring's end", "torch reference", "ops/clear_draft_states/__init__.py",
+        (("[:, None] + offset) % ring_size", "[:, None]) % ring_size + offset"),), CLEARING,
+    ),
+    Mutation(
         "draw without its temperature", "torch reference", "ops/sample_token/__init__.py",
         (("scores = logits / temperature", "scores = logits"),), DRAW,
     ),
@@ -249,6 +259,14 @@ _STEP = (
     Mutation(
         "tokens drawn by SGLang after all", "the step does not say that it draws", "plugin.py",
         (("    sample.serve(device)\n", ""),), PLUGIN,
+    ),
+    Mutation(
+        "refused drafts cleared by SGLang after all", "the step does not say that it clears", "plugin.py",
+        (("    draft_states.serve(device)\n", ""),), PLUGIN,
+    ),
+    Mutation(
+        "refused drafts of the first layer alone cleared", "table of the layers", "step/draft_states.py",
+        (("for of_layer in states])", "for of_layer in states[:1]])"),), CLEARED,
     ),
     Mutation(
         "head of another model", "the draft's, rounded before it was the target's", "step/draft.py",

@@ -305,6 +305,17 @@ def sample_token(logits, temperature, noise):
     return torch.tensor(tokens, dtype=torch.int32)
 
 
+def clear_draft_states(layers, req_pool_indices, seq_lens, accept_lens, ring_size, num_draft_tokens):
+    for request, length, accepted in zip(
+        req_pool_indices.tolist(), seq_lens.tolist(), accept_lens.tolist(), strict=True
+    ):
+        for position in range(length + accepted, length + num_draft_tokens):
+            for states in layers.states:
+                slot = states[request * ring_size + position % ring_size]
+                slot[: len(slot) // 2] = 0
+                slot[len(slot) // 2 :] = -math.inf
+
+
 def l2_prefetch(first, second):
     pass
 

@@ -10,6 +10,7 @@ import torch
 from sglang_sm120 import ops
 from sglang_sm120.formats import e8m0, fp8_block, indexer_page, kv_page, mxfp4
 from sglang_sm120.ops import _math
+from sglang_sm120.ops.clear_draft_states import Layers
 
 
 def test_sinkhorn_two_iterations() -> None:
@@ -129,3 +130,18 @@ def test_indexer_page_record() -> None:
 @pytest.mark.parametrize(("page_size", "size"), [(256, 149_760), (64, 37_440), (2, 1_728)])
 def test_kv_page_bytes(page_size: int, size: int) -> None:
     assert kv_page.page_bytes(page_size) == size
+
+
+def test_refused_drafts_leave_their_slots() -> None:
+    # Rings of 4 slots, verifications of 3 tokens. Request 0 has ring 2, slots 8 to 11: its tokens lie in 11, 8 and 9,
+    # of which the first stays. Request 1 has ring 0: of 1, 2 and 3 the last goes. Request 2 keeps all.
+    states = [torch.arange(48.0).view(12, 4) + layer for layer in (0, 100)]
+    lengths, accepted = torch.tensor([7, 5, 2]), torch.tensor([1, 2, 3])
+    for provider in ops.clear_draft_states.providers:
+        found = [layer.clone() for layer in states]
+        rings = torch.tensor([2, 0, 1])
+        ops.clear_draft_states.by(provider, Layers.of(found), rings, lengths, accepted, 4, 3)
+        for before, after in zip(states, found, strict=True):
+            expected = before.clone()
+            expected[[8, 9, 3]] = torch.tensor([0, 0, -torch.inf, -torch.inf])
+            assert torch.equal(after, expected)

@@ -137,8 +137,8 @@ def slots() -> dict[str, Any]:
 
 def between_passes() -> dict[str, Any]:
     """What one pass of a speculating server hands to the next."""
-    from sglang.kernels.ops.kvcache import dsv4_c128_cleanup
     from sglang.kernels.ops.speculative import eagle, gather_spec_extras
+    from sglang.srt.mem_cache.deepseek_v4_memory_pool import DeepSeekV4TokenToKVPool
 
     bonus = card(torch.zeros(BATCH, dtype=torch.int32))
     tokens, accepted = torch.randint(50, (BATCH, NODES)).int(), torch.tensor([1, 4, 2]).int()
@@ -146,10 +146,13 @@ def between_passes() -> dict[str, Any]:
     buffers = [torch.rand(8, 1), torch.randint(50, (8, 1)), torch.randint(50, (8,)).int(), torch.rand(8, 4, 6)]
     _, rows, lengths = card(*table())
     gathered = gather_spec_extras.gather_spec_extras(rows, *card(*buffers))
-    states = card(torch.rand(8 * 16, 32))
-    dsv4_c128_cleanup.clear_unaccepted_c128_draft_states(
-        states, rows, lengths, card(accepted), ring_size=16, num_draft_tokens=NODES
-    )
+    states = [card(torch.rand(8 * 16, 32)) for _ in range(3)]
+    pool = DeepSeekV4TokenToKVPool.__new__(DeepSeekV4TokenToKVPool)
+    pool.compress_state_pools = [None] + [
+        types.SimpleNamespace(ratio=ratio, ring_size=16, kv_score_buffer=types.SimpleNamespace(kv_score=state))
+        for ratio, state in zip((4, 128, 128), states, strict=True)
+    ]
+    pool.clear_unaccepted_c128_draft_states(rows, lengths, card(accepted), NODES)
     return written({"bonus": bonus, "gathered": gathered, "rings": states})
 
 

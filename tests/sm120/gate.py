@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from kernel_table import Key, key
 from resources import Resources, read_resources
+from torch.utils._pytree import tree_map_only
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
@@ -136,4 +137,4 @@ def _calls(op: str, tp: int, rows: int, context: int) -> list[Call]:
 
 
 def _shapes(call: Call) -> list[object]:
-    return [tuple(value.shape) if isinstance(value, torch.Tensor) else value for value in call.arguments.values()]
+    return list(tree_map_only(torch.Tensor, lambda tensor: tuple(tensor.shape), call.arguments).values())

@@ -181,8 +181,9 @@ def test_a_provider_that_was_asked_for_is_compiled() -> None:
     assert not missing and own > {"_gate_up_mxfp8", "_down_mxfp8", "quantise_rows", "_gate_up", "_down_row"}
 
 
+@pytest.mark.parametrize("speculates", [False, True])
 @pytest.mark.parametrize("asked", ["", "mxfp4_moe=mxfp8", "mxfp4_moe=torch"])
-def test_the_warm_up_compiles_what_is_chosen(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_warm_up_compiles_what_is_chosen(asked: str, speculates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     class Found(Exception):
         pass
 
@@ -197,7 +198,7 @@ def test_the_warm_up_compiles_what_is_chosen(asked: str, monkeypatch: pytest.Mon
     registry.reset()
     try:
         with pytest.raises(Found) as found:
-            warmup.warm_up(model_config(), 2, 1, 256, 64, 4096, torch.device("cuda", 0))
+            warmup.warm_up(model_config(), 2, 1, 256, 64, 4096, torch.device("cuda", 0), speculates=speculates)
     finally:
         monkeypatch.undo()
         registry.reset()
@@ -205,6 +206,7 @@ def test_the_warm_up_compiles_what_is_chosen(asked: str, monkeypatch: pytest.Mon
     experts = "" if asked.endswith("torch") else asked or "mxfp4_moe=triton"
     # Nothing chooses the kernels of l2_prefetch by itself.
     expected = {f"{op}=triton" for op in warmup.served() if op not in ("mxfp4_moe", "l2_prefetch")} | {experts} - {""}
+    expected -= set() if speculates else {"clear_draft_states=triton"}
     assert set(names) == expected and len(names) == len(expected)
 
 

@@ -253,24 +253,3 @@ def gather_spec_extras(
     """Rows `indices` ([B] int) of each buffer ([requests, …]): what the last pass left for each request."""
     i = indices.long()
     return topk_p[i], topk_index[i], output_tokens[i], None if hidden_states is None else hidden_states[i]
-
-
-def clear_unaccepted_c128_draft_states(
-    state: Tensor, req_pool_indices: Tensor, seq_lens: Tensor, accept_lens: Tensor, ring_size: int, draft_tokens: int
-) -> None:
-    """Take what refused nodes left in the ratio-128 compressor's rings out of its softmax: value 0, score -inf.
-
-    Args:
-        state: [requests, ring_size, 2 * dim] or with the first two as one, fp32, written: values, then scores.
-        req_pool_indices: [B] int, rings.
-        seq_lens: [B] int, tokens before the verification, that is the first node's position.
-        accept_lens: [B] int, nodes that stay, at least 1.
-        ring_size: slots of a ring; position p lies in slot p % ring_size.
-        draft_tokens: N.
-    """
-    node = torch.arange(draft_tokens)
-    slots = req_pool_indices.long()[:, None] * ring_size + (seq_lens.long()[:, None] + node) % ring_size
-    refused = slots[node >= accept_lens[:, None]]
-    rings, dim = state.view(-1, state.shape[-1]), state.shape[-1] // 2
-    rings[refused, :dim] = 0.0
-    rings[refused, dim:] = float("-inf")

@@ -1,0 +1,24 @@
+"""Other implementations of `clear_draft_states`."""
+
+from __future__ import annotations
+
+from baselines import Arguments, Baseline, Run
+from sglang_sm120.tolerance import EXACT
+
+
+def _a_layer(a: Arguments) -> Run:
+    from sglang.kernels.ops.kvcache.dsv4_c128_cleanup import clear_unaccepted_c128_draft_states
+
+    lengths = [a[name] for name in ("req_pool_indices", "seq_lens", "accept_lens")]
+    sizes = {name: a[name] for name in ("ring_size", "num_draft_tokens")}
+
+    def clear() -> None:
+        for states in a["layers"].states:
+            clear_unaccepted_c128_draft_states(states, *lengths, **sizes)
+
+    return clear
+
+
+OTHERS = [
+    Baseline("sglang_pool", "one kernel a layer", _a_layer, EXACT, needs=("sglang",), lowered=True),
+]
