@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from gate import RANKS, SAMPLE, SAMPLED, Compiled, Name, Run, all_steps, compile_all, jobs, other_steps
+from gate import SAMPLE, SAMPLED, Compiled, Name, Run, all_steps, compile_all, jobs, other_steps
 from tqdm import tqdm
 
+from sglang_sm120.checkpoint.config import RANKS
 from sglang_sm120.compilation import Job
 
 

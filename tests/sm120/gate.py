@@ -17,14 +17,12 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from sglang_sm120 import ops, registry
-from sglang_sm120.checkpoint.config import FLASH, PRO, model_config
+from sglang_sm120.checkpoint.config import FLASH, RANKS, model_config
 from sglang_sm120.compilation import Job, Kernel, compile_jobs
 from sglang_sm120.spec import Call
 
-RANKS = ((FLASH, 1), (FLASH, 2), (FLASH, 4), (PRO, 8))
-"""(model, TP) of every shape; what one rank has of Pro's experts fits no card at a smaller TP."""
 SAMPLED = ((FLASH, 2),)
-"""Those of the sample."""
+"""Of RANKS those of the sample."""
 ROWS = tuple(sorted({2**i + more for i in range(14) for more in (0, 1)} - {8193}))
 """1 … 8,192, the largest chunk of a prefill: providers choose by powers of two, so each and the one above it.
 

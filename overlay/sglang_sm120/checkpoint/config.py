@@ -143,8 +143,10 @@ class ReferenceConfig:
 
 FLASH = "deepseek-ai/DeepSeek-V4-Flash"
 PRO = "deepseek-ai/DeepSeek-V4-Pro"
-PUBLISHED = (FLASH, PRO)
-"""Models whose `config.json` is known here."""
+PUBLISHED = {FLASH: (1, 2, 4), PRO: (8,)}
+"""Models whose `config.json` is known here, and the tensor parallelism at which tools look at them: of fewer than eight
+ranks each has more of Pro's experts than a card holds."""
+RANKS = tuple((model, tp) for model, sizes in PUBLISHED.items() for tp in sizes)
 
 
 def model_config(model: str = FLASH) -> dict[str, Any]:
