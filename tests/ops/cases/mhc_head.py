@@ -13,7 +13,7 @@ from .common import Case, Maker
 
 
 def cases(kind: str) -> Iterator[Case]:
-    """Odd widths and Pro's; the model's width on a GPU."""
+    """Odd widths; the model's width on a GPU."""
 
     def build(make: Maker, tokens: int, hidden: int) -> dict[str, Any]:
         return {
@@ -26,8 +26,7 @@ def cases(kind: str) -> Iterator[Case]:
             "hc_eps": 0.1,
         }
 
-    # 7,168 columns are 112 steps, and of as many parts as a power of two some have none.
-    sizes = [(0, 64), (1, 64), (3, 100), (17, 96), (70, 32), (2, 7168)]
+    sizes = [(0, 64), (1, 64), (3, 100), (17, 96), (70, 32)]
     if kind != "cpu":
         sizes += [(tokens, model_config()["hidden_size"]) for tokens in (1, 2, 4, 8, 16, 33, 64, 65, 300)]
     for tokens, hidden in sizes:
