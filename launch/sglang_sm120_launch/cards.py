@@ -20,12 +20,16 @@ ALIKE = 0.97
 
 @dataclass(frozen=True)
 class Cards:
-    """The chosen cards: one of them, how much memory the poorest has, ranks over all nodes, and why."""
+    """The chosen cards: one of them, how much memory the poorest has, ranks over all nodes, and why.
+
+    ep is how many of the ranks divide the experts by number, as `experts_by` says.
+    """
 
     gpu: Gpu
     memory_mib: int
     used_mib: int
     tp: int
+    ep: int
     why_tp: str
     visible: tuple[int, ...] | None
     why_visible: str
@@ -61,13 +65,13 @@ def choose(machine: Machine, model: Model, wanted: tuple[int, ...] | None, tp: i
         raise LaunchError(f"{unserved[0].name} has no DeepSeek-V4 kernels: name other cards with --gpus.")
     nodes = machine.nodes
     if tp is None:
-        local = next((size for size in SIZES if size <= len(group) and divides(model, size * nodes)), 0)
+        local = next((size for size in SIZES if size <= len(group) and experts_by(model, size * nodes)), 0)
         if not local:
             raise LaunchError(f"{nodes} nodes make no number of ranks that divides the model: use 1, 2, 4 or 8 cards.")
         ranks, why = local * nodes, _why(local, len(group), nodes)
     else:
         ranks, why = tp, "as given"
-        if not divides(model, tp) or tp % nodes or tp // nodes > len(group):
+        if not experts_by(model, tp) or tp % nodes or tp // nodes not in SIZES or tp // nodes > len(group):
             most = next((size for size in SIZES if size <= len(group)), 0) * nodes
             raise LaunchError(
                 f"TP {tp} was asked for, and {nodes} x {len(group)} cards and the model's heads, groups and FP8 blocks "
@@ -87,6 +91,7 @@ def choose(machine: Machine, model: Model, wanted: tuple[int, ...] | None, tp: i
         memory_mib=min(gpu.memory_mib for gpu in gpus),
         used_mib=max(gpu.used_mib for gpu in gpus),
         tp=ranks,
+        ep=experts_by(model, ranks),
         why_tp=why,
         visible=tuple(group) if subset else None,
         why_visible="as --gpus says" if wanted is not None else "ranks need cards that are alike, and 1, 2, 4 or 8",
@@ -114,12 +119,19 @@ def _size(count: int) -> int:
     return next(size for size in SIZES if size <= count)
 
 
-def divides(model: Model, tp: int) -> bool:
-    """Whether ranks get whole heads, output groups and FP8 blocks."""
+def experts_by(model: Model, tp: int) -> int:
+    """By how many of `tp` ranks the experts are divided by number, as SGLang's `--ep-size` says; 0 where it cannot be.
+
+    1: each rank has a part of every expert, of whole FP8 blocks, beside whole heads and output groups. `tp`, of more
+    ranks than a node has: the parts would be no whole blocks, so that each has whole experts, the shared one too.
+    """
     config = model.config
-    inter, low_rank = config["moe_intermediate_size"], config["o_groups"] * config["o_lora_rank"]
-    whole = config["num_attention_heads"] % tp == 0 and config["o_groups"] % tp == 0
-    return tp in SIZES and whole and inter % (tp * FP8_BLOCK) == 0 and low_rank % (tp * FP8_BLOCK) == 0
+    low_rank = config["o_groups"] * config["o_lora_rank"]
+    if config["num_attention_heads"] % tp or config["o_groups"] % tp or low_rank % (tp * FP8_BLOCK):
+        return 0
+    if config["moe_intermediate_size"] % (tp * FP8_BLOCK) == 0:
+        return 1
+    return tp if tp > max(SIZES) and config["n_routed_experts"] % tp == 0 else 0
 
 
 def _why(local: int, count: int, nodes: int) -> str:

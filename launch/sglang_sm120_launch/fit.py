@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 from sglang_sm120.limits import PAGE
 
 from . import memory
+from .cards import SIZES, experts_by
 from .errors import LaunchError
 from .memory import Pools
 from .model import Model
@@ -47,6 +48,7 @@ class Room:
         usable: what SGLang sees as available before it loads the model.
         step: which passes the step takes.
         draft_tokens: tokens a request verifies per step with MTP, 0 without.
+        ep: ranks that divide the experts by number.
         device: `cuda` or `cpu`.
         sm12x: SGLang's own passes run its SM120 kernels.
         patched: SGLang's own passes take the step's `wo_a`, so that its bf16 one goes when the step is built.
@@ -58,19 +60,20 @@ class Room:
     tp: int
     step: Step
     draft_tokens: int
+    ep: int = 1
     device: str = "cuda"
     sm12x: bool = False
     patched: bool = True
 
     def loaded(self, model: Model) -> dict[str, int]:
         """Bytes of one rank that are taken before SGLang sizes the cache, by what takes them."""
-        taken = memory.weights(model, self.tp, self.device)
+        taken = memory.weights(model, self.tp, self.device, ep=self.ep)
         if self.step != "none":
             taken |= memory.step_weights(model, self.tp, self.device, mtp=self.draft_tokens > 0)
             if self.patched:
                 del taken[memory.WO_A]
         if self.draft_tokens:
-            draft = memory.weights(model, self.tp, self.device, mtp=True)
+            draft = memory.weights(model, self.tp, self.device, mtp=True, ep=self.ep)
             if self.step != "none" and self.patched:
                 del draft[memory.WO_A]
             taken["draft model"] = sum(draft.values())
@@ -218,7 +221,8 @@ class _Try:
             "allowance": memory.SLACK,
         }
         if room.device == "cuda" and room.step != "all":
-            taken["experts' workspace (SGLang's prefill)"] = memory.prefill_workspace(config, room.tp, chunk)
+            width = room.tp // room.ep
+            taken["experts' workspace (SGLang's prefill)"] = memory.prefill_workspace(config, width, chunk)
         if room.device == "cpu":
             taken["indexer scores"] = memory.prefill_scores(chunk, context)
         elif room.sm12x and room.step != "all":
@@ -330,10 +334,15 @@ def _graphs(
 def _advice(model: Model, room: Room) -> str:
     if room.device == "cpu":
         return "a CPU serves small checkpoints only"
-    for tp in (2, 4, 8):
-        needed = sum(replace(room, tp=tp).loaded(model).values())
-        if tp > room.tp and room.usable - needed >= 4 * GIB:
-            return f"use {tp} such cards (TP {tp}, {_gib(needed)} GiB of weights and scratch each)"
+    for tp in (2, 4, 8, 16):
+        if tp <= room.tp or not (ep := experts_by(model, tp)):
+            continue
+        nodes = tp > max(SIZES)
+        more = replace(room, tp=tp, ep=ep, step="none") if nodes else replace(room, tp=tp)
+        needed = sum(more.loaded(model).values())
+        if room.usable - needed >= 4 * GIB:
+            where = ", 8 on each of two nodes: `plan --topology 2n`" if nodes else ""
+            return f"use {tp} such cards (TP {tp}, {_gib(needed)} GiB of weights and scratch each{where})"
     return "use cards with more memory"
 
 

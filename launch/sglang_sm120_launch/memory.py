@@ -50,13 +50,14 @@ class Pools:
     c128_state: int
 
 
-def weights(model: Model, tp: int, device: str, mtp: bool = False) -> dict[str, int]:
+def weights(model: Model, tp: int, device: str, mtp: bool = False, ep: int = 1) -> dict[str, int]:
     """Bytes of the weights that SGLang keeps on one of `tp` ranks, by what they are.
 
     Args:
         device: `cuda`, where the experts' scales stay one byte each, or `cpu`, where SGLang widens them to four.
         mtp: the MTP layer alone, with the embedding and head that the draft worker has of its own until the cache is
             sized.
+        ep: ranks that have whole experts, and the shared one.
     """
     experts = output = other = 0
     for kind, size in model.bytes_of.items():
@@ -69,7 +70,7 @@ def weights(model: Model, tp: int, device: str, mtp: bool = False) -> dict[str, 
             size *= 4  # SGLang widens E8M0 to fp32
         elif kind.role == "norm":
             size *= 2  # and these norms from bf16
-        if kind.sharded:
+        if kind.sharded and not (kind.shared_expert and ep > 1):
             size = -(-size // tp)
         if kind.expert:
             experts += size
@@ -214,7 +215,8 @@ def activations(config: Mapping[str, Any], tp: int, chunk: int, requests: int) -
 def prefill_workspace(config: Mapping[str, Any], tp: int, chunk: int) -> int:
     """What SGLang's CUTLASS experts take for a chunk: every token once for each of its experts.
 
-    Per copy: FP8 values and their scales, the bf16 result, and this rank's gate and up in bf16, then FP8.
+    Per copy: FP8 values and their scales, the bf16 result, and this rank's gate and up in bf16, then FP8. tp: ranks
+    that divide each expert.
     """
     hidden, inter = config["hidden_size"], config["moe_intermediate_size"] // tp
     copy = hidden + hidden // 32 + 2 * hidden + 2 * 2 * inter + inter + inter // 32

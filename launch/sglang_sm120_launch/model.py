@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 from .errors import LaunchError
 
-FLASH = "deepseek-ai/DeepSeek-V4-Flash"
 MODEL_TYPE = "deepseek_v4"
 INDEX = "model.safetensors.index.json"
 _QUANTISED = {"quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -29,14 +28,16 @@ class Kind(NamedTuple):
     """What tensors have in common as far as memory goes.
 
     owner is `layers`, `mtp` or `shared`, the embedding and head that both use; role `weight`, `scale` of an FP8 or
-    MXFP4 weight, or `norm` of a compressor; sharded says that tensor parallelism divides it; wo_a, that it belongs to
-    the attention's first output projection, which SGLang and the step each keep in a form of their own.
+    MXFP4 weight, or `norm` of a compressor; sharded says that tensor parallelism divides it; shared_expert, that it is
+    of the one that every token meets; wo_a, that it belongs to the attention's first output projection, which SGLang
+    and the step each keep in a form of their own.
     """
 
     owner: str
     expert: bool
     role: str
     sharded: bool
+    shared_expert: bool
     wo_a: bool
 
 
@@ -50,7 +51,8 @@ def kind_of(name: str) -> Kind:
         role = "scale"
     else:
         role = "norm" if name.endswith("compressor.norm.weight") else "weight"
-    return Kind(owner, ".experts." in name, role, _SHARDED.search(name) is not None, ".attn.wo_a." in name)
+    shared = ".shared_experts." in name
+    return Kind(owner, ".experts." in name, role, _SHARDED.search(name) is not None, shared, ".attn.wo_a." in name)
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Model:
 
     @classmethod
     def load(cls, path: str) -> Model:
-        """Read a checkpoint directory, a model of the Hugging Face cache, or Flash's published config.
+        """Read a checkpoint directory, a model of the Hugging Face cache, or the known config of a published model.
 
         Raises:
             LaunchError: there is no such model here, it is not DeepSeek-V4, or a file of the checkpoint is missing.
@@ -86,10 +88,10 @@ class Model:
         file = folder / "config.json" if folder is not None else None
         if file is not None and file.is_file():
             config = checked(read_json(file), path, file)
-        elif path == FLASH:
+        elif known(path):
             from sglang_sm120.checkpoint.config import model_config
 
-            config = model_config()
+            config = model_config(path)
         else:
             raise LaunchError(f"{folder} has no config.json: give the directory of a DeepSeek-V4 checkpoint.")
         expected = _from_config(config)
@@ -102,7 +104,7 @@ class Model:
 
 
 def located(path: str) -> Path | None:
-    """The directory of a checkpoint or of a model in the Hugging Face cache; None for Flash, known without either.
+    """The directory of a checkpoint or of a model in the Hugging Face cache; None for a model known without either.
 
     Raises:
         LaunchError: there is no such model here.
@@ -111,12 +113,22 @@ def located(path: str) -> Path | None:
     if folder.is_dir():
         return folder
     cached = _cached(path)
-    if cached is None and path != FLASH:
+    if cached is None and not known(path):
         raise LaunchError(
             f"{path} is neither a directory nor a model in the Hugging Face cache: give a checkpoint directory "
             f"or download it first with `hf download`."
         )
     return cached
+
+
+def known(name: str) -> bool:
+    """Whether a published model's config is in the overlay."""
+    # Imported where it is used, here and below: doctor runs without the overlay too.
+    try:
+        from sglang_sm120.checkpoint.config import PUBLISHED
+    except ModuleNotFoundError:
+        return False
+    return name in PUBLISHED
 
 
 def _cached(name: str) -> Path | None:
@@ -140,7 +152,6 @@ def checked(config: dict[str, Any], path: str, file: Path) -> dict[str, Any]:
     kind = config.get("model_type")
     if kind != MODEL_TYPE:
         raise LaunchError(f"{path} is a model of type {kind}, needed {MODEL_TYPE}: this launcher serves nothing else.")
-    # Imported where it is used: doctor runs without the overlay too.
     from sglang_sm120.checkpoint.config import ReferenceConfig
 
     try:

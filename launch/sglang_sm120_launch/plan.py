@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from sglang_sm120.limits import CPU_SERVER, SM12X, takes_prefill
 
 from . import contract, memory, predict, values
-from .cards import choose, divides
+from .cards import SIZES, choose, experts_by
 from .comms import comms
 from .errors import LaunchError
 from .fit import Fit, Room, Step, fit
@@ -129,7 +129,7 @@ def _on_cuda(machine: Machine, model: Model, request: Request) -> _Decided:
         lines.append(("operating system (unified memory)", -HOST_SHARE))
     step: Step = "none" if absent else "all" if prefill else "decode"
     usable = sum(size for _, size in lines)
-    room = Room(gpu.name, tuple(lines), usable, tp, step, draft, sm12x=sm12x, patched=request.patched)
+    room = Room(gpu.name, tuple(lines), usable, tp, step, draft, cards.ep, sm12x=sm12x, patched=request.patched)
     preferred = 4096 if sm12x else 8192
     found = fit(model, room, values.given(request, model), preferred)
     settings = [
@@ -174,8 +174,8 @@ def _require_served(request: Request) -> None:
 
 def _on_cpu(machine: Machine, model: Model, request: Request) -> _Decided:
     tp = values.number(request, "tp-size") or 1
-    if not divides(model, tp):
-        most = max(size for size in (1, 2, 4, 8) if divides(model, size))
+    if tp not in SIZES or not experts_by(model, tp):
+        most = max(size for size in SIZES if experts_by(model, size))
         raise LaunchError(
             f"TP {tp} was asked for, and the model's heads, groups and FP8 blocks allow powers of two up to {most}."
         )

@@ -27,6 +27,9 @@ EMULATION_VARIABLES = {
 
 def rank_settings(machine: Machine, cards: Cards) -> Iterator[Setting]:
     yield flag("tp-size", cards.tp, cards.why_tp)
+    if cards.ep > 1:
+        yield flag("ep-size", cards.ep, "parts of every expert would be no whole FP8 blocks: each rank has whole ones")
+        yield env("SGLANG_SHARED_EXPERT_TP1", "1", "the shared expert is whole on each rank too, for the same reason")
     if machine.nodes > 1:
         yield flag("nnodes", machine.nodes, "hosts that serve one model together; each gets its --node-rank")
     if cards.visible is not None:

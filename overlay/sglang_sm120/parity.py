@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import kernels, ops, registry, tuned
-from .checkpoint.config import model_config
+from .checkpoint.config import FLASH, model_config
 from .spec import Call
 from .tolerance import BF16, EXACT, FP32, Tolerance
 
@@ -35,9 +35,9 @@ SILENCE_SECONDS = 300
 """A call that takes longer hangs: SIGALRM ends the process, wherever it waits."""
 
 
-def calls_of(op: str, tp: int, rows: int, context: int, seed: int) -> Iterator[Call]:
-    """The model's calls of one op, with random values on the GPU."""
-    return ops.calls(op, model_config(), tp, rows, context, DEVICE, seed)
+def calls_of(op: str, tp: int, rows: int, context: int, seed: int, model: str = FLASH) -> Iterator[Call]:
+    """A published model's calls of one op, with random values on the GPU."""
+    return ops.calls(op, model_config(model), tp, rows, context, DEVICE, seed)
 
 
 def tensors(value: Any) -> list[torch.Tensor]:

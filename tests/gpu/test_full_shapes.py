@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sglang_sm120 import ops, registry
+from sglang_sm120.checkpoint.config import FLASH, PRO, RANKS
 from sglang_sm120.parity import calls_of, compare, replay
 
 ROWS = (1, 2, 4, 8, 16, 33, 64, 65, 256, 4096)
@@ -24,20 +25,22 @@ def here(name: str) -> tuple[str, str]:
     return op, provider
 
 
-@pytest.mark.parametrize("tp", (1, 2, 4))
+@pytest.mark.parametrize(("model", "tp"), RANKS)
 @pytest.mark.parametrize(("rows", "context"), STEPS)
 @pytest.mark.parametrize("name", OPS)
-def test_parity(name: str, rows: int, context: int, tp: int, seed: int) -> None:
+def test_parity(name: str, rows: int, context: int, model: str, tp: int, seed: int) -> None:
     op, provider = here(name)
-    found = [(call.label, compare(call, provider).problem) for call in calls_of(op, tp, rows, context, seed)]
+    calls = calls_of(op, tp, rows, context, seed, model)
+    found = [(call.label, compare(call, provider).problem) for call in calls]
     torch.cuda.empty_cache()
     assert not [(label, problem) for label, problem in found if problem]
 
 
 @pytest.mark.parametrize("rows", (1, 4, 32, 64, 128))
+@pytest.mark.parametrize(("model", "tp"), ((FLASH, 2), (PRO, 8)))
 @pytest.mark.parametrize("name", OPS)
-def test_graph_replay_is_bit_equal(name: str, rows: int, seed: int) -> None:
+def test_graph_replay_is_bit_equal(name: str, model: str, tp: int, rows: int, seed: int) -> None:
     op, provider = here(name)
-    for call in calls_of(op, 2, rows, 8192, seed):
+    for call in calls_of(op, tp, rows, 8192, seed, model):
         problem = replay(call, seed, provider)
         assert problem is None, f"{call.label}, {problem}"

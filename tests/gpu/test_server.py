@@ -1,12 +1,14 @@
 """The server with the step on this machine's GPUs: the Triton kernels in CUDA graphs against the torch references.
 
-One checkpoint of full width and six layers is written here. Each configuration is one server, shared by its tests;
-two GPUs run tensor-parallel too. On a Hopper card the servers' Triton kernels are lowered as for SM120.
+One checkpoint of full width and six layers is written here, and one of V4-Pro's width and two. Each configuration is
+one server, shared by its tests; two GPUs run tensor-parallel too. On a Hopper card the servers' Triton kernels are
+lowered as for SM120.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import os
 import random
@@ -27,6 +29,7 @@ import torch
 import sm120_lowering
 import traces
 from local_server import LocalServer
+from sglang_sm120.checkpoint.config import PRO, model_config
 from sglang_sm120_reference.write import main as write_checkpoint
 from side_by_side import EAGLE
 
@@ -109,12 +112,16 @@ def test_the_untouched_sglang_is_untouched(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return wide(tmp_path_factory.mktemp("wide"), model_config(), LAYERS, 16)
+
+
+def wide(place: Path, config: dict[str, Any], layers: str, experts: int) -> Path:
+    """A checkpoint of a model's width with few layers and experts, in a folder of `place`."""
     pytest.importorskip("sglang.launch_server")
-    folder = tmp_path_factory.mktemp("wide")
-    config = Path(__file__).parents[2] / "overlay/sglang_sm120/model-config.json"
-    arguments = ("--like", config, "--ratios", LAYERS, "--n-routed-experts", 16, "--vocab-size", VOCABULARY, "--mtp")
-    write_checkpoint([str(folder), *map(str, arguments)])
-    return folder
+    (like := place / "like.json").write_text(json.dumps(config))
+    arguments = ("--like", like, "--ratios", layers, "--n-routed-experts", experts, "--vocab-size", VOCABULARY, "--mtp")
+    write_checkpoint([str(place / "model"), *map(str, arguments)])
+    return place / "model"
 
 
 @pytest.fixture(scope="session")
@@ -212,10 +219,14 @@ def tp(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(scope="module")
 def expected(checkpoint: Path, logs: Path, prompts: list[list[int]]) -> list[Greedy]:
+    return references(checkpoint, logs / "torch.log", prompts)
+
+
+def references(checkpoint: Path, log: Path, prompts: list[list[int]]) -> list[Greedy]:
     """The torch provider's answers on one card, whatever the server's TP: prefill in chunks, no CUDA graph."""
     flags = (*FLAGS, *flags_of_card(), *NO_GRAPHS, "--chunked-prefill-size", "2048")
     env = {**environment(), "SGLANG_SM120_PROVIDER": "torch"}
-    with LocalServer(checkpoint, *flags, log=logs / "torch.log", env=env, ready_seconds=300) as server:
+    with LocalServer(checkpoint, *flags, log=log, env=env, ready_seconds=300) as server:
         found = greedy(server, prompts)
         assert_step_served(server, "decode")
         return found
@@ -324,6 +335,17 @@ def test_no_kernel_that_sm120_lacks(server: LocalServer, logs: Path, prompts: li
 
 def test_nothing_was_compiled_while_serving(server: LocalServer) -> None:
     assert_nothing_compiled_late(server)
+
+
+def test_two_layers_of_v4_pro(tmp_path: Path, logs: Path, prompts: list[list[int]]) -> None:
+    """At full width on one card: a hashed layer with c128, and a scored one whose indexer chooses 1,024 entries."""
+    folder = wide(tmp_path, model_config(PRO) | {"num_hash_layers": 1}, "128,4", 24)
+    expected = references(folder, logs / "pro-torch.log", prompts)
+    flags = (*FLAGS, *flags_of_card(), *GRAPHS)
+    with LocalServer(folder, *flags, log=logs / "pro.log", env=environment(), ready_seconds=400) as server:
+        assert_agree(greedy(server, prompts), expected)
+        assert_step_served(server, "decode")
+        assert_nothing_compiled_late(server)
 
 
 def test_an_untouched_sglang_with_the_flag(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
-from importlib import resources
 from typing import Any
 
 import pytest
 
+from sglang_sm120.checkpoint.config import FLASH, PRO, model_config
 from sglang_sm120_launch.flags import Flags, imported
-from sglang_sm120_launch.model import FLASH, Model
+from sglang_sm120_launch.model import Model
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,13 +25,19 @@ def thorough(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture(scope="session")
 def config() -> dict[str, Any]:
     """Flash's published config.json."""
-    return json.loads(resources.files("sglang_sm120").joinpath("model-config.json").read_text())
+    return model_config()
 
 
 @pytest.fixture(scope="session")
 def flash() -> Model:
     """DeepSeek-V4-Flash, its tensors counted from its config."""
     return Model.load(FLASH)
+
+
+@pytest.fixture(scope="session")
+def pro() -> Model:
+    """DeepSeek-V4-Pro, likewise."""
+    return Model.load(PRO)
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +13,50 @@ HERE = Path(__file__).parent
 if __name__ == "__main__":
     sys.path[:0] = [str(HERE.parents[1] / "launch"), str(HERE.parents[1] / "overlay")]
 
+from sglang_sm120.checkpoint.config import FLASH, PRO  # noqa: E402
 from sglang_sm120_launch import show  # noqa: E402
 from sglang_sm120_launch.errors import LaunchError  # noqa: E402
 from sglang_sm120_launch.machine import Machine  # noqa: E402
-from sglang_sm120_launch.model import FLASH, Model  # noqa: E402
+from sglang_sm120_launch.model import Model  # noqa: E402
 from sglang_sm120_launch.plan import make_plan  # noqa: E402
 from sglang_sm120_launch.values import Request  # noqa: E402
 
 MACHINES = sorted(path.stem for path in (HERE / "machines").glob("*.json"))
+MORE: dict[str, tuple[str, int, int]] = {
+    "8x-h200": ("2x-h200", 4, 1),
+    "8x-rtx-pro-6000": ("4x-rtx-pro-6000", 2, 1),
+    "16x-rtx-pro-6000": ("4x-rtx-pro-6000", 2, 2),
+}
+"""Machine -> one with fewer cards, how many times those on each node, and nodes."""
 CASES: dict[str, dict[str, Any]] = {name: {} for name in MACHINES} | {
     "2x-h200+force": {"env": {"SGLANG_SM120_FORCE": "1"}},
     "2x-rtx-pro-6000+mtp": {"mtp": True},
     "mixed-cards+gpus": {"gpus": (0, 2)},
+    "2x-rtx-pro-6000+pro": {},
+    "8x-h200+pro": {},
+    "8x-rtx-pro-6000+pro": {},
+    "16x-rtx-pro-6000+pro": {},
+    "16x-rtx-pro-6000+pro+mtp": {"mtp": True},
 }
-"""Golden file -> what the user asks for; the machine is the part before `+`."""
+"""Golden file -> what the user asks for; the machine is the part before `+`, the model V4-Pro where `pro` follows."""
+
+load = functools.cache(Model.load)
 
 
 def machine(name: str) -> Machine:
-    """A described machine by its file's name."""
-    return Machine.from_json(HERE / "machines" / f"{name}.json")
+    """A described machine by its file's name, or one of MORE."""
+    if name not in MORE:
+        return Machine.from_json(HERE / "machines" / f"{name}.json")
+    fewer, times, nodes = MORE[name]
+    one = machine(fewer)
+    return replace(one, gpus=one.gpus * times, nodes=nodes)
 
 
-def planned(case: str, model: Model) -> dict[str, Any]:
+def planned(case: str) -> dict[str, Any]:
     """The plan of a case as JSON keeps it, or the refusal."""
+    name, *words = case.split("+")
     try:
-        plan = make_plan(machine(case.split("+")[0]), model, Request(**CASES[case]))
+        plan = make_plan(machine(name), load(PRO if "pro" in words else FLASH), Request(**CASES[case]))
     except LaunchError as refusal:
         return {"refused": str(refusal)}
     return json.loads(show.as_json(plan))
@@ -43,9 +64,8 @@ def planned(case: str, model: Model) -> dict[str, Any]:
 
 def main() -> None:
     """Write every golden plan."""
-    model = Model.load(FLASH)
     for case in CASES:
-        text = json.dumps(planned(case, model), indent=2) + "\n"
+        text = json.dumps(planned(case), indent=2) + "\n"
         (HERE / "golden" / f"{case}.json").write_text(text, encoding="utf-8")
 
 

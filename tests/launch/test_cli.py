@@ -15,11 +15,12 @@ from golden_plans import HERE, machine
 from telling import refused
 
 from sglang_sm120 import __version__
+from sglang_sm120.checkpoint.config import FLASH
 from sglang_sm120_launch import cli, flags, request, show
 from sglang_sm120_launch.errors import LaunchError
 from sglang_sm120_launch.flags import TABLE, Flags, from_table
 from sglang_sm120_launch.machine import Machine
-from sglang_sm120_launch.model import FLASH, Model
+from sglang_sm120_launch.model import Model
 from sglang_sm120_launch.plan import Plan, make_plan
 from sglang_sm120_launch.settings import flag
 from sglang_sm120_launch.values import Request

@@ -21,12 +21,13 @@ import yaml
 from golden_plans import HERE, MACHINES, machine
 from telling import refused
 
+from sglang_sm120.checkpoint.config import FLASH
 from sglang_sm120_launch import cli, request
 from sglang_sm120_launch.config import Config
 from sglang_sm120_launch.errors import LaunchError
 from sglang_sm120_launch.flags import Flags
 from sglang_sm120_launch.machine import Gpu, Machine
-from sglang_sm120_launch.model import FLASH, INDEX, Model
+from sglang_sm120_launch.model import INDEX, Model
 from sglang_sm120_launch.plan import make_plan
 from sglang_sm120_launch.values import Request
 

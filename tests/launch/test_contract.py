@@ -10,10 +10,11 @@ import pytest
 from golden_plans import machine
 
 import sm120_lowering
+from sglang_sm120.checkpoint.config import FLASH
 from sglang_sm120_launch import contract
 from sglang_sm120_launch.errors import LaunchError
 from sglang_sm120_launch.flags import Flags
-from sglang_sm120_launch.model import FLASH, Model
+from sglang_sm120_launch.model import Model
 from sglang_sm120_launch.plan import Plan, make_plan
 from sglang_sm120_launch.settings import Value
 from sglang_sm120_launch.values import Request

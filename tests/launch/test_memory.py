@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sglang_sm120.checkpoint.config import FLASH, PRO, model_config
 from sglang_sm120_launch import memory
 from sglang_sm120_launch.fit import Room
 from sglang_sm120_launch.model import Model
@@ -211,6 +212,14 @@ def test_ranks_share_what_is_sharded(flash: Model):
     assert half["rotation tables"] == whole["rotation tables"] == 2 * 1048576 * 32 * 8
 
 
+def test_whole_experts_are_as_many_bytes_as_parts_of_all(pro: Model):
+    """Of 384 each of 16 ranks has 24, and the shared one of each of 61 layers whole, with fp32 scales."""
+    parts, whole = (memory.weights(pro, 16, "cuda", ep=ep) for ep in (1, 16))
+    assert parts["experts"] == whole["experts"] == 61 * 24 * 3 * 7168 * 3072 * 17 // 32
+    shared = 3 * 61 * (7168 * 3072 + 56 * 24 * 4)
+    assert whole["other weights"] - parts["other weights"] == shared - shared // 16
+
+
 def test_scales_are_widened_on_a_cpu_alone(flash: Model):
     """One byte becomes four (43 layers x 256 experts x 25.2 M values / 32)."""
     gpu, cpu = (memory.weights(flash, 2, device)["experts"] for device in ("cuda", "cpu"))
@@ -261,15 +270,15 @@ def test_the_mtp_layer_is_counted_apart(flash: Model):
     assert draft["other weights"] > 129280 * 4096 * 2
 
 
-@pytest.mark.parametrize("tp", (1, 2, 8))
-def test_scratch_holds_what_the_kernels_take(config: dict[str, Any], tp: int):
+@pytest.mark.parametrize(("model", "tp"), ((FLASH, 1), (FLASH, 2), (FLASH, 8), (PRO, 4), (PRO, 8)))
+def test_scratch_holds_what_the_kernels_take(model: str, tp: int):
     """A rehearsal on meta tensors counts it: graphs keep theirs on each of four streams, a prefill takes its own."""
 
     def taken(rows: int, context: int) -> int:
         total = 0
         for name, op in registry.ops().items():
             rehearsal = kernels.Rehearsal(lambda *_: None)
-            for call in ops.calls(name, config, tp, rows, context) if "triton" in op.providers else ():
+            for call in ops.calls(name, model_config(model), tp, rows, context) if "triton" in op.providers else ():
                 with kernels.rehearse(rehearsal):
                     if op.refusal("triton", **call.arguments) is None:
                         op.by("triton", **call.arguments)

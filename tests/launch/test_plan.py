@@ -11,13 +11,14 @@ from golden_plans import CASES, HERE, machine, planned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sglang_sm120.checkpoint.config import FLASH
 from sglang_sm120.limits import MAX_ROWS
 from sglang_sm120_launch import memory
 from sglang_sm120_launch.errors import LaunchError
 from sglang_sm120_launch.fit import GIB, graph_sizes
 from sglang_sm120_launch.flags import Flags
 from sglang_sm120_launch.machine import LINKS, Gpu, Machine
-from sglang_sm120_launch.model import FLASH, Model
+from sglang_sm120_launch.model import Model
 from sglang_sm120_launch.plan import Plan, make_plan
 from sglang_sm120_launch.show import as_text
 from sglang_sm120_launch.values import Request
@@ -36,20 +37,20 @@ TWO = machine("2x-rtx-pro-6000")
 def test_golden(case: str):
     """The whole plan, reasons and budget included; `golden_plans.py` writes them again."""
     kept = json.loads((HERE / "golden" / f"{case}.json").read_text(encoding="utf-8"))
-    assert planned(case, MODEL) == kept
+    assert planned(case) == kept
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_nothing_is_planned_twice(case: str):
     """The budget's last line is what stays unused; a plan has no more than there is."""
-    if "refused" not in (plan := planned(case, MODEL)):
+    if "refused" not in (plan := planned(case)):
         last = plan["budget_bytes"][-1]
         assert last["what"] == "unused" and last["bytes"] >= 0
 
 
 def test_machines_cover_what_the_plan_tells_apart():
     """At least twelve machines, of which some are refused, each for a reason of its own."""
-    refusals = {case: planned(case, MODEL).get("refused") for case in CASES if "+" not in case}
+    refusals = {case: planned(case).get("refused") for case in CASES if "+" not in case}
     refused = {case: text for case, text in refusals.items() if text}
     assert len(refusals) >= 12 and len(set(refused.values())) == len(refused) == 5
     assert all(any(digit.isdigit() for digit in text) for text in refused.values())
@@ -58,13 +59,31 @@ def test_machines_cover_what_the_plan_tells_apart():
 @pytest.mark.parametrize("case", CASES)
 def test_every_value_has_a_reason_and_parses(case: str, flags: Flags):
     """The flags go through SGLang's own parser; nothing is set twice."""
-    plan = planned(case, MODEL)
+    plan = planned(case)
     if "refused" in plan:
         return
     names = [entry["name"] for entry in plan["settings"]]
     assert len(names) == len(set(names))
     assert all(len(entry["reason"].split()) > 2 or entry["name"] == "tp-size" for entry in plan["settings"])
     flags.check(plan["command"][plan["command"].index("sglang.launch_server") + 1 :])
+
+
+def test_v4_pro_takes_sixteen_cards():
+    """Eight cards of 96 GB do not hold it; sixteen do, each with whole experts: an eighth of 3,072 channels has whole
+    FP8 blocks, a sixteenth not. Smaller sets are told how many they lack."""
+    for case in ("2x-rtx-pro-6000+pro", "8x-rtx-pro-6000+pro"):
+        assert "use 16 such cards (TP 16, " in planned(case)["refused"]
+    plan = planned("16x-rtx-pro-6000+pro")
+    found = {entry["name"]: entry["value"] for entry in plan["settings"]}
+    assert {name: found[name] for name in ("tp-size", "ep-size", "nnodes", "SGLANG_SHARED_EXPERT_TP1")} == {
+        "tp-size": 16, "ep-size": 16, "nnodes": 2, "SGLANG_SHARED_EXPERT_TP1": "1",
+    }  # fmt: skip
+    assert found["context-length"] == 1 << 20
+    eight = {entry["name"] for entry in planned("8x-h200+pro")["settings"]}
+    assert "ep-size" not in eight and "SGLANG_SHARED_EXPERT_TP1" not in eight
+    # Flash has as many groups as a node has cards.
+    with pytest.raises(LaunchError, match="TP 16 was asked for, and 2 x 8 cards"):
+        make_plan(machine("16x-rtx-pro-6000"), MODEL, Request(flags={"tp-size": 16}))
 
 
 def changes(before: Machine, after: Machine, request: Request | None = None) -> set[str]:

@@ -11,12 +11,13 @@ from golden_plans import machine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sglang_sm120.checkpoint.config import FLASH
 from sglang_sm120_launch import show
 from sglang_sm120_launch.address import grpc, port_problem, url
 from sglang_sm120_launch.checks import port_free
 from sglang_sm120_launch.errors import LaunchError
 from sglang_sm120_launch.flags import Flags
-from sglang_sm120_launch.model import FLASH, Model
+from sglang_sm120_launch.model import Model
 from sglang_sm120_launch.plan import Plan, make_plan
 from sglang_sm120_launch.settings import SECRET
 from sglang_sm120_launch.values import PLANNED, Request

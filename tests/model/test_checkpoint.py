@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -19,8 +20,9 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 import sglang_sm120
-from sglang_sm120.checkpoint.config import ReferenceConfig
-from sglang_sm120.checkpoint.layout import stored
+from sglang_sm120.checkpoint.config import PRO, ReferenceConfig, model_config
+from sglang_sm120.checkpoint.layout import parameters, stored
+from sglang_sm120.ops.fp8_linear.spec import shapes
 from sglang_sm120_reference import tokenizer, write
 from sglang_sm120_reference.config_file import config_json, load_config
 from sglang_sm120_reference.write import main, write_checkpoint
@@ -174,6 +176,27 @@ def test_sizes_of_the_real_model() -> None:
     # 13.37 MB per routed expert: three matrices of 2,048 x 4,096 values at half a byte, a scale per 32.
     expert = [name for name in tensors if name.startswith("layers.9.ffn.experts.77.")]
     assert sum(torch.Size(tensors[name][0]).numel() for name in expert) == 3 * 2048 * 4096 * 17 // 32
+
+
+def test_sizes_of_pro() -> None:
+    """The values come from others' files: SGLang's list of the model's own linears has every shape that they make, and
+    they add up to the 1.6 T values, 49 B of them met by a token, that its maker says."""
+    from sglang.srt.layers.quantization.fp8_utils import DSV4_DENSE_MXSCALE_DEFAULT_SHAPES as theirs
+
+    published = model_config(PRO)
+    config = ReferenceConfig.from_json(published)
+    for tp in (1, 8):
+        ours = {shape for name, shape in shapes(published, tp).items() if not name.startswith("mtp.")}
+        assert ours <= theirs
+    counts = {p.name: math.prod(p.shape) for p in parameters(config) if not p.name.startswith("mtp.")}
+    routed = sum(count for name, count in counts.items() if ".experts." in name)
+    met = sum(counts.values()) - routed + routed * config.num_experts_per_tok // config.n_routed_experts
+    # Both are rounded; whether the embedding is met is a matter of taste.
+    assert 1.55e12 < sum(counts.values()) < 1.65e12 and 48.5e9 < met - 129280 * 7168 < 49.5e9
+    assert config.compress_ratios[:4] == (128, 128, 4, 128) and config.compress_ratios[-3:] == (128, 4, 0)
+    assert set(published) == set(json.loads(REAL_CONFIG.read_text())) - {"transformers_version"}
+    with pytest.raises(ValueError, match="nobody/nothing has no config.json here"):
+        model_config("nobody/nothing")
 
 
 def test_default_config(checkpoint: Path) -> None:

@@ -14,10 +14,13 @@ from serving import MAX_EXCLUDED, CachedOracle, PromptOf
 from standin import New, Rank, Ranks, Server, Weights, stub_sglang
 from torch import Tensor
 
+from sglang_sm120.checkpoint.config import ReferenceConfig
 from sglang_sm120.formats import fp8_block
 from sglang_sm120.step.draft import Draft
 from sglang_sm120.step.target import Target
-from sglang_sm120_reference.oracle import LOGPROB_TOLERANCE, Result
+from sglang_sm120_reference.oracle import LOGPROB_TOLERANCE, Oracle, Result
+from sglang_sm120_reference.prompts import prompt
+from sglang_sm120_reference.write import write_checkpoint
 
 LENGTH = 300
 """Tokens of the longest request: two c128 entries, 75 of c4, and the second page of 256."""
@@ -247,6 +250,23 @@ def test_two_ranks(
     first, second = ranks.run(rank(0), rank(1))
     assert torch.equal(first, second)
     judge(first, oracle(others), bound=SPLIT * LOGPROB_TOLERANCE)
+
+
+PROS = ReferenceConfig(
+    hidden_size=384, num_hidden_layers=4, compress_ratios=(128, 128, 4, 128, 0), num_attention_heads=32,
+    q_lora_rank=384, o_groups=4, index_topk=1024, n_routed_experts=24, moe_intermediate_size=384,
+    routed_scaling_factor=2.5,
+)  # fmt: skip
+"""V4-Pro's proportions: no layer without entries, ranks, widths and experts of three times a power of two."""
+
+
+def test_a_model_of_pros_proportions(tmp_path: Path, rng: torch.Generator, seed: int) -> None:
+    folder = write_checkpoint(tmp_path / "pro", PROS)
+    tokens = prompt(folder, LENGTH, seed)
+    server = Server(Target(Weights(folder).target()), PROS.compress_ratios, 1, LENGTH, rng, index_topk=PROS.index_topk)
+    found = [server.extend(New(1, 0, tokens[:-2])).logits]
+    found += [server.decode(New(1, at, tokens[at : at + 1])).logits for at in (LENGTH - 2, LENGTH - 1)]
+    judge(torch.cat(found), Oracle(folder).forward(tokens))
 
 
 def test_means_for_dspark(

@@ -48,6 +48,18 @@ def test_mhc_post_keeps_a_stream_that_comb_copies(seed: int) -> None:
     assert torch.equal(y[:, 0], f) and torch.equal(y[:, 2], f * 2) and not y[:, 1::2].any()
 
 
+@pytest.mark.parametrize("hidden", [640, 7168])
+def test_mhc_of_fewer_steps_than_parts(hidden: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a card's SMs 10 steps of columns are divided among 16 programs, Pro's 112 among 128: some have none."""
+    monkeypatch.setattr(kernels, "sms", lambda _: kernels.SM120_SMS)
+    make = Maker(seed, CPU)
+    inputs = {"x": make.bf16(2, 4, hidden), "fn": make.normal(4, 4 * hidden, scale=(4 * hidden) ** -0.5)}
+    inputs |= {"scale": make.normal(1).abs() + 0.5, "base": make.normal(4), "rms_eps": 0.1, "hc_eps": 0.1}
+    got, expected = ops.mhc_head.by("triton", **inputs), ops.mhc_head.reference(**inputs)
+    # One rounding to bf16 that falls the other way.
+    torch.testing.assert_close(got, expected, atol=2**-8, rtol=2**-7)
+
+
 def test_hadamard_is_its_own_inverse_and_keeps_norms(seed: int) -> None:
     x = Maker(seed, CPU).normal(7, 128)
     y = _math.hadamard(x)

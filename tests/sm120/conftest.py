@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from gate import SAMPLE, TPS, Compiled, Name, Run, all_steps, compile_all, jobs, other_steps
+from gate import SAMPLE, SAMPLED, Compiled, Name, Run, all_steps, compile_all, jobs, other_steps
 from tqdm import tqdm
 
+from sglang_sm120.checkpoint.config import RANKS
 from sglang_sm120.compilation import Job
 
 
@@ -29,7 +30,7 @@ def all_shapes(request: pytest.FixtureRequest, renewing: bool) -> bool:
 
 @pytest.fixture(scope="session")
 def run(request: pytest.FixtureRequest, all_shapes: bool) -> Run:
-    groups = [jobs(all_steps, TPS), jobs(other_steps, TPS)] if all_shapes else [jobs(lambda _: SAMPLE, (2,))]
+    groups = [jobs(all_steps, RANKS), jobs(other_steps, RANKS)] if all_shapes else [jobs(lambda _: SAMPLE, SAMPLED)]
     launched = (set[Name](), set[Name]())
     capture = request.config.pluginmanager.getplugin("capturemanager")
     total = sum(map(len, groups))

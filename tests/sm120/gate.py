@@ -18,11 +18,12 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from sglang_sm120 import ops, registry
-from sglang_sm120.checkpoint.config import model_config
+from sglang_sm120.checkpoint.config import FLASH, RANKS, model_config
 from sglang_sm120.compilation import Job, Kernel, compile_jobs
 from sglang_sm120.spec import Call
 
-TPS = (1, 2, 4)
+SAMPLED = ((FLASH, 2),)
+"""Of RANKS those of the sample."""
 ROWS = tuple(sorted({2**i + more for i in range(14) for more in (0, 1)} - {8193}))
 """1 … 8,192, the largest chunk of a prefill: providers choose by powers of two, so each and the one above it.
 
@@ -34,6 +35,7 @@ MANY = ((65, 65_536), (2048, 65_536), (8192, 65_536))
 """For providers with arithmetic of their own, which are for prefill: each tile of theirs."""
 
 Step = tuple[int, int]
+Rank = tuple[str, int]
 Name = tuple[str, str, str]
 """A specialisation: op, kernel and variant."""
 Compiled = dict[Name, tuple[Kernel, Resources]]
@@ -49,7 +51,9 @@ class Run(NamedTuple):
 
 def all_steps(op: str) -> tuple[Step, ...]:
     """Every (rows, context) of `op`; one context where its arguments do not depend on it."""
-    short, long = ([_shapes(call) for call in _calls(op, 1, 1, context)] for context in (CONTEXTS[0], CONTEXTS[-1]))
+    short, long = (
+        [_shapes(call) for call in _calls(op, FLASH, 1, 1, context)] for context in (CONTEXTS[0], CONTEXTS[-1])
+    )
     return tuple(itertools.product(ROWS, CONTEXTS if short != long else CONTEXTS[-1:]))
 
 
@@ -59,15 +63,16 @@ def other_steps(op: str) -> tuple[Step, ...]:
     return tuple((int(2 ** rng.uniform(0, 13)), int(2 ** rng.uniform(0, 20))) for _ in range(40))
 
 
-def jobs(steps: Callable[[str], tuple[Step, ...]], tps: Iterable[int]) -> list[Job]:
-    """One job per op, or provider with its own arithmetic, and TP; TPs of one, which share kernels, are far apart."""
+def jobs(steps: Callable[[str], tuple[Step, ...]], ranks: Iterable[Rank]) -> list[Job]:
+    """One job per op, or provider with its own arithmetic, and rank; those of one, which share kernels, are far apart.
+    """
     own = [ops.named(name) for name in ops.with_own()]
     return [
         job
-        for tp in tps
+        for model, tp in ranks
         for job in (
-            *(Job(model_config(), op, tp, steps(op)) for op in ops.with_triton() if _has_calls(op)),
-            *(Job(model_config(), op, tp, steps(op) + MANY, provider=provider) for op, provider in own),
+            *(Job(model_config(model), op, tp, steps(op)) for op in ops.with_triton() if _has_calls(op)),
+            *(Job(model_config(model), op, tp, steps(op) + MANY, provider=provider) for op, provider in own),
         )
     ]
 
@@ -105,12 +110,13 @@ def uncovered(registered: Mapping[str, registry.Op[..., Any]]) -> list[str]:
         if not _has_calls(name):
             problems.append(f"op {name} has a Triton provider and no calls in its spec: add the model's.")
             continue
-        for tp, step in itertools.product(TPS, ((ROWS[0], CONTEXTS[0]), (ROWS[-1], CONTEXTS[-1]))):
-            for call in _calls(name, tp, *step):
+        for (model, tp), step in itertools.product(RANKS, ((ROWS[0], CONTEXTS[0]), (ROWS[-1], CONTEXTS[-1]))):
+            at = f"of {model} at TP {tp}, {step[0]} rows"
+            for call in _calls(name, model, tp, *step):
                 for provider in ("triton", *(p.name for p in op.providers.values() if p.own)):
                     refusal = op.refusal(provider, **call.arguments)
                     if refusal is not None:
-                        problems.append(f"op {name} refuses {call.label} at TP {tp}, {step[0]} rows: {refusal}")
+                        problems.append(f"op {name} refuses {call.label} {at}: {refusal}")
     return problems
 
 
@@ -132,8 +138,8 @@ def _has_calls(op: str) -> bool:
     return op in ops.SPECS and ops.SPECS[op].calls is not None
 
 
-def _calls(op: str, tp: int, rows: int, context: int) -> list[Call]:
-    return list(ops.calls(op, model_config(), tp, rows, context))
+def _calls(op: str, model: str, tp: int, rows: int, context: int) -> list[Call]:
+    return list(ops.calls(op, model_config(model), tp, rows, context))
 
 
 def _shapes(call: Call) -> list[object]:

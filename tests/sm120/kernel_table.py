@@ -19,16 +19,18 @@ RENEW = f"If that is meant, run `make test-sm120 RENEW=1` and commit {PATH.paren
 
 _HEAD = f"""# What each kernel needs of an SM120
 
-Compiled, never run: Triton {triton.__version__} for `{TARGET}`, at every shape of DeepSeek-V4-Flash at TP 1, 2 and 4.
-Registers and bytes spilled are per thread, bytes of shared memory per block (limit 101,376). `make test-sm120` fails
-where a figure gets worse, a kernel has no line or a line has no kernel; `make test-sm120 RENEW=1` writes this file.
+Compiled, never run: Triton {triton.__version__} for `{TARGET}`, at every shape of DeepSeek-V4-Flash at TP 1, 2 and 4
+and of V4-Pro at TP 8. Registers and bytes spilled are per thread, bytes of shared memory per block (limit 101,376).
+`make test-sm120` fails where a figure gets worse, a kernel has no line or a line has no kernel; `make test-sm120
+RENEW=1` writes this file.
 
 Against Triton 3.6 (commit de4959e) no kernel takes so much more shared memory that an SM holds fewer blocks. The
 top-k of 16,384 keys spills more (32 to 40 and 264 to 296 bytes): its 1,024 threads have 64 registers each. Triton 3.8
 adds as a tree, whose leaves are held at once: `_finish`, `_route`, `_choose` and `_merge` take up to 40 registers more,
 and `_gemv` sums by fours and steps first. `maxnreg` gives `_down` and the bf16 `_many_rows` more, since ptxas 13.3
 would rather spill for blocks that their shared memory has no room for, and holds `_gate_up` and `_down` of few rows to
-128, of which an SM has enough for 16 warps.
+128, of which an SM has enough for 16 warps; `_gate_up` of two stretches of V4-Pro's 7,168 channels would spill there
+and may have 170.
 
 | op | kernel | constants | registers | spilled | shared |
 |---|---|---|---:|---:|---:|

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from sglang_sm120 import compilation, kernels, ops, registry, tuned, warmup
-from sglang_sm120.checkpoint.config import model_config
+from sglang_sm120.checkpoint.config import PRO, model_config
 from sglang_sm120.limits import MAX_ROWS
 from sglang_sm120.ops._pdl_triton import SMALL_GRID
 
@@ -138,9 +138,10 @@ def test_nothing_starts_early_beside_the_compressors_projection(sms: int) -> Non
         (model_config(), 1, 1, 132),
         (model_config(), 2, 1, 188),
         (model_config(), 4, 2, 48),
+        (model_config(PRO), 8, 1, 188),
         (_trained_config(), 1, 1, 132),
     ],
-    ids=("tp1", "tp2", "tp4-ep2", "trained"),
+    ids=("tp1", "tp2", "tp4-ep2", "pro-tp8", "trained"),
 )
 def test_no_step_launches_a_kernel_that_was_not_compiled(
     config: dict[str, Any], tp: int, ep: int, sms: int, seed: int

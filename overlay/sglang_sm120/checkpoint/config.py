@@ -141,6 +141,28 @@ class ReferenceConfig:
         return cls(**values)
 
 
-def model_config() -> dict[str, Any]:
-    """The published `config.json` of DeepSeek-V4-Flash."""
-    return json.loads(resources.files("sglang_sm120").joinpath("model-config.json").read_text(encoding="utf-8"))
+FLASH = "deepseek-ai/DeepSeek-V4-Flash"
+PRO = "deepseek-ai/DeepSeek-V4-Pro"
+PUBLISHED = {FLASH: (1, 2, 4), PRO: (8,)}
+"""Models whose `config.json` is known here, and the tensor parallelism at which tools look at them: of fewer than eight
+ranks each has more of Pro's experts than a card holds."""
+RANKS = tuple((model, tp) for model, sizes in PUBLISHED.items() for tp in sizes)
+
+
+def model_config(model: str = FLASH) -> dict[str, Any]:
+    """The `config.json` of one of PUBLISHED.
+
+    Flash's is the published file. Of Pro's, `model-config-pro.json` has the values that differ from Flash's, null where
+    no source says one, and under `sources` what says each, the equal ones too.
+    """
+    config = _read("model-config.json")
+    if model == PRO:
+        config |= _read("model-config-pro.json")
+        del config["sources"]
+    elif model != FLASH:
+        raise ValueError(f"{model} has no config.json here: name one of {', '.join(PUBLISHED)}.")
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def _read(name: str) -> dict[str, Any]:
+    return json.loads(resources.files("sglang_sm120").joinpath(name).read_text(encoding="utf-8"))

@@ -5,10 +5,10 @@
     `_finish`   adds the parts; some programs make post and comb of a few rows each (Sinkhorn, a matrix to a thread),
                 the others one row of y each (gate, combine, norm), so that the chain of 20 iterations delays nobody
 
-With few rows the columns are split over 64 programs, with many the rows are, and X' is the only large thing written
-between the launches; `_finish` begins with the rows written last, which L2 still holds. fn is split into two bf16 parts
-(2^-18 is left), X' is bf16 anyway, so the tensor core's products are exact; its sums are taken out every 32 or 64
-columns, because it truncates them.
+With few rows the columns are split over 64 or 128 programs, with many the rows are, and X' is the only large thing
+written between the launches; `_finish` begins with the rows written last, which L2 still holds. fn is split into two
+bf16 parts (2^-18 is left), X' is bf16 anyway, so the tensor core's products are exact; its sums are taken out every 32
+or 64 columns, because it truncates them.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -48,7 +48,9 @@ def config(rows: int, hidden: int, sms: int) -> Config:
     tile = 16 if few else 64
     columns = min(64 if few else 32, max(16, triton.next_power_of_2(hidden)))
     tiles = triton.next_power_of_2(triton.cdiv(max(rows, 1), tile))
-    parts = min(64, *(triton.next_power_of_2(triton.cdiv(*ab)) for ab in ((2 * sms, tiles), (hidden, columns))))
+    parts = min(*(triton.next_power_of_2(triton.cdiv(*ab)) for ab in ((2 * sms, tiles), (hidden, columns))))
+    # Of up to 8,192 columns each of few rows' programs takes one step, as `_mix` does best.
+    parts = min(128 if few else 64, parts)
     if few:
         return Config(tile, columns, parts, 4, 1, 1)
     return Config(tile, columns, parts, 8, 3, min(32, 256 // parts))

@@ -33,6 +33,7 @@ def cases(kind: str) -> Iterator[Case]:
     yield Case("no-rows", FP32, lambda make: build(make, 0))
     yield Case("rows-70", FP32, lambda make: build(make, 70))
     yield Case("256-experts", FP32, lambda make: build(make, 5, experts=256))
+    yield Case("384-experts", FP32, lambda make: build(make, 5, experts=384))
     yield Case("ties", FP32, lambda make: build(make, 5, ties=True))
     yield Case("large-logits", FP32, lambda make: build(make, 5, scale=40.0))
     yield Case("scores", FP32, lambda make: build(make, 5, renormalize=False))

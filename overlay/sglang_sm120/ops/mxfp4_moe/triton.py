@@ -79,7 +79,8 @@ def _config(rows: int, pairs: int, experts: int, width: int, inter: int) -> tupl
         return Config(128, 16, 1, 64, 4, 3), Config(128, 16, 1, 64, 4, 3)
     if pairs_per_expert <= 40:
         return Config(128, 32, 1, 32, 4, 3), Config(128, 32, 1, 32, 4, 3)
-    return Config(128, 64, 1, 32, 4, 3), Config(128, 64, 1, 32, 4, 3)
+    # Three stages unroll a loop of three steps, which then spills.
+    return Config(128, 64, 1, 32, 4, 3), Config(128, 64, 1, 32, 4, 3 if inter > 3 * 4 * 32 else 2)
 
 
 def _tile_refusal(c: Config) -> str | None:
@@ -373,8 +374,11 @@ def mxfp4_moe_triton(a: Arguments) -> torch.Tensor:
     grouping |= {"SORTED": p.sort, "PAIRS": _searched_pairs(rows, slots)}
     gate_up, down = p.gate_up, p.down
     per_program = gate_up.rows // gate_up.split // 2
-    # Sixteen warps where that takes no spill: with 8 columns, but not for gates and ups of one stretch.
-    most = kernels.registers(gate_up.warps, 16) if gate_up.split > 1 else None
+    # Sixteen warps where that takes no spill: with 8 columns, but not for gates and ups of one stretch, and of two only
+    # where their places are shifts.
+    most = None
+    if gate_up.split > 1:
+        most = kernels.registers(gate_up.warps, 16 if gate_up.split > 2 or width & (width - 1) == 0 else 12)
     kernels.launch(
         _gate_up, (triton.cdiv(inter, per_program), groups(gate_up)),
         planes if p.sort else x, topk_ids, w13, s13, offsets, order, hidden, pairs, topk_ids.stride(0),
