@@ -27,11 +27,20 @@ EMULATION_VARIABLES = {
 
 def rank_settings(machine: Machine, cards: Cards) -> Iterator[Setting]:
     yield flag("tp-size", cards.tp, cards.why_tp)
-    if machine.nodes > 1:
-        yield flag("nnodes", machine.nodes, "hosts that serve one model together; each gets its --node-rank")
+    yield from _nodes(machine)
     if cards.visible is not None:
         yield env("CUDA_DEVICE_ORDER", "PCI_BUS_ID", "so that CUDA counts the cards as nvidia-smi and this plan do")
         yield env("CUDA_VISIBLE_DEVICES", ",".join(map(str, cards.visible)), cards.why_visible)
+
+
+def cpu_ranks(machine: Machine, tp: int) -> Iterator[Setting]:
+    yield flag("tp-size", tp, "one process on each machine uses all cores" if tp > 1 else "one process uses all cores")
+    yield from _nodes(machine)
+
+
+def _nodes(machine: Machine) -> Iterator[Setting]:
+    if machine.nodes > 1:
+        yield flag("nnodes", machine.nodes, "hosts that serve one model together; each gets its --node-rank")
 
 
 def memory_settings(model: Model, room: Room, found: Fit, preferred: int) -> Iterator[Setting]:
