@@ -28,6 +28,8 @@ MACHINES = ("1x-rtx-pro-6000", "2x-rtx-pro-6000", "4x-rtx-pro-6000", "8x-rtx-509
 TWO, FOUR = (str(HERE / f"machines/{count}x-rtx-pro-6000.json") for count in (2, 4))
 PLAN = ["plan", "--model", FLASH]
 KEY = "a-key-that-nobody-may-read"
+AWKWARD = """it's $(a) "name" ${of} 50%n \\ #1"""
+"""A word that every format has to quote."""
 Command = tuple[dict[str, str], list[str]]
 """Variables, and the words after `python`."""
 
@@ -50,13 +52,23 @@ def planned(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, d
     return {one["name"]: one for one in json.loads(capsys.readouterr().out)}
 
 
+def expanded(word: str, doubled: str, sign: str, kept: str = "(?!)") -> str:
+    """A word as what reads the file expands it: a doubled sign is one, what `kept` matches stays, all else is wrong."""
+
+    def one(found: re.Match[str]) -> str:
+        assert found.group() != sign, f"{word} is expanded at its {sign}"
+        return sign if found.group() == doubled else found.group()
+
+    return re.sub(f"{re.escape(doubled)}|{kept}|{re.escape(sign)}", one, word)
+
+
 def from_compose(files: dict[str, str]) -> dict[str, Command]:
     found = {}
     for text in files.values():
         for name, service in yaml.safe_load(text)["services"].items():
             words = [*service["entrypoint"][1:], *service["command"]]
             variables = {key: value.replace("$$", "$") for key, value in service.get("environment", {}).items()}
-            found[name] = variables, [word.replace("$$", "$") for word in words]
+            found[name] = variables, [expanded(word, "$$", "$", r"\$\{SGLANG_\w+:\?\}") for word in words]
     return found
 
 
@@ -68,7 +80,8 @@ def from_systemd(files: dict[str, str]) -> dict[str, Command]:
         # systemd leaves comment lines out before it joins lines.
         lines = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
         start = next(line for line in lines.replace("\\\n", " ").splitlines() if line.startswith("ExecStart="))
-        words = [word.replace("%%", "%").replace("$$", "$") for word in shlex.split(start.removeprefix("ExecStart="))]
+        words = [expanded(word, "%%", "%") for word in shlex.split(start.removeprefix("ExecStart="))]
+        words = [expanded(word, "$$", "$", r"\$\{SGLANG_\w+\}") for word in words]
         variables = shlex.split(files.get(file.replace(".service", ".env"), ""), comments=True)
         assert words[:2] == ["/usr/bin/env", "python"]
         assert ("EnvironmentFile=/etc/" + file.replace(".service", ".env") in text) == bool(variables)
@@ -102,7 +115,8 @@ def from_kubernetes(files: dict[str, str]) -> dict[str, Command]:
         (main,) = spec["template"]["spec"]["containers"]
         variables = {entry["name"]: entry["value"] for entry in main["env"] if "value" in entry}
         for rank in range(spec["replicas"]):
-            words = [word.replace("$(NODE_RANK)", str(rank)).replace("$$(", "$(") for word in main["args"]]
+            words = [expanded(word, "$$(", "$(", r"\$\((?:NODE_RANK|SGLANG_\w+)\)") for word in main["args"]]
+            words = [str(rank) if word == "$(NODE_RANK)" else word for word in words]
             node = f"{name}-node{rank}" if spec["replicas"] > 1 else name
             found[node] = variables, [*main["command"][1:], *words]
     return found
@@ -143,7 +157,8 @@ def test_files_hold_the_commands_that_the_plan_prints(
     words: list[str], format: str,
 ) -> None:  # fmt: skip
     """Process by process: variables, module and words; those of servers go through the table of SGLang's flags."""
-    words, folder = [*PLAN, *words, "--", "--api-key", KEY], tmp_path_factory.mktemp("w") / "new"
+    words = [*PLAN, *words, "--", "--api-key", KEY, "--served-model-name", AWKWARD]
+    folder = tmp_path_factory.mktemp("w") / "new"
     code, (plan, told) = cli.main(words), capsys.readouterr()
     if code == 2 or (format == "kubernetes" and "CUDA_VISIBLE_DEVICES" in plan):
         # What does not fit or divides nothing is refused alike; Kubernetes chooses a machine's cards itself.
