@@ -23,7 +23,6 @@ FEATURES: Mapping[str, Mapping[str, Value | None]] = {
     "MEMORY_RELEASE": {"enable-memory-saver": False, "enable-weights-cpu-backup": False},
     "MULTI_NODE_TP": {"nnodes": 1},
     "PARTITIONED_GPU": {},
-    "PD_DISAGGREGATION": {"disaggregation-mode": "null"},
     "PIPELINE_PARALLEL": {"pp-size": 1},
     "RETURN_INDEXER_TOPK": {"enable-return-indexer-topk": False},
     "RETURN_ROUTED_EXPERTS": {"enable-return-routed-experts": False},

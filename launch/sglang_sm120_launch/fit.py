@@ -341,7 +341,7 @@ def _advice(model: Model, room: Room) -> str:
         more = replace(room, tp=tp, ep=ep, step="none") if nodes else replace(room, tp=tp)
         needed = sum(more.loaded(model).values())
         if room.usable - needed >= 4 * GIB:
-            where = ", 8 on each of two nodes: `plan --topology 2n`" if nodes else ""
+            where = ", 8 on each of two nodes: `plan --nodes 2`" if nodes else ""
             return f"use {tp} such cards (TP {tp}, {_gib(needed)} GiB of weights and scratch each{where})"
     return "use cards with more memory"
 

@@ -105,10 +105,15 @@ def _reader(known: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 class Flags:
-    """The flags of one SGLang, the table's where none is installed; `release` is the installed one's version."""
+    """The flags of one SGLang, the table's where none is installed.
 
-    def __init__(self, known: argparse.ArgumentParser, release: str | None) -> None:
-        self.release = release
+    Attributes:
+        release: the installed one's version, None where none is.
+        planned_for: the version whose flags these are.
+    """
+
+    def __init__(self, known: argparse.ArgumentParser, release: str | None, planned_for: str | None = None) -> None:
+        self.release, self.planned_for = release, planned_for or release
         self._know(known)
 
     def _know(self, known: argparse.ArgumentParser) -> None:
@@ -121,7 +126,8 @@ class Flags:
         release = None
         with contextlib.suppress(metadata.PackageNotFoundError):
             release = metadata.version("sglang")
-        return cls(from_table(table["flags"]) if release in (None, table["sglang"]) else imported(), release)
+        known = from_table(table["flags"]) if release in (None, table["sglang"]) else imported()
+        return cls(known, release, release or table["sglang"])
 
     def name(self, written: str, where: str) -> str:
         """The flag's canonical name without dashes.

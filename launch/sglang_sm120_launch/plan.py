@@ -19,6 +19,7 @@ from .machine import MIB, Machine
 from .model import Model
 from .sections import (
     CPU_CHUNK,
+    cpu_ranks,
     graph_settings,
     memory_settings,
     mtp_settings,
@@ -28,7 +29,7 @@ from .sections import (
     served_settings,
     step_settings,
 )
-from .settings import Setting, Value, env, flag, hidden, overridden
+from .settings import Setting, Value, command, env, flag, overridden
 from .values import Request
 
 CUDA = (13, 0)
@@ -69,9 +70,7 @@ class Plan:
 
     def command(self) -> list[str]:
         """The command a user can type instead of `serve`, keys and passwords hidden."""
-        variables = [f"{name}={value}" for name, value in self.environment().items()]
-        words = [word for entry in self.settings if entry.kind == "flag" for word in hidden(entry).arguments()]
-        return [*(["env", *variables] if variables else []), "python", "-m", "sglang.launch_server", *words]
+        return command("sglang.launch_server", self.settings)
 
 
 def make_plan(machine: Machine, model: Model, request: Request) -> Plan:
@@ -157,8 +156,6 @@ def _without_step(request: Request, machine: Machine, *, takes_prefill: bool, em
     """
     reasons = contract.reasons(request.value, request.variable, takes_prefill=takes_prefill, emulated=emulated)
     given = {feature for feature in contract.FEATURES if any(contract.asked(feature, request.value))}
-    if request.apart and "PD_DISAGGREGATION" not in given:
-        reasons.append("the step does not serve prefill and decode apart")
     if machine.nodes > 1 and "MULTI_NODE_TP" not in given:
         reasons.append("the step does not serve ranks on several nodes")
     if reasons and request.value("enable-nvidia-megakernel") is True:
@@ -173,12 +170,14 @@ def _require_served(request: Request) -> None:
 
 
 def _on_cpu(machine: Machine, model: Model, request: Request) -> _Decided:
-    tp = values.number(request, "tp-size") or 1
+    tp = values.number(request, "tp-size") or machine.nodes
     if tp not in SIZES or not experts_by(model, tp):
         most = max(size for size in SIZES if experts_by(model, size))
         raise LaunchError(
             f"TP {tp} was asked for, and the model's heads, groups and FP8 blocks allow powers of two up to {most}."
         )
+    if tp % machine.nodes:
+        raise LaunchError(f"TP {tp} was asked for over {machine.nodes} machines: give a multiple of {machine.nodes}.")
     draft = values.draft_tokens(request)
     given = values.given(request, model)
     given = replace(
@@ -188,8 +187,9 @@ def _on_cpu(machine: Machine, model: Model, request: Request) -> _Decided:
         max_tokens=given.max_tokens or CPU_SERVER["max_total_tokens"],
         chunk=given.chunk or CPU_CHUNK,
     )
+    local = tp // machine.nodes
     lines = (("memory of the host", machine.ram_mib * MIB), ("SGLang's processes", -PROCESSES))
-    room = Room("the host", lines, sum(size for _, size in lines) // tp, tp, "all", draft, device="cpu")
+    room = Room("the host", lines, sum(size for _, size in lines) // local, tp, "all", draft, device="cpu")
     try:
         found = fit(model, room, given, CPU_CHUNK)
     except LaunchError as refusal:
@@ -202,7 +202,7 @@ def _on_cpu(machine: Machine, model: Model, request: Request) -> _Decided:
     settings = [
         flag("model-path", model.path, "the model to serve"),
         flag("device", "cpu", "no NVIDIA GPU was found; SGLang does not choose the CPU by itself"),
-        flag("tp-size", tp, "one process uses all cores"),
+        *cpu_ranks(machine, tp),
         flag("max-total-tokens", found.pools.full, f"{laptop} cache; SGLang would take all free memory"),
         flag("swa-full-tokens-ratio", found.window_ratio, "so small a cache needs a larger share for the window"),
         *pool_settings(model, found, f"{laptop} requests"),

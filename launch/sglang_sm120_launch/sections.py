@@ -30,11 +30,20 @@ def rank_settings(machine: Machine, cards: Cards) -> Iterator[Setting]:
     if cards.ep > 1:
         yield flag("ep-size", cards.ep, "parts of every expert would be no whole FP8 blocks: each rank has whole ones")
         yield env("SGLANG_SHARED_EXPERT_TP1", "1", "the shared expert is whole on each rank too, for the same reason")
-    if machine.nodes > 1:
-        yield flag("nnodes", machine.nodes, "hosts that serve one model together; each gets its --node-rank")
+    yield from _nodes(machine)
     if cards.visible is not None:
         yield env("CUDA_DEVICE_ORDER", "PCI_BUS_ID", "so that CUDA counts the cards as nvidia-smi and this plan do")
         yield env("CUDA_VISIBLE_DEVICES", ",".join(map(str, cards.visible)), cards.why_visible)
+
+
+def cpu_ranks(machine: Machine, tp: int) -> Iterator[Setting]:
+    yield flag("tp-size", tp, "one process on each machine uses all cores" if tp > 1 else "one process uses all cores")
+    yield from _nodes(machine)
+
+
+def _nodes(machine: Machine) -> Iterator[Setting]:
+    if machine.nodes > 1:
+        yield flag("nnodes", machine.nodes, "hosts that serve one model together; each gets its --node-rank")
 
 
 def memory_settings(model: Model, room: Room, found: Fit, preferred: int) -> Iterator[Setting]:

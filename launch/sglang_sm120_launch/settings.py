@@ -56,6 +56,14 @@ def env(name: str, value: str, reason: str) -> Setting:
     return Setting("env", name, value, reason)
 
 
+def command(module: str, settings: Iterable[Setting]) -> list[str]:
+    """The command of a Python module with these flags and variables, keys and passwords hidden."""
+    entries = list(settings)
+    variables = [f"{entry.name}={entry.value}" for entry in entries if entry.kind == "env"]
+    words = [word for entry in entries if entry.kind == "flag" for word in hidden(entry).arguments()]
+    return [*(["env", *variables] if variables else []), "python", "-m", module, *words]
+
+
 def overridden(settings: Iterable[Setting], given: Iterable[Setting]) -> tuple[Setting, ...]:
     """`settings` with the given ones in place of decided ones, those that were not decided at the end."""
     return tuple({(entry.kind, entry.name): entry for entry in (*settings, *given)}.values())

@@ -39,7 +39,6 @@ class Request:
         auto: flags that the config leaves to the plan; None for all.
         mtp: speculative decoding with the checkpoint's MTP layer.
         gpus: indices of the cards to use; None for the best set.
-        apart: prefill and decode on hosts of their own.
         patched: whether the series is in the SGLang that will serve: the step is then on by itself, with one `wo_a`.
         evidence: how the config was tried (see README.md).
     """
@@ -53,7 +52,6 @@ class Request:
     auto: tuple[str, ...] | None = None
     mtp: bool = False
     gpus: tuple[int, ...] | None = None
-    apart: bool = False
     patched: bool = True
     evidence: str = "unverified"
 

@@ -203,6 +203,7 @@ SPEC = spec.MegakernelSpec(
         {
             spec.Feature.EXPERT_PARALLEL,
             spec.Feature.KV_OFFLOAD,
+            spec.Feature.PD_DISAGGREGATION,
             spec.Feature.RAGGED_VERIFY,
             spec.Feature.SPECULATIVE_DECODING,
         }

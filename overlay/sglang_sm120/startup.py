@@ -10,8 +10,12 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 from pathlib import Path
 
+from . import __version__
+
+VERSION = "SGLANG_SM120_VERSION"
 REPAIR = "run `make apply` in the sglang-sm120 checkout"
 HERE = Path(__file__).resolve().parent
 
@@ -19,6 +23,7 @@ HERE = Path(__file__).resolve().parent
 def check() -> None:
     """Compare SGLang's touched files with the lock that lies beside this module.
 
+    SGLANG_SM120_VERSION, where it is set, has to be this package's version.
     SGLang calls this in every server process (entry-point group `sglang.srt.plugins`); with `SGLANG_PLUGINS` set to
     other names it does not. Returns when every file has the hash of the applied series, or, for an installed wheel,
     of the released SGLang.
@@ -27,11 +32,22 @@ def check() -> None:
         SystemExit: with one sentence, in every other case. SGLang's plugin loader swallows `Exception`.
     """
     try:
-        problem = problem_of(HERE, _sglang_parent(), _sglang_version())
+        problem = other_release() or problem_of(HERE, _sglang_parent(), _sglang_version())
     except Exception as error:
         problem = f"the installed SGLang could not be checked ({type(error).__name__}: {error}): {REPAIR}"
     if problem:
         raise SystemExit(f"sglang-sm120: {problem}")
+
+
+def other_release() -> str | None:
+    """The sentence that says that a plan for several hosts, which sets VERSION, was made by another release."""
+    wanted = os.environ.get(VERSION)
+    if wanted in (None, "", __version__):
+        return None
+    return (
+        f"{VERSION} is {wanted} and sglang-sm120 {__version__} is installed in {HERE.parent}, but servers that work "
+        f"together need one release: install {wanted}, or plan again with {__version__}"
+    )
 
 
 def problem_of(package: Path, site: Path | None, version: str | None) -> str | None:

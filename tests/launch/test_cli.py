@@ -190,10 +190,10 @@ def test_a_server_that_anybody_may_use_is_told(words: list[str], key: str | None
     assert all("SGLANG_API_KEY" in note for note in found)
 
 
-@pytest.mark.parametrize("kind", ("2n", "1p1d"))
-def test_a_topology_is_told_too(kind: str, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize("words", (("--nodes", "2"), ("--role", "all")))
+def test_a_deployment_is_told_too(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]):
     """Its servers listen everywhere."""
-    assert cli.main(["plan", "--model", FLASH, "--machine", TWO, "--topology", kind]) == 0
+    assert cli.main(["plan", "--model", FLASH, "--machine", TWO, *words]) == 0
     assert "Everybody who reaches port 30000" in capsys.readouterr().out
 
 

@@ -201,7 +201,6 @@ WORD_MISTAKES: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "a card that is not there": (["--gpus", "0,2"], ("0,2", "0 to 1")),
     "a card twice": (["--gpus", "1,1"], ("1,1",)),
     "a CPU device with cards": (["--", "--device", "cuda", "--tp", "16"], ("TP 16",)),
-    "hosts": (["--topology", "2n", "--hosts", "a"], ("'a'",)),
 }
 
 
@@ -328,28 +327,6 @@ def test_index_and_config_agree_on_the_weights(checkpoint: Path):
     finally:
         (checkpoint / "aside").rename(checkpoint / INDEX)
     assert from_index.tensors == from_config.tensors
-
-
-@pytest.mark.parametrize("kind", ("2n", "1p1d"))
-def test_topologies_parse(kind: str, flags: Flags, capsys: pytest.CaptureFixture[str]):
-    """Every node's command goes through SGLang's parser and names its part."""
-    words = ["plan", "--model", FLASH, "--machine", TWO, "--topology", kind, "--hosts", "left,right", "--json"]
-    assert cli.main(words) == 0
-    nodes = json.loads(capsys.readouterr().out)
-    commands = [node["command"] for node in nodes]
-    servers = [command[command.index("sglang.launch_server") + 1 :] for command in commands[:2]]
-    for server in servers:
-        flags.check(server)
-    if kind == "2n":
-        assert [server[server.index("--node-rank") + 1] for server in servers] == ["0", "1"]
-        assert all("left:20000" in server and "4" == server[server.index("--tp-size") + 1] for server in servers)
-    else:
-        assert [server[server.index("--disaggregation-mode") + 1] for server in servers] == ["prefill", "decode"]
-        assert {"http://left:30000", "http://right:30000", "8998"} <= set(commands[2])
-        assert nodes[2]["plan"] is None
-        assert all("MC_FORCE_TCP=1" in command for command in commands[:2])
-    assert cli.main([*words[:-1]]) == 0
-    assert "left" in capsys.readouterr().out
 
 
 @pytest.fixture

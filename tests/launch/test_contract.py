@@ -110,7 +110,6 @@ def test_no_probe_is_left_out(feature: str):
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "switched off": ({"env": {"SGLANG_SM120": "0"}}, "SGLANG_SM120=0"),
-    "one host of two": ({"apart": True}, "prefill and decode apart"),
     "another layout of experts": ({"flags": {"moe-runner-backend": "marlin"}}, "--moe-runner-backend marlin"),
     "experts sent to others": ({"flags": {"moe-a2a-backend": "deepep"}}, "--moe-a2a-backend deepep"),
     "dense layers apart": ({"flags": {"moe-dense-tp-size": 1}}, "--moe-dense-tp-size 1"),
@@ -133,6 +132,12 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "narrow states": ({"env": {"SGLANG_DSV4_COMPRESS_STATE_DTYPE": "bfloat16"}}, "STATE_DTYPE=bfloat16"),
     "plugins without ours": ({"env": {"SGLANG_PLUGINS": "sm120"}}, "does not list nvidia_megakernel"),
 }
+
+
+@pytest.mark.parametrize("mode", ("prefill", "decode"))
+def test_a_pair_keeps_the_step(mode: str):
+    """What arrives from the other server lies in SGLang's pools (`test_disaggregation.py`)."""
+    assert off(make_plan(TWO, MODEL, Request(flags={"disaggregation-mode": mode}))) == ""
 
 
 @pytest.mark.parametrize("reason", OTHERS)

@@ -21,17 +21,15 @@ FLAG = "--enable-nvidia-megakernel"
 FLAG_FIELD = "enable_nvidia_megakernel"
 OFF = "sglang-sm120 is off, SGLang's own forward serves DeepSeek-V4: "
 LORA = "LoRA is in use and sglang-sm120 does not accept it"
-PD = "PD disaggregation is in use and sglang-sm120 does not accept it"
 SM120, SM121, H200, B200, ADA = [12, 0], [12, 1], [9, 0], [10, 0], [8, 9]
 # Defaults of DeepSeek-V4 on SM12x with a feature that the plugin's contract refuses, and SGLang's reason.
 REFUSED = {
     "lora": (["--enable-lora"], LORA),
-    "prefill": (["--disaggregation-mode", "prefill"], PD),
-    "decode": (["--disaggregation-mode", "decode"], PD),
     "marlin": (["--moe-runner-backend", "marlin"], "moe_runner_backend 'marlin' is not one of ['flashinfer_mxfp4']"),
     "fused": (["--enforce-shared-experts-fusion"], "enforce_shared_experts_fusion True is not one of ['False']"),
     "v4.1": ([], "config.model_type 'deepseek_v41' is not 'deepseek_v4'"),
 }
+ROLES = ("prefill", "decode")
 # Where nothing of ours may be seen.
 INACTIVE = {
     "other model": ("llama", SM120, []),
@@ -69,6 +67,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return {"name": name, "arguments": line, "capability": capability, "env": env, "declared": declared or {}}
 
     made = [case("sm120", "v4", SM120), case("sm121", "v4", SM121), case("flag", "v4", SM120, FLAG)]
+    made += [case(role, "v4", SM120, "--disaggregation-mode", role) for role in ROLES]
     made += [
         case(name, "v4.1" if name == "v4.1" else "v4", SM120, *arguments) for name, (arguments, _) in REFUSED.items()
     ]
@@ -138,6 +137,13 @@ def test_it_is_on_by_default(patched: dict[str, Any], name: str):
     isa = "sm_121" if name == "sm121" else "sm_120"
     assert patched[name]["log"][-1] == f"{FLAG}: sglang-sm120 on {isa}"
     assert not any(line.startswith(OFF) for line in patched[name]["log"])
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_it_is_on_where_prefill_and_decode_are_apart(patched: dict[str, Any], role: str):
+    """On both sides, as the plugin's spec accepts the feature."""
+    assert patched[role]["error"] is None and patched[role]["resolved"][FLAG_FIELD] == "True"
+    assert patched[role]["log"][-1] == f"{FLAG}: sglang-sm120 on sm_120"
 
 
 @pytest.mark.parametrize("name", REFUSED)
