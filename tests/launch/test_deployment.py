@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from telling import refused
 
 from sglang_sm120 import __version__, startup
+from sglang_sm120.checkpoint.config import FLASH
 from sglang_sm120_launch import cli, writers
 from sglang_sm120_launch.flags import Flags
-from sglang_sm120_launch.model import FLASH, Model
+from sglang_sm120_launch.model import Model
 from sglang_sm120_launch.writers import dynamo, srt_slurm
 
 pytestmark = pytest.mark.usefixtures("one_flags", "one_model")
