@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def served() -> list[str]:
-    """The ops with Triton kernels that the step calls."""
+    """The ops with Triton kernels that the step calls, of any model."""
     return [name for name in ops.with_triton() if ops.SPECS[name].served]
 
 
@@ -79,7 +79,7 @@ def warm_up(
         return
     began = time.monotonic()
     table = registry.table(registry.device_kind(device))
-    ours = {ops.named(name) for name in (*served(), *ops.with_own())}
+    ours = {ops.named(name) for name in (*served(), *ops.with_own()) if ops.SPECS[ops.named(name)[0]].where(config)}
     names = [f"{row.op}={row.provider}" for row in table if row.chosen and (row.op, row.provider) in ours]
     found = variants(config, *sizes, names, kernels.sms(device), tuned.of_device(device), lent_rows)
     for op, size in found.scratch.items():

@@ -98,3 +98,18 @@ def from_gate_first(w13: torch.Tensor, s13: torch.Tensor, w2: torch.Tensor, s2: 
     inter = w13.shape[1] // 2
     s13, s2 = (mxfp4.swizzle_scales(e8m0.from_float(scale)) for scale in (s13.roll(inter, 1), s2))
     return Experts(w13.roll(inter, 1), s13, w2, s2)
+
+
+def nvfp4_from_gate_first(e: Nvfp4Experts) -> Nvfp4Experts:
+    """A layer as SGLang keeps it with --moe-runner-backend flashinfer_mxfp4, to the order of rows that SM120's has.
+
+    There w13 and the swizzled s13 have w1 (gate) first. w13 and s13 are returned new, the others as they are.
+
+    Raises ValueError for what `nvfp4_refusal` names.
+    """
+    if why := nvfp4_refusal(e):
+        raise ValueError(why)
+    inter = e.w13.shape[1] // 2
+    # I is a multiple of a tile's 128 rows, so that tiles of scales move as rows do.
+    s13 = e.s13.view(torch.uint8).roll(inter, 1).view(e.s13.dtype)
+    return e._replace(w13=e.w13.roll(inter, 1), s13=s13)

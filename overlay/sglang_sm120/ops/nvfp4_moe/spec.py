@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ...checkpoint.config import nvfp4_experts
 from ...formats import mxfp4, nvfp4
 from ...spec import Calls, Inputs, Spec
 from ..mxfp4_moe import spec as mxfp4_moe
@@ -29,6 +30,8 @@ SPEC = Spec(
     traffic=mxfp4_moe.traffic,
     aim=mxfp4_moe.aim,
     tunables=mxfp4_moe.tunables(FAMILIES),
+    served=True,
+    where=nvfp4_experts,
     by_experts=True,
     synchronises=True,
 )
