@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sglang_sm120.checkpoint.config import nvfp4_experts
 from sglang_sm120.limits import PAGE, RING, WINDOW, page_bytes
 
 from .machine import MIB
@@ -94,8 +95,8 @@ def step_weights(model: Model, tp: int, device: str, mtp: bool) -> dict[str, int
     scales = {True: 4, False: 1}
     output = sum(-(-size * scales[kind.role == "scale"] // tp) for kind, size in layers.items() if kind.wo_a)
     taken = {"wo_a FP8 (the step)": output}
-    if device == "cpu":
-        # SM120's layout takes the place of SGLang's on a CPU layer by layer: one is there in both.
+    if device == "cpu" or nvfp4_experts(model.config):
+        # SM120's layout takes the place of SGLang's layer by layer: one is there in both.
         experts = sum(-(-size // tp) for kind, size in layers.items() if kind.expert)
         taken["one layer's experts (the step)"] = -(-experts // model.config["num_hidden_layers"])
     return taken

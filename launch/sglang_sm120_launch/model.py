@@ -20,7 +20,8 @@ INDEX = "model.safetensors.index.json"
 _QUANTISED = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 """What config.json says of the published checkpoint, whose experts SGLang knows for MXFP4 beside it."""
 _SHARDED = re.compile(
-    r"^(embed|head)\.weight$|\.attn\.(wq_b|wo_a|wo_b)\.|\.ffn\.(shared_experts|experts\.\d+)\.w[123]\."
+    r"^(embed|head)\.weight$|\.attn\.(wq_b|wo_a|wo_b)\.|"
+    r"\.ffn\.(shared_experts|experts\.\d+)\.w[123]\.(?!weight_scale_2$|input_scale$)"
 )
 
 
@@ -28,9 +29,9 @@ class Kind(NamedTuple):
     """What tensors have in common as far as memory goes.
 
     owner is `layers`, `mtp` or `shared`, the embedding and head that both use; role `weight`, `scale` of an FP8 or
-    MXFP4 weight, or `norm` of a compressor; sharded says that tensor parallelism divides it; shared_expert, that it is
-    of the one that every token meets; wo_a, that it belongs to the attention's first output projection, which SGLang
-    and the step each keep in a form of their own.
+    MXFP4 weight (NVFP4's, which SGLang widens nowhere, are weights), or `norm` of a compressor; sharded says that
+    tensor parallelism divides it; shared_expert, that it is of the one that every token meets; wo_a, that it belongs to
+    the attention's first output projection, which SGLang and the step each keep in a form of their own.
     """
 
     owner: str

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from sglang_sm120.checkpoint.config import nvfp4_experts
 from sglang_sm120.limits import CPU_SERVER, SM12X, takes_prefill
 
 from . import contract, memory, predict, values
@@ -19,11 +20,13 @@ from .machine import MIB, Machine
 from .model import Model
 from .sections import (
     CPU_CHUNK,
+    NVFP4_RUNNER,
     cpu_ranks,
     graph_settings,
     memory_settings,
     mtp_settings,
     notes,
+    nvfp4_settings,
     pool_settings,
     rank_settings,
     served_settings,
@@ -111,14 +114,17 @@ def _on_cuda(machine: Machine, model: Model, request: Request) -> _Decided:
     gpu, tp = cards.gpu, cards.tp
     sm12x, forced = gpu.sm in SM12X, request.variable("SGLANG_SM120_FORCE") == "1"
     emulated = forced and not sm12x
+    nvfp4 = nvfp4_experts(model.config) and (sm12x or forced)
     try:
-        prefill = takes_prefill(request.variable("SGLANG_SM120_PREFILL"), emulated)
+        prefill = takes_prefill(request.variable("SGLANG_SM120_PREFILL") or ("overlay" if nvfp4 else None), emulated)
     except ValueError as refusal:
         raise LaunchError(str(refusal)) from None
     absent = [f"{gpu.name} is none of SM12x"]
     if sm12x or forced:
         absent = _without_step(request, machine, takes_prefill=prefill, emulated=emulated)
     draft = values.draft_tokens(request)
+    if nvfp4:
+        _require_step(request, sm12x, absent if prefill else ["SGLANG_SM120_PREFILL=sglang was given"], draft)
     lines = [(f"memory of {gpu.name}", cards.memory_mib * MIB), ("CUDA context and driver", -memory.CONTEXT)]
     if cards.used_mib:
         lines.append(("used by other processes", -cards.used_mib * MIB))
@@ -137,6 +143,7 @@ def _on_cuda(machine: Machine, model: Model, request: Request) -> _Decided:
         *memory_settings(model, room, found, preferred),
         *graph_settings(found, room),
         *step_settings(room, request),
+        *(nvfp4_settings() if nvfp4 else ()),
         *(mtp_settings(draft) if request.mtp else ()),
         *served_settings(),
         *comms(machine, tp),
@@ -163,6 +170,19 @@ def _without_step(request: Request, machine: Machine, *, takes_prefill: bool, em
     return reasons
 
 
+def _require_step(request: Request, sm12x: bool, absent: list[str], draft: int) -> None:
+    """Raise LaunchError where the step cannot serve a model with NVFP4 experts, which nothing else does on SM12x."""
+    backend = request.value("moe-runner-backend")
+    if not sm12x:
+        absent = ["SGLang loads them on Blackwell alone"]
+    elif draft:
+        absent = ["SGLang 0.5.23 then puts the MTP layer's experts in a layout for SM100: leave speculation out"]
+    elif backend not in (None, NVFP4_RUNNER):
+        absent = [f"--moe-runner-backend {backend} does not leave them as they are: leave it out"]
+    if absent:
+        raise LaunchError(f"The model's experts are NVFP4, which the step alone serves here, and {', '.join(absent)}.")
+
+
 def _require_served(request: Request) -> None:
     """Raise LaunchError for what SGLang itself refuses for this model."""
     for words in contract.asked("DETERMINISTIC_INFERENCE", request.value):
@@ -170,6 +190,10 @@ def _require_served(request: Request) -> None:
 
 
 def _on_cpu(machine: Machine, model: Model, request: Request) -> _Decided:
+    if nvfp4_experts(model.config):
+        raise LaunchError(
+            "The model's experts are NVFP4, which SGLang 0.5.23 loads on Blackwell alone: use a checkpoint with MXFP4."
+        )
     tp = values.number(request, "tp-size") or machine.nodes
     if tp not in SIZES or not experts_by(model, tp):
         most = max(size for size in SIZES if experts_by(model, size))

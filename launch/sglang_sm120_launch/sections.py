@@ -135,3 +135,13 @@ def step_settings(room: Room, request: Request) -> Iterator[Setting]:
         yield flag("moe-runner-backend", "triton", "keeps the experts as loaded, for the step to take over")
         yield flag("enforce-disable-flashinfer-allreduce-fusion", True, "SGLang fuses no all-reduce on SM12x either")
         yield from (env(name, "0", reason) for name, reason in EMULATION_VARIABLES.items())
+
+
+NVFP4_RUNNER = "flashinfer_mxfp4"
+"""SGLang's runner that leaves the weights of NVFP4 experts as they lie in a checkpoint."""
+
+
+def nvfp4_settings() -> Iterator[Setting]:
+    yield flag("moe-runner-backend", NVFP4_RUNNER, "leaves NVFP4 experts as loaded, for the step to take over")
+    yield flag("disable-flashinfer-autotune", True, "its pass, SGLang's own, has more rows than the step takes")
+    yield env("SGLANG_SM120_PREFILL", "overlay", "SGLang has no forward for NVFP4 experts on SM12x")

@@ -88,11 +88,15 @@ def use_target(capability: int) -> None:
 
 
 def _variant(compiled: Any) -> str:
-    """`x:*fp32/16, n:i32, BLOCK=64, warps=4, stages=3`: types (/16: divisible by 16) and values of constants."""
+    """`x:*fp32/16, n:i32, BLOCK=64, warps=4, stages=3`: types (/16: divisible by 16) and values of constants.
+
+    An argument that is None is left out, as the code has nothing of it.
+    """
     source, words = compiled.src, []
     for index, (name, kind) in enumerate(source.signature.items()):
         if kind == "constexpr":
-            words.append(f"{name}={source.constants.get((index,))}")
+            value = source.constants.get((index,))
+            words += [] if value is None else [f"{name}={value}"]
         else:
             divisible = any(attribute == "tt.divisibility" for attribute, _ in source.attrs.get((index,), []))
             words.append(f"{name}:{kind}{'/16' if divisible else ''}")

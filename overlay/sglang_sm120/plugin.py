@@ -29,6 +29,7 @@ from .step.reasons import (
     model_reasons,
     takes_prefill,
     unusable,
+    why_alone,
     why_left,
 )  # fmt: skip
 
@@ -58,14 +59,17 @@ class Built:
         widths: rows of the passes in CUDA graphs that it may take.
         modes: which passes those are, as `why_left` wants them.
         counts: as in `Passes`.
+        alone: why SGLang's forward cannot serve what is left to it; None where it can.
     """
 
     draft_sampler = None
 
     def __init__(
-        self, step: Callable[..., Any], widths: tuple[int, ...], modes: Mapping[str, str], counts: bool = False
-    ) -> None:
+        self, step: Callable[..., Any], widths: tuple[int, ...], modes: Mapping[str, str], counts: bool = False,
+        alone: str | None = None,
+    ) -> None:  # fmt: skip
         self.widths = widths
+        self._alone = alone
         self.passes = Passes(counts)
         self._step = Checked(step)
         self._modes = modes
@@ -78,8 +82,8 @@ class Built:
         mode, rows = mode_of(forward_batch), input_ids.shape[0]
         why = why_left(self._modes, mode, rows, kwargs)
         if why is not None:
-            if emulated():
-                raise RuntimeError(f"With SGLANG_SM120_FORCE=1 SGLang's forward cannot serve a pass here: {why}.")
+            if self._alone:
+                raise RuntimeError(f"{self._alone} SGLang's forward cannot serve a pass here: {why}.")
             self.passes.leave(mode, why)
             return None
         self.passes.take(mode, rows)
@@ -120,11 +124,12 @@ def build(model: torch.nn.Module, hf_config: Any, context: spec.BuildContext) ->
     from .warmup import warm_up
 
     modules.watch()
-    check_graphs(get_exec().graph.cuda_graph_config, context.tokens_per_request)
+    alone = why_alone(hf_config)
+    check_graphs(get_exec().graph.cuda_graph_config, context.tokens_per_request, alone)
     if drafts():
         spec.register(architecture=DRAFT, path=f"{__name__}:DRAFT_SPEC")
     parallel = get_parallel()
-    built = Built(Target(model), context.widths, TARGET_MODES, counts=parallel.tp_rank == 0)
+    built = Built(Target(model), context.widths, TARGET_MODES, counts=parallel.tp_rank == 0, alone=alone)
     longest = get_model().context_length or hf_config.max_position_embeddings
     chunk = get_schedule().chunked_prefill_size or 0
     prefill = chunk if chunk > 0 else longest
@@ -150,24 +155,25 @@ def build(model: torch.nn.Module, hf_config: Any, context: spec.BuildContext) ->
     return built
 
 
-def check_graphs(graphs: Any, tokens: int) -> None:
+def check_graphs(graphs: Any, tokens: int, alone: str | None) -> None:
     """Say which decode graphs have more rows than the step takes: SGLang's forward serves them.
 
     Args:
         graphs: SGLang's `CudaGraphConfig`, or None.
         tokens: rows of one request in a decode-phase pass.
+        alone: as in `Built`.
 
     Raises:
-        ValueError: on a card where SGLang's forward cannot serve them, in one sentence.
+        ValueError: SGLang's forward cannot serve them, in one sentence.
     """
     larger = [size for size in (graphs and graphs.decode.bs) or () if size * tokens > MAX_ROWS]
     if not larger:
         return
     rows = f"{', '.join(map(str, larger))} requests of {tokens} token{'s' if tokens > 1 else ''}"
-    if emulated():
+    if alone:
         raise ValueError(
-            f"CUDA graphs of {rows} have more than the {MAX_ROWS} rows that the step takes, and with "
-            f"SGLANG_SM120_FORCE=1 nothing else can serve them: give --cuda-graph-max-bs-decode {MAX_ROWS // tokens}."
+            f"{alone} nothing but the step can serve, whose passes have up to {MAX_ROWS} rows, and there are CUDA "
+            f"graphs of {rows}: give --cuda-graph-max-bs-decode {MAX_ROWS // tokens}."
         )
     logger.info("sglang_sm120: CUDA graphs of %s are SGLang's forward's, the step takes %d rows.", rows, MAX_ROWS)
 
@@ -184,7 +190,7 @@ def build_draft(model: torch.nn.Module, hf_config: Any, context: spec.BuildConte
     """The draft whose experts lie as the target's do; `build` has compiled for it."""
     from .step.draft import Draft
 
-    return Built(Draft(model), context.widths, DRAFT_MODES)
+    return Built(Draft(model), context.widths, DRAFT_MODES, alone=why_alone(hf_config))
 
 
 SPEC = spec.MegakernelSpec(

@@ -38,7 +38,9 @@ class Spec:
     traffic(arguments): bytes read and written once, and floating-point operations, that a call cannot do without.
     aim(arguments, rows, context): what a call at TP 2 is to reach: `bench`'s name of a share, at least, or of a time.
     tunables: by family of kernels, (shape, rows, heuristic's) -> configurations that `make tune` tries.
-    served: a server with the step calls it, and warm-up compiles its Triton kernels. speculates: with EAGLE alone.
+    served: a server with the step calls it, and warm-up compiles its Triton kernels; of models that `where` names.
+    speculates: with EAGLE alone.
+    where(config): whether a model's step calls it, by its `config.json`; by default each does.
     lent: patched SGLang's own forward calls it too, in its prefill and in the graphs of that.
     context: powers of two of the context that launch the same kernels; 0 where its arguments do not depend on it.
     streams: how many of `streams` call it, beside the step's own.
@@ -57,6 +59,7 @@ class Spec:
     trials: Callable[[Arguments], Mapping[str, Mapping[Any, Any]]] = lambda _: {}
     served: bool = False
     speculates: bool = False
+    where: Callable[[dict[str, Any]], bool] = lambda _: True
     lent: bool = False
     context: int = 0
     streams: int = 0

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def served(speculates: bool = True) -> list[str]:
-    """The ops with Triton kernels that the step calls, or calls without speculation."""
+    """The ops with Triton kernels that the step calls, of any model, or calls without speculation."""
     return [name for name in ops.with_triton() if ops.SPECS[name].served and speculates >= ops.SPECS[name].speculates]
 
 
@@ -81,7 +81,8 @@ def warm_up(
         return
     began = time.monotonic()
     table = registry.table(registry.device_kind(device))
-    ours = {ops.named(name) for name in (*served(speculates), *ops.with_own())}
+    called = (ops.named(name) for name in (*served(speculates), *ops.with_own()))
+    ours = {(op, provider) for op, provider in called if ops.SPECS[op].where(config)}
     names = [f"{row.op}={row.provider}" for row in table if row.chosen and (row.op, row.provider) in ours]
     found = variants(config, *sizes, names, kernels.sms(device), tuned.of_device(device), lent_rows)
     for op, size in found.scratch.items():

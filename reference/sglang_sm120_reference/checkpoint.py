@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from sglang_sm120.formats import fp8_block, mxfp4
+from sglang_sm120.formats import fp8_block, mxfp4, nvfp4
 
 from .config_file import load_config
 from .defects import Defect
@@ -37,7 +37,7 @@ class Checkpoint:
             return file.get_tensor(name)
 
     def weight(self, name: str) -> Tensor:
-        """The weight's values in the oracle's arithmetic dtype, dequantised with its `.scale` if it has one."""
+        """The weight's values in the oracle's arithmetic dtype, dequantised with its scales if it has some."""
         if name not in self._values:
             self._values[name] = self._dequantise(name).to(self._real)
         return self._values[name]
@@ -46,6 +46,9 @@ class Checkpoint:
         stored = self.raw(name)
         if stored.dtype == torch.float8_e4m3fn:
             return fp8_block.dequantise(stored, self._scale(name))
+        if stored.dtype == torch.uint8:
+            # Input scales are for activations in FP4, and the oracle's are not rounded.
+            return nvfp4.dequantise(stored, self.raw(f"{name}_scale"), self.raw(f"{name}_scale_2"))
         if stored.dtype == torch.int8:
             if self._defect is Defect.NIBBLES_SWAPPED:
                 stored = mxfp4.pack(mxfp4.unpack(stored).unflatten(-1, (-1, 2)).flip(-1).flatten(-2))

@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sglang_sm120.checkpoint.config import FIXED, FP8_BLOCK, ReferenceConfig
+from sglang_sm120.checkpoint.config import FIXED, FP8_BLOCK, NVFP4_GROUP, ReferenceConfig
+
+_NVFP4 = {"quant_algo": "MIXED_PRECISION", "moe_quant_algo": "NVFP4", "group_size": NVFP4_GROUP, "ignore": []}
 
 
 def load_config(checkpoint: str | Path) -> ReferenceConfig:
@@ -16,11 +18,11 @@ def load_config(checkpoint: str | Path) -> ReferenceConfig:
 
 
 def config_json(config: ReferenceConfig) -> dict[str, Any]:
-    """The `config.json` of this model, with exactly the keys of the published one."""
+    """The `config.json` of this model, with exactly the keys of the published one, or of one with NVFP4 experts."""
     own = {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)
-        if not field.name.startswith("yarn_")
+        if not field.name.startswith("yarn_") and field.name != "nvfp4_experts"
     }
     return {
         "architectures": ["DeepseekV4ForCausalLM"],
@@ -39,6 +41,7 @@ def config_json(config: ReferenceConfig) -> dict[str, Any]:
             "quant_method": "fp8",
             "scale_fmt": "ue8m0",
             "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+            **(_NVFP4 if config.nvfp4_experts else {}),
         },
         "rope_scaling": {
             "beta_fast": config.yarn_beta_fast,

@@ -74,7 +74,7 @@ def check(config: ReferenceConfig) -> None:
 def draw(parameter: Parameter, config: ReferenceConfig, seed: int) -> dict[str, Tensor]:
     """The stored tensors of one weight: name -> tensor, as `Parameter.stored` lists them."""
     rng = torch.Generator().manual_seed(_seed_of(seed, parameter.name))
-    if parameter.storage is Storage.MXFP4:
+    if parameter.storage in (Storage.MXFP4, Storage.NVFP4):
         return _expert(parameter, config, rng)
     channels = Channels(config.n_routed_experts)
     field = parameter.name.split(".", 2)[-1] if parameter.name.startswith(("layers.", "mtp.")) else parameter.name
@@ -98,8 +98,25 @@ def _expert(parameter: Parameter, config: ReferenceConfig, rng: torch.Generator)
     scale = exponent + torch.randint(-1, 2, (n, k // MXFP4_GROUP), dtype=torch.int32, generator=rng)
     if down:
         scale[: Channels(config.n_routed_experts).count] -= 3
+    if parameter.storage is Storage.NVFP4:
+        return _nvfp4(parameter, codes, exponent, scale, rng)
     biased = (scale + 127).to(torch.uint8).view(torch.float8_e8m0fnu)
     return {parameter.name: codes.view(torch.int8), parameter.scale_name: biased}
+
+
+def _nvfp4(
+    parameter: Parameter, codes: Tensor, exponent: int, scale: Tensor, rng: torch.Generator
+) -> dict[str, Tensor]:
+    """The same codes; each half of a block of MXFP4 has its own mantissa, and a matrix an odd factor."""
+    n, blocks = scale.shape
+    mantissa = 1 + torch.randint(0, 8, (n, 2 * blocks), generator=rng) / 8
+    values = torch.ldexp(mantissa, (scale - exponent).repeat_interleave(2, 1))
+    # Mantissas and factors are about 1.44 and 1.12 on average, which is taken back.
+    factor = 2.0**exponent * (1 + torch.rand((), generator=rng) / 4) / 1.6
+    name, input_scale = parameter.name, f"{parameter.name.removesuffix('.weight')}.input_scale"
+    scales = {f"{name}_scale": values.to(torch.float8_e4m3fn), f"{name}_scale_2": factor}
+    # No reader that keeps activations in bf16 may multiply by it.
+    return {name: codes.view(torch.uint8), **scales, input_scale: torch.tensor(1e-3)}
 
 
 @dataclass(frozen=True)

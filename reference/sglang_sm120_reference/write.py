@@ -131,6 +131,7 @@ def main(argv: list[str] | None = None) -> int:
         action=argparse.BooleanOptionalAction,
         help="with or without an MTP layer; otherwise as the config says (the small one has it)",
     )
+    parser.add_argument("--nvfp4-experts", action="store_true", help="the layers' routed experts in NVFP4")
     names = ("hidden_size", "vocab_size", "num_attention_heads", "n_routed_experts", "max_position_embeddings")
     for name in names:
         parser.add_argument("--" + name.replace("_", "-"), type=int, metavar="N")
@@ -144,6 +145,7 @@ def main(argv: list[str] | None = None) -> int:
             "compress_ratios": ratios + (0,) * mtp,
             "num_hidden_layers": len(ratios),
             "num_nextn_predict_layers": mtp,
+            "nvfp4_experts": args.nvfp4_experts or config.nvfp4_experts,
         }
         config = dataclasses.replace(config, **changed)
     except (OSError, KeyError, ValueError) as error:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sglang_sm120 import ops
 from sglang_sm120.checkpoint.config import HEAD_DIM, INDEX_HEAD_DIM, WINDOW, ReferenceConfig
-from sglang_sm120.formats import fp8_block, kv_page
+from sglang_sm120.formats import fp8_block, kv_page, mxfp4
 from sglang_sm120_reference.attention import rotation
 from sglang_sm120_reference.checkpoint import Checkpoint
 
@@ -43,6 +43,12 @@ class Rank(NamedTuple):
 
 
 WHOLE = Rank()
+
+
+def plain_nvfp4(**otherwise: bool) -> SimpleNamespace:
+    """What the step asks of SGLang's method for NVFP4 experts, by default with a runner that leaves them plain."""
+    asked = ("enable_flashinfer_trtllm_moe", "enable_flashinfer_cutedsl_moe", "load_up_proj_weight_first")
+    return SimpleNamespace(**(dict.fromkeys(asked, False) | otherwise))
 
 
 class Norm:
@@ -154,6 +160,24 @@ class Weights:
             tensor = torch.stack(found)
             return torch.nn.Parameter(tensor.float() if end == "scale" else tensor, requires_grad=False)
 
+        def mxfp4_() -> dict[str, Any]:
+            return {
+                "w13_weight": stacked(("w1", "w3"), "weight", rows), "w2_weight": stacked(("w2",), "weight", columns),
+                "w13_weight_scale_inv": stacked(("w1", "w3"), "scale", rows),
+                "w2_weight_scale_inv": stacked(("w2",), "scale", columns),
+            }  # fmt: skip
+
+        def nvfp4() -> dict[str, Any]:
+            """As SGLang keeps them with --moe-runner-backend flashinfer_mxfp4 (`test_nvfp4.py`)."""
+            layer: dict[str, Any] = {"quant_method": plain_nvfp4()}
+            for owner, names, cut in (("w13", ("w1", "w3"), rows), ("w2", ("w2",), columns)):
+                layer[f"{owner}_weight"] = stacked(names, "weight", cut)
+                layer[f"{owner}_weight_scale"] = stacked(names, "weight_scale", cut)
+                layer[f"{owner}_weight_scale"].data = mxfp4.swizzle_scales(layer[f"{owner}_weight_scale"].data)
+                factors = stacked(names, "weight_scale_2", lambda factor: factor.view(1)).data
+                layer[f"{owner}_weight_scale_2"] = torch.nn.Parameter(factors.squeeze(1), requires_grad=False)
+            return layer
+
         shared = prefix + "shared_experts."
         gate = SimpleNamespace(
             weight=self._raw(prefix + "gate.weight"),
@@ -165,9 +189,7 @@ class Weights:
             topk=SimpleNamespace(**({"tid2eid": self._raw(prefix + "gate.tid2eid")} if hashed else {})),
             experts=SimpleNamespace(
                 num_local_experts=len(ids), moe_ep_rank=rank.index if rank.whole_experts else 0,
-                w13_weight=stacked(("w1", "w3"), "weight", rows),
-                w13_weight_scale_inv=stacked(("w1", "w3"), "scale", rows),
-                w2_weight=stacked(("w2",), "weight", columns), w2_weight_scale_inv=stacked(("w2",), "scale", columns),
+                **(nvfp4() if config.nvfp4_experts and prefix.startswith("layers.") else mxfp4_()),
             ),
             shared_experts=SimpleNamespace(
                 swiglu_limit=config.swiglu_limit, down_proj=self._linear(shared + "w2", cut=self._columns),

@@ -208,7 +208,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_a_forced_card_has_every_pass_served_by_the_step(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert reasons.emulated() and why_left("extend", MAX_ROWS + 1, {}) is None
-    left = SimpleNamespace(passes=Passes(), _modes=reasons.TARGET_MODES)
+    left = SimpleNamespace(passes=Passes(), _modes=reasons.TARGET_MODES, _alone=reasons.why_alone(hf_config()))
     for mode, rows in ((ForwardMode.MIXED, 1), (ForwardMode.DECODE, MAX_ROWS + 1)):
         with pytest.raises(RuntimeError, match="^With SGLANG_SM120_FORCE=1 SGLang's forward cannot serve "):
             Built.plan(left, torch.zeros(rows, dtype=torch.int64), batch(mode))
@@ -283,7 +283,7 @@ def test_what_is_compiled_and_reserved_when_the_step_is_built(monkeypatch: pytes
     monkeypatch.setattr(allocation_sizing, "get_req_to_token_extra_context_len", lambda: 264)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(target, "Target", str)
-    monkeypatch.setattr(plugin, "Built", lambda *arguments, counts: (*arguments, counts))
+    monkeypatch.setattr(plugin, "Built", lambda *arguments, counts, alone: (*arguments, counts, alone))
     monkeypatch.setattr(warmup, "warm_up", lambda config, **sizes: given.update(sizes, config=config))
     config = SimpleNamespace(to_dict=dict, max_position_embeddings=1 << 20, vocab_size=6)
     late: list[tuple[bool, int]] = []
@@ -292,7 +292,7 @@ def test_what_is_compiled_and_reserved_when_the_step_is_built(monkeypatch: pytes
     for asked in (sample, draft_states):
         monkeypatch.setattr(asked, "_devices", set())
     context = SimpleNamespace(widths=(1, 2), tokens_per_request=1)
-    assert plugin.build("model", config, context) == ("model", (1, 2), reasons.TARGET_MODES, True)
+    assert plugin.build("model", config, context) == ("model", (1, 2), reasons.TARGET_MODES, True, None)
     assert sample._devices == draft_states._devices == {torch.device("cuda", 3)}
     assert given == {
         "config": {}, "tp": 4, "ep": 2, "prefill_rows": MAX_ROWS, "graph_rows": MAX_ROWS, "context": 98_304 + 264,
@@ -318,20 +318,19 @@ def test_what_is_compiled_and_reserved_when_the_step_is_built(monkeypatch: pytes
     ],
 )
 def test_graphs_that_the_step_leaves_are_named(
-    hopper: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
-    sizes: list[int] | None, tokens: int, said: list[str],
-) -> None:  # fmt: skip
+    caplog: pytest.LogCaptureFixture, sizes: list[int] | None, tokens: int, said: list[str]
+) -> None:
     graphs = SimpleNamespace(decode=SimpleNamespace(bs=sizes))
-    with monkeypatch.context() as patch, caplog.at_level(logging.INFO, logger="sglang_sm120.plugin"):
-        patch.setattr(plugin, "emulated", lambda: False)
-        check_graphs(graphs, tokens)
-        check_graphs(None, tokens)
+    with caplog.at_level(logging.INFO, logger="sglang_sm120.plugin"):
+        check_graphs(graphs, tokens, None)
+        check_graphs(None, tokens, None)
     assert [record.message for record in caplog.records] == [
         f"sglang_sm120: CUDA graphs of {what} are SGLang's forward's, the step takes 256 rows." for what in said
     ]
     if said:
-        with pytest.raises(ValueError, match=f"^CUDA graphs of .*: give --cuda-graph-max-bs-decode {256 // tokens}.$"):
-            check_graphs(graphs, tokens)
+        needed = f"^With NVFP4 experts nothing but .*: give --cuda-graph-max-bs-decode {256 // tokens}.$"
+        with pytest.raises(ValueError, match=needed):
+            check_graphs(graphs, tokens, "With NVFP4 experts")
 
 
 def test_the_first_pass_of_a_kind_is_logged(caplog: pytest.LogCaptureFixture) -> None:

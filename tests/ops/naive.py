@@ -164,18 +164,42 @@ def swizzled(row, column, columns):
     return tile + inside
 
 
+def unpacked(packed):
+    data = raw(packed)
+    values = np.zeros((data.shape[0], 2 * data.shape[1]))
+    values[:, 0::2], values[:, 1::2] = E2M1[data & 15], E2M1[data >> 4]
+    return values
+
+
+def unswizzled(scale):
+    rows, columns = np.indices(scale.shape)
+    return raw(scale).reshape(-1)[swizzled(rows, columns, scale.shape[1])]
+
+
 def mxfp4_moe(x, topk_ids, topk_weights, w13, s13, w2, s2, limit):
     def weight(packed, scale):
-        data = raw(packed)
-        rows, columns = np.indices(scale.shape)
-        exponents = raw(scale).reshape(-1)[swizzled(rows, columns, scale.shape[1])].astype(int).repeat(32, -1)
-        values = np.zeros((data.shape[0], 2 * data.shape[1]))
-        values[:, 0::2], values[:, 1::2] = E2M1[data & 15], E2M1[data >> 4]
-        return values * np.where(exponents > 191, 0.0, 2.0 ** np.minimum(exponents - 127, 64))
+        exponents = unswizzled(scale).astype(int).repeat(32, -1)
+        return unpacked(packed) * np.where(exponents > 191, 0.0, 2.0 ** np.minimum(exponents - 127, 64))
 
+    return experts_of(x, topk_ids, topk_weights, limit, lambda e: (weight(w13[e], s13[e]), weight(w2[e], s2[e])))
+
+
+def nvfp4_moe(x, topk_ids, topk_weights, w13, s13, g13, w2, s2, g2, limit):
+    def weight(packed, scale):
+        return unpacked(packed) * np.nan_to_num(E4M3[unswizzled(scale)]).repeat(16, -1)
+
+    def matrices(e):
+        first, (gate, up) = weight(w13[e], s13[e]), f64(g13[e])
+        half = len(first) // 2
+        return np.concatenate((first[:half] * up, first[half:] * gate)), weight(w2[e], s2[e]) * f64(g2[e])
+
+    return experts_of(x, topk_ids, topk_weights, limit, matrices)
+
+
+def experts_of(x, topk_ids, topk_weights, limit, matrices):
     tokens = f64(x)
     y = np.zeros_like(tokens)
-    experts = {e: (weight(w13[e], s13[e]), weight(w2[e], s2[e])) for e in set(topk_ids.flatten().tolist()) - {-1}}
+    experts = {e: matrices(e) for e in set(topk_ids.flatten().tolist()) - {-1}}
     for t, ids in enumerate(topk_ids.tolist()):
         for slot, e in enumerate(ids):
             if e < 0:

@@ -78,6 +78,32 @@ def test_mxfp4_moe_reads_up_first_and_swizzled_scales() -> None:
         torch.testing.assert_close(y.float(), expected, msg=provider)
 
 
+def test_nvfp4_moe_reads_up_first_and_factors_of_gates_first() -> None:
+    # As above, with a scale for 16 channels: eight columns of scales, in tiles of 512 bytes. The others are NaN.
+    w13, w2 = torch.zeros(1, 256, 64, dtype=torch.uint8), torch.zeros(1, 128, 64, dtype=torch.uint8)
+    s13, s2 = torch.full((1, 256, 8), 0x7F, dtype=torch.uint8), torch.full((1, 128, 8), 0xFF, dtype=torch.uint8)
+    # Up, row 37 = 1 * 32 + 5, channel 83 (block 5): 1.5, scale 0x4C = 2^2 * 1.5, factor 1/2: 4.5.
+    w13[0, 37, 41] = 0x30
+    s13.view(-1)[512 + 5 * 16 + 1 * 4 + 1] = 0x4C
+    # Gate, row 128 + 37, channel 0 (block 0): 2, scale 0x01 = 2^-9, factor 2^9: 2.
+    w13[0, 165, 0] = 0x04
+    s13.view(-1)[1024 + 5 * 16 + 1 * 4] = 0x01
+    # Down, output 100 = 3 * 32 + 4, channel 37 (block 2): 4, scale 0x38 = 1, factor 1/4: 1.
+    w2[0, 100, 18] = 0x60
+    s2.view(-1)[4 * 16 + 3 * 4 + 2] = 0x38
+    x = torch.zeros(1, 128, dtype=torch.bfloat16)
+    x[0, 83], x[0, 0] = 4, 8
+    expected = torch.zeros(1, 128)
+    # Up 18, gate 16: silu(16) = 16 - 2e-6, times 18 = 288, times 1 and the routed weight 1/4.
+    expected[0, 100] = 72
+    scales = [s.view(torch.float8_e4m3fn) for s in (s13, s2)]
+    factors = torch.tensor([[512, 0.5]]), torch.tensor([0.25])
+    layer = [part for matrix in zip((w13, w2), scales, factors, strict=True) for part in matrix]
+    for provider in ops.nvfp4_moe.providers:
+        y = ops.nvfp4_moe.by(provider, x, torch.tensor([[0, -1]]), torch.tensor([[0.25, 9.0]]), *layer, None)
+        torch.testing.assert_close(y.float(), expected, msg=provider)
+
+
 def test_fp8_block() -> None:
     # Block (0, 0) has 896: scale 2; block (0, 1) has 7: 7 / 448 = 2^-6.
     w = torch.zeros(2, 130)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from naive_bytes import e4m3
 
 from sglang_sm120 import ops
-from sglang_sm120.formats import compress_plan, e8m0, experts, fp8_block, indexer_page, kv_page, mxfp4
+from sglang_sm120.formats import compress_plan, e8m0, experts, fp8_block, indexer_page, kv_page, mxfp4, nvfp4
 
 MOST = settings(max_examples=60)
 finite = st.floats(-(2.0**60), 2.0**60, width=32, allow_nan=False)
@@ -91,6 +92,65 @@ def test_mxfp4_picks_the_nearest_value(values: list[float]) -> None:
 def test_mxfp4_is_idempotent(seed: int, exponent: int) -> None:
     once = mxfp4.dequantise(*mxfp4.quantise(normal(seed, 3, 64, exponent=exponent)))
     assert torch.equal(mxfp4.dequantise(*mxfp4.quantise(once)), once)
+
+
+# Factors that multiply exactly: what is left to see is the format's own arithmetic.
+powers = st.integers(-30, 30).map(lambda exponent: torch.tensor(2.0**exponent))
+
+
+@MOST
+@given(
+    st.lists(st.integers(0, 15), min_size=32, max_size=32),
+    st.lists(st.integers(0, 255), min_size=2, max_size=2),
+    powers,
+)
+def test_nvfp4_bytes_mean_what_is_said(codes: list[int], scales: list[int], factor: torch.Tensor) -> None:
+    packed, bits = mxfp4.pack(torch.tensor(codes, dtype=torch.uint8)), torch.tensor(scales, dtype=torch.uint8)
+    w = nvfp4.dequantise(packed, bits.view(torch.float8_e4m3fn), factor).tolist()
+    for i, code in enumerate(codes):
+        expected = mxfp4.E2M1_VALUES[code] * e4m3(scales[i // 16]) * factor.item()
+        assert w[i] == expected or math.isnan(w[i]) and math.isnan(expected)
+
+
+@MOST
+@given(seeds, st.integers(-100, 100))
+def test_nvfp4_picks_the_nearest_value(seed: int, exponent: int) -> None:
+    make = torch.Generator().manual_seed(seed)
+    w = normal(seed, 4, 64, exponent=exponent)
+    # Blocks of many magnitudes, down to where a scale is subnormal or 0.
+    w = torch.ldexp(w, -torch.randint(0, 16, (4, 4), generator=make).repeat_interleave(16, 1))
+    packed, scale, factor = nvfp4.quantise(w)
+    step = (scale.double() * factor.double()).repeat_interleave(16, -1)
+    grid = torch.tensor(mxfp4.E2M1_VALUES).double() * step.unsqueeze(-1)
+    error = (w.double().unsqueeze(-1) - grid).abs().amin(-1)
+    got = nvfp4.dequantise(packed, scale, factor).double()
+    # The divisor and the result are each rounded once to fp32, which decides between neighbours that are as near.
+    assert ((got - w).abs() <= error + 2.0**-21 * w.abs()).all()
+    assert scale.float().max() == 448
+    # What is cut off: a scale that E4M3 rounds is off by 2^-4 of itself, a subnormal one by 2^-10.
+    amax = w.double().unflatten(-1, (-1, 16)).abs().amax(-1)
+    lost = amax - 6 * scale.double() * factor.double()
+    assert (lost <= torch.maximum(amax / 16, 6 * 2.0**-10 * factor.double()) * (1 + 1e-6)).all()
+
+
+@MOST
+@given(seeds, st.integers(-60, 60))
+def test_nvfp4_is_idempotent_where_every_scale_is_reached(seed: int, exponent: int) -> None:
+    """Of blocks that have a 6, and one that has the largest scale, each byte is found again."""
+    make = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (4, 64), dtype=torch.uint8, generator=make)
+    codes[:, ::16] = 7
+    bits = torch.randint(1, 0x7F, (4, 4), dtype=torch.uint8, generator=make)
+    bits[3, 2] = 0x7E
+    given_ = mxfp4.pack(codes), bits.view(torch.float8_e4m3fn), torch.tensor(2.0**exponent)
+    packed, scale, factor = nvfp4.quantise(nvfp4.dequantise(*given_))
+    assert torch.equal(mxfp4.unpack(packed), codes)
+    assert torch.equal(scale.view(torch.uint8), bits) and torch.equal(factor, given_[2])
+
+
+def test_nvfp4_of_zeros_is_zero() -> None:
+    packed, scale, factor = nvfp4.quantise(torch.zeros(2, 32))
+    assert factor == 1 and not nvfp4.dequantise(packed, scale, factor).any()
 
 
 @MOST
@@ -196,8 +256,9 @@ def test_plan_bytes() -> None:
 
 @MOST
 @given(
-    st.integers(0, 2), st.integers(1, 3), st.integers(1, 5), st.sampled_from([torch.uint8, torch.float8_e8m0fnu]), seeds
-)
+    st.integers(0, 2), st.integers(1, 3), st.integers(1, 5),
+    st.sampled_from([torch.uint8, torch.float8_e8m0fnu, torch.float8_e4m3fn]), seeds,
+)  # fmt: skip
 def test_swizzled_scales_lie_where_sm120_wants_them(
     experts: int, row_tiles: int, column_tiles: int, dtype: torch.dtype, seed: int
 ) -> None:
@@ -281,6 +342,12 @@ def test_refusals() -> None:
         mxfp4.unpack(torch.zeros(2))
     with pytest.raises(ValueError, match="one scale per 32"):
         mxfp4.dequantise(torch.zeros(32, dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="multiple of 16"):
+        nvfp4.quantise(torch.zeros(2, 24))
+    with pytest.raises(ValueError, match="one scale per 16"):
+        nvfp4.dequantise(torch.zeros(32, dtype=torch.uint8), torch.zeros(2).to(torch.float8_e4m3fn), torch.ones(()))
+    with pytest.raises(TypeError, match="need float8_e4m3fn"):
+        nvfp4.dequantise(torch.zeros(8, dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8), torch.ones(()))
     with pytest.raises(ValueError, match=r"needs \[2, 1\]"):
         fp8_block.dequantise(torch.zeros(129, 1).to(torch.float8_e4m3fn), torch.ones(1, 1))
     with pytest.raises(ValueError, match="need 512"):

@@ -368,9 +368,10 @@ def test_sparse_mla_wants_what_belongs_together(alone: dict, why: str, seed: int
             ops.sparse_mla.by(provider, **inputs | alone)
 
 
+@pytest.mark.parametrize("op", ["mxfp4_moe", "nvfp4_moe"])
 @SOME
 @given(seeds, st.booleans())
-def test_mxfp4_moe_is_finite_for_any_bytes(seed: int, random_scales: bool) -> None:
+def test_experts_are_finite_for_any_bytes(op: str, seed: int, random_scales: bool) -> None:
     make = Maker(seed, CPU)
     e, hidden, inter = 3, 128, 128
 
@@ -380,16 +381,15 @@ def test_mxfp4_moe_is_finite_for_any_bytes(seed: int, random_scales: bool) -> No
     def scales(*shape: int) -> torch.Tensor:
         return data(*shape) if random_scales else torch.full(shape, 255, dtype=torch.uint8)
 
-    y = ops.mxfp4_moe(
-        make.bf16(5, hidden, scale=1000.0),
-        make.integers(-1, e, 5, 2),
-        make.normal(5, 2),
-        data(e, 2 * inter, hidden // 2),
-        scales(e, 2 * inter, hidden // 32),
-        data(e, hidden, inter // 2),
-        scales(e, hidden, inter // 32),
-        10.0,
-    )
+    shapes = ((e, 2 * inter, hidden), (e, hidden, inter))
+    block = 32 if op == "mxfp4_moe" else 16
+    layer = {name: data(*rows, k // 2) for name, (*rows, k) in zip(("w13", "w2"), shapes, strict=True)}
+    layer |= {name: scales(*rows, k // block) for name, (*rows, k) in zip(("s13", "s2"), shapes, strict=True)}
+    if op == "nvfp4_moe":
+        layer |= {name: layer[name].view(torch.float8_e4m3fn) for name in ("s13", "s2")}
+        layer |= {"g13": make.normal(e, 2), "g2": make.normal(e)}
+    x, ids, weights = make.bf16(5, hidden, scale=1000.0), make.integers(-1, e, 5, 2), make.normal(5, 2)
+    y = registry.ops()[op](x, ids, weights, limit=10.0, **layer)
     assert y.isfinite().all()
     assert random_scales or not y.any()
 

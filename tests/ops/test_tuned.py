@@ -32,6 +32,8 @@ TABLE = {
     ("mxfp4_moe.gate_up", MOE, 1): Moe(64, 4, 2, 64, 4, 3),
     ("mxfp4_moe.down", MOE, 1): Moe(32, 8, 1, 128, 4, 3),
     ("mxfp4_moe.down", MOE, 8): Moe(256, 8, 1, 32, 8, 4),
+    ("nvfp4_moe.gate_up", MOE, 1): Moe(64, 4, 2, 64, 4, 3),
+    ("nvfp4_moe.down", MOE, 8): Moe(256, 8, 1, 32, 8, 4),
     ("indexer_logits", (16384, 64), 1): Logits(64, 8, 2),
     ("topk_slots", (16384, 512), 1): TopK(1024, 8, 16),
     ("topk_slots", (16384, 512), 2): TopK(1024, 4, stream=True),
@@ -86,6 +88,8 @@ def test_fields_with_a_default_may_be_left_out() -> None:
         (entry_of(("mxfp4_moe.down", (4, 384, 128, 6), 8), Moe(256, 8, 1, 32, 4, 3)), "divide the 384 channels"),
         (entry_of(("mxfp4_moe.down", MOE, 8), Moe(128, 8, 1, 16, 4, 3)), "depth is 16"),
         (entry_of(("mxfp4_moe.down", MOE, 8), Moe(256, 8, 1, 128, 4, 5)), "shared memory"),
+        # MXFP4's scales leave room for it.
+        (entry_of(("nvfp4_moe.down", MOE, 8), Moe(128, 32, 1, 64, 4, 4)), "take 104448 bytes of shared memory"),
         (entry_of(("topk_slots", (65536, 512), 1), TopK(1024, 4, 4)), "at most 16384 of all"),
         (entry_of(("topk_slots", (4096, 2048), 1), TopK(1024, 4, 4)), "needs k of one"),
         (entry_of(("topk_slots", (16384, 2048), 1), TopK(512, 4, stream=True)), "k is 2048"),
@@ -246,7 +250,7 @@ def _close(got: torch.Tensor, expected: torch.Tensor) -> bool:
     ("op", "kernel"),
     [
         *(("fp8_linear", kernel) for kernel in ("gemv", "few", "many", "tma")),
-        *((op, None) for op in ("mxfp4_moe", "topk_slots", "indexer_logits")),
+        *((op, None) for op in ("mxfp4_moe", "nvfp4_moe", "topk_slots", "indexer_logits")),
     ],
 )
 def test_no_accepted_configuration_gives_wrong_results(op: str, kernel: str | None, turn: int, seed: int) -> None:
@@ -258,7 +262,7 @@ def test_no_accepted_configuration_gives_wrong_results(op: str, kernel: str | No
         n, k = rng.choice([(200, 512), (384, 512)] if kernel == "tma" else [(200, 500), (384, 512)])
         scale = make.e8m0(-(-n // 128), -(-k // 128)).float()
         arguments = {"x": make.bf16(rows, k), "w": make.fp8(n, k), "scale": scale}
-    elif op == "mxfp4_moe":
+    elif op in ("mxfp4_moe", "nvfp4_moe"):
         experts, hidden, inter, rows = 6, 256, 128, min(rows, 5)
         arguments = {
             "x": make.bf16(rows, hidden), "topk_ids": make.distinct(rows, 3, experts),
@@ -268,6 +272,10 @@ def test_no_accepted_configuration_gives_wrong_results(op: str, kernel: str | No
             "s2": make.e8m0(experts, hidden, inter // 32, around=-7),
         }  # fmt: skip
         arguments |= {name: arguments[name].to(torch.uint8) for name in ("w13", "w2")}
+        if op == "nvfp4_moe":
+            arguments["s13"] = make.fp8(experts, 2 * inter, hidden // 16)
+            arguments["s2"] = make.fp8(experts, hidden, inter // 16)
+            arguments |= {"g13": make.normal(experts, 2, scale=0.01), "g2": make.normal(experts, scale=0.01)}
     else:
         pages = 40
         table = {"page_table": make.distinct(rows, pages, pages), "lengths": make.integers(0, 64 * pages + 1, rows)}
@@ -305,4 +313,5 @@ class Recorder(dict[tuned.Key, Any]):
 
 def test_every_family_is_registered_by_the_ops() -> None:
     assert {family for spec in ops.SPECS.values() for family in spec.tunables} == set(tuned.FAMILIES)
-    assert set(tuned.FAMILIES) == {"linear", "mxfp4_moe.gate_up", "mxfp4_moe.down", "indexer_logits", "topk_slots"}
+    experts = {f"{op}.{kernel}" for op in ("mxfp4_moe", "nvfp4_moe") for kernel in ("gate_up", "down")}
+    assert set(tuned.FAMILIES) == {"linear", "indexer_logits", "topk_slots"} | experts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -13,6 +14,7 @@ ROPE_DIM = 64
 INDEX_HEAD_DIM = 128
 WINDOW = 128
 FP8_BLOCK = 128
+NVFP4_GROUP = 16
 
 FIXED = {
     "head_dim": HEAD_DIM,
@@ -51,7 +53,8 @@ class ReferenceConfig:
 
     The defaults describe the small checkpoint: every layer kind (window only, c4 with indexer, c128, hash
     routed, scored, one MTP layer) at widths that load on a laptop and still divide over two ranks.
-    `compress_ratios` holds one entry per layer and one per MTP layer.
+    `compress_ratios` holds one entry per layer and one per MTP layer. `nvfp4_experts` says how the layers' routed
+    experts are stored, which `config.json` has in its `quantization_config`; an MTP layer's are MXFP4 always.
     """
 
     hidden_size: int = 256
@@ -82,6 +85,7 @@ class ReferenceConfig:
     yarn_beta_fast: float = 32
     yarn_beta_slow: float = 1
     max_position_embeddings: int = 65536
+    nvfp4_experts: bool = False
 
     def __post_init__(self) -> None:
         for name in _SIZES:
@@ -130,15 +134,33 @@ class ReferenceConfig:
         if not isinstance(ratios, list) or not isinstance(rope, dict) or not set(_YARN.values()) <= rope.keys():
             raise ValueError(f"config.json has compress_ratios={ratios!r} and rope_scaling={rope!r}, of another kind")
         values |= {"compress_ratios": tuple(ratios), **{name: rope[key] for name, key in _YARN.items()}}
+        values["nvfp4_experts"] = nvfp4_experts(source)
         for field in dataclasses.fields(cls):
+            if field.type == "bool":
+                continue
             value = values.get(field.name, field.default)
             kinds = (int, float) if field.type == "float" else (int,)
             if any(type(one) not in kinds for one in (value if isinstance(value, tuple) else (value,))):
                 raise ValueError(f"config.json has {field.name}={value!r}, which is of another kind")
+        if values["nvfp4_experts"] and source["quantization_config"]["group_size"] != NVFP4_GROUP:
+            found = source["quantization_config"]["group_size"]
+            raise ValueError(f"config.json has group_size={found!r} for NVFP4 experts, which have {NVFP4_GROUP}")
         for key, fixed in FIXED.items():
             if source[key] != fixed:
                 raise ValueError(f"config.json has {key}={source[key]}, this model needs {fixed}")
         return cls(**values)
+
+
+def nvfp4_experts(config: Mapping[str, Any]) -> bool:
+    """Whether the routed experts of a model, those of its MTP layer apart, are NVFP4, by its parsed `config.json`.
+
+    As SGLang 0.5.23 tells it (`configs/model_config.py`), which knows no other hybrid of this model.
+    """
+    quantised = config.get("quantization_config")
+    if not isinstance(quantised, Mapping):
+        return False
+    algorithms = [str(quantised.get(key)).upper() for key in ("quant_algo", "moe_quant_algo")]
+    return algorithms == ["MIXED_PRECISION", "NVFP4"] and quantised.get("group_size") is not None
 
 
 FLASH = "deepseek-ai/DeepSeek-V4-Flash"

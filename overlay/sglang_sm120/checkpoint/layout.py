@@ -1,7 +1,7 @@
 """Which tensors a published DeepSeek-V4 checkpoint holds: names, shapes, dtypes.
 
 Two views of the same list: `parameters` yields the model's weights (one entry per matrix), `stored` the
-tensors as they lie in the files (a quantised matrix is two tensors, the weight and its `.scale`).
+tensors as they lie in the files (a quantised matrix is two tensors, the weight and its `.scale`, in NVFP4 four).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from enum import Enum
 
 import torch
 
-from .config import FP8_BLOCK, HEAD_DIM, INDEX_HEAD_DIM, ReferenceConfig
+from .config import FP8_BLOCK, HEAD_DIM, INDEX_HEAD_DIM, NVFP4_GROUP, ReferenceConfig
 
 MXFP4_GROUP = 32
 
@@ -22,6 +22,7 @@ class Storage(Enum):
 
     FP8 = "e4m3 with one e8m0 scale per 128 x 128 block"
     MXFP4 = "two e2m1 per int8, low nibble first, with one e8m0 scale per 32 along K"
+    NVFP4 = "two e2m1 per uint8, low nibble first, with one e4m3 scale per 16 along K, a factor and an input's scale"
     BF16 = "bfloat16"
     FP32 = "float32"
     INT32 = "int32"
@@ -49,6 +50,14 @@ class Parameter:
             return {
                 self.name: ((n, k // 2), torch.int8),
                 self.scale_name: ((n, k // MXFP4_GROUP), torch.float8_e8m0fnu),
+            }
+        if self.storage is Storage.NVFP4:
+            n, k = self.shape
+            return {
+                self.name: ((n, k // 2), torch.uint8),
+                f"{self.name}_scale": ((n, k // NVFP4_GROUP), torch.float8_e4m3fn),
+                f"{self.name}_scale_2": ((), torch.float32),
+                f"{self.name.removesuffix('.weight')}.input_scale": ((), torch.float32),
             }
         dtype = {Storage.BF16: torch.bfloat16, Storage.FP32: torch.float32, Storage.INT32: torch.int32}
         return {self.name: (self.shape, dtype[self.storage])}
@@ -125,7 +134,8 @@ def _layer(config: ReferenceConfig, prefix: str, ratio: int, hashed: bool) -> It
     else:
         yield Parameter(ffn + "gate.bias", (config.n_routed_experts,), Storage.FP32)
     inter = config.moe_intermediate_size
-    owners = [(f"{ffn}experts.{e}.", Storage.MXFP4) for e in range(config.n_routed_experts)]
+    routed = Storage.NVFP4 if config.nvfp4_experts and prefix.startswith("layers.") else Storage.MXFP4
+    owners = [(f"{ffn}experts.{e}.", routed) for e in range(config.n_routed_experts)]
     for owner, storage in [*owners, (ffn + "shared_experts.", Storage.FP8)]:
         yield Parameter(owner + "w1.weight", (inter, hidden), storage)
         yield Parameter(owner + "w2.weight", (hidden, inter), storage)

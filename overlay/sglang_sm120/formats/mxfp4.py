@@ -51,14 +51,19 @@ def quantise(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         raise ValueError(f"MXFP4 rows have {w.shape[-1]} values and need a multiple of {BLOCK}; pad K.")
     blocks = w.float().unflatten(-1, (-1, BLOCK))
     scale = e8m0.from_amax(blocks.abs().amax(-1), 6.0)
-    v = (blocks / e8m0.to_float(scale).unsqueeze(-1)).abs()
-    codes = torch.signbit(blocks).to(torch.uint8) << 3
+    return pack(nearest(blocks / e8m0.to_float(scale).unsqueeze(-1)).flatten(-2)), scale
+
+
+def nearest(values: torch.Tensor) -> torch.Tensor:
+    """fp32 to uint8 nibbles of the nearest E2M1 values, ties to the even code; what is beyond 6 becomes 6."""
+    codes = torch.signbit(values).to(torch.uint8) << 3
+    v = values.abs()
     # One step per midpoint between neighbours; > and >= alternate so that a tie lands on the even code.
     for midpoint in (0.25, 1.25, 2.5, 5.0):
         codes += v > midpoint
     for midpoint in (0.75, 1.75, 3.5):
         codes += v >= midpoint
-    return pack(codes.flatten(-2)), scale
+    return codes
 
 
 def dequantise(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -74,7 +79,7 @@ def dequantise(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def swizzle_scales(scale: torch.Tensor) -> torch.Tensor:
-    """Scales float8_e8m0fnu|uint8 [..., R, C], row-major, to the same shape and dtype, swizzled.
+    """Scales float8_e8m0fnu|float8_e4m3fn|uint8 [..., R, C], row-major, to the same shape and dtype, swizzled.
 
     Raises ValueError unless R is a multiple of 128 and C of 4.
     """
@@ -92,10 +97,10 @@ def unswizzle_scales(scale: torch.Tensor) -> torch.Tensor:
 
 
 def _tiled(scale: torch.Tensor) -> torch.Tensor:
-    bits = e8m0.scale_bytes(scale)
+    bits = scale.view(torch.uint8) if scale.dtype == torch.float8_e4m3fn else e8m0.scale_bytes(scale)
     if bits.dim() < 2 or bits.shape[-2] % 128 or bits.shape[-1] % 4:
         raise ValueError(
-            f"MXFP4 scales are {list(bits.shape)}, and swizzled ones need rows in multiples of 128 and columns in "
+            f"Scales are {list(bits.shape)}, and swizzled ones need rows in multiples of 128 and columns in "
             "multiples of 4; pad the weight, or split it over fewer ranks."
         )
     return bits

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import ops
+from ..formats.experts import Nvfp4Experts
 from ..streams import SHARED, Beside
 from .weights import Experts
 
@@ -21,7 +22,10 @@ def experts(e: Experts, x: torch.Tensor, input_ids: torch.Tensor, beside: Beside
         weights, ids = ops.router_topk(logits, e.bias, e.topk)
     # Not from the start: the gate and the router are short, and would wait for SMs and memory beside it.
     chosen = beside.mark()
-    routed = ops.mxfp4_moe(x, local(ids, e), weights, *e.weights, e.limit)
+    if isinstance(e.weights, Nvfp4Experts):
+        routed = ops.nvfp4_moe(x, local(ids, e), weights, *e.weights, e.limit)
+    else:
+        routed = ops.mxfp4_moe(x, local(ids, e), weights, *e.weights, e.limit)
     with beside.on(SHARED, chosen):
         hidden = ops.silu_mul_clamp(ops.fp8_linear(x, *e.shared_gate_up), e.limit)
         shared = ops.fp8_linear(hidden, *e.shared_down)

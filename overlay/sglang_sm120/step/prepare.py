@@ -54,11 +54,7 @@ def fp8_wo_a(o: torch.Tensor, wo_a: torch.Tensor) -> torch.Tensor:
 def _prepare(module: Any, replaces: bool) -> weights.Layer:
     layer = weights.read(module)
     a, e = layer.attention, layer.experts
-    kept = e.weights
-    if kept.s13.dtype == torch.float32:
-        kept = layout.from_gate_first(*kept)
-        for name, tensor in zip(weights.EXPERTS, kept, strict=True):
-            getattr(module.mlp.experts, name).data = tensor
+    kept = _up_first(module.mlp.experts, e.weights)
     attention = module.self_attn
     wo_a = _grouped(attention.wo_a.weight, a.groups)
     if replaces and isinstance(wo_a, weights.Linear):
@@ -66,6 +62,22 @@ def _prepare(module: Any, replaces: bool) -> weights.Layer:
         # SGLang's kernel with the inverse RoPE takes bf16.
         attention.use_fused_wo_a = False
     return layer._replace(attention=a._replace(wo_a=wo_a), experts=e._replace(weights=kept))
+
+
+def _up_first(module: Any, kept: layout.Experts | layout.Nvfp4Experts) -> layout.Experts | layout.Nvfp4Experts:
+    """A layer's experts in SM120's layout, in SGLang's module too."""
+    if isinstance(kept, layout.Nvfp4Experts):
+        if weights.up_first(module):
+            return kept
+        kept, names = layout.nvfp4_from_gate_first(kept), weights.NVFP4
+        module.sglang_sm120_up_first = True
+    elif kept.s13.dtype == torch.float32:
+        kept, names = layout.from_gate_first(*kept), weights.EXPERTS
+    else:
+        return kept
+    for name, tensor in zip(names, kept, strict=True):
+        getattr(module, name).data = tensor
+    return kept
 
 
 def _grouped(wo_a: torch.Tensor, groups: int) -> weights.Linear | torch.Tensor:

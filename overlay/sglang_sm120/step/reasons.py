@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .. import limits, registry
+from ..checkpoint.config import nvfp4_experts
 from ..formats import kv_page
 from ..limits import MAX_ROWS
 
@@ -42,6 +43,17 @@ def emulated() -> bool:
     return registry.forced() and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 12
 
 
+def why_alone(hf_config: Any) -> str | None:
+    """The first words of a sentence that says why SGLang's forward serves no pass of this model here, or None."""
+    if emulated():
+        return "With SGLANG_SM120_FORCE=1"
+    return "With NVFP4 experts" if _nvfp4(hf_config) else None
+
+
+def _nvfp4(hf_config: Any) -> bool:
+    return nvfp4_experts({"quantization_config": getattr(hf_config, "quantization_config", None)})
+
+
 @functools.cache
 def takes_prefill() -> bool:
     """`limits.takes_prefill` of this process."""
@@ -57,6 +69,11 @@ def config_reasons(cfg: Any, hf_config: Any) -> list[str]:
         limits.require_kept(cfg.speculative_num_draft_tokens)
     except ValueError as error:
         reasons.append(str(error))
+    if _nvfp4(hf_config) and not takes_prefill():
+        reasons.append(
+            "its experts are NVFP4, which SGLang's own forward does not serve on this card: set "
+            "SGLANG_SM120_PREFILL=overlay, so that the step takes prefill too"
+        )
     prefill = cfg.cuda_graph_config.prefill.backend
     if prefill not in limits.prefill_graphs(takes_prefill()):
         reasons.append(

@@ -72,7 +72,7 @@ class Attention(NamedTuple):
 
 
 class Experts(NamedTuple):
-    """A rank's experts `first` … `first + owned - 1` as `ops.mxfp4_moe` takes them, and the shared one.
+    """A rank's experts `first` … `first + owned - 1` as `ops.mxfp4_moe` or `ops.nvfp4_moe` takes them, the shared one.
 
     A hash layer has tid2eid int32 [V, k], the others the correction bias fp32 [E].
     """
@@ -85,7 +85,7 @@ class Experts(NamedTuple):
     limit: float
     first: int
     owned: int
-    weights: layout.Experts
+    weights: layout.Experts | layout.Nvfp4Experts
     shared_gate_up: Linear
     shared_down: Linear
 
@@ -160,20 +160,45 @@ def _compressor(m: Any) -> Compressor:
 
 
 EXPERTS = ("w13_weight", "w13_weight_scale_inv", "w2_weight", "w2_weight_scale_inv")
+NVFP4 = tuple(f"{w}_weight{part}" for w in ("w13", "w2") for part in ("", "_scale", "_scale_2"))
+"""Names of SGLang's tensors in the order of `formats.experts`."""
+
+
+def up_first(experts: Any) -> bool:
+    """Whether SGLang's module of NVFP4 experts has the rows of w3 first, as the op wants them: `prepare` does that."""
+    return bool(getattr(experts, "sglang_sm120_up_first", experts.quant_method.load_up_proj_weight_first))
 
 
 def _experts(m: Any, layer_id: int) -> Experts:
-    kept = layout.Experts(*(getattr(m.experts, name).data for name in EXPERTS))
-    backend = getattr(m.experts, "_dsv4_mxfp4_backend", None)
-    # fp32 scales are what SGLang keeps where it has no kernel for these experts.
-    if kept.s13.dtype != torch.float32 and backend != "flashinfer_cutlass_sm120":
-        raise ValueError(
-            f"the experts of layer {layer_id} are in the layout of {backend or 'no FlashInfer backend'}: leave "
-            "--moe-runner-backend at auto (on a card that is no SM12x give triton)."
-        )
+    kept = _nvfp4(m.experts, layer_id) if hasattr(m.experts, NVFP4[-1]) else _mxfp4(m.experts, layer_id)
     owned, shared = m.experts.num_local_experts, m.shared_experts
     bias, tid2eid = (None, m.topk.tid2eid) if m.is_hash else (m.gate.e_score_correction_bias, None)
     return Experts(
         m.gate.weight, bias, tid2eid, m.top_k, m.routed_scaling_factor, shared.swiglu_limit,
         m.experts.moe_ep_rank * owned, owned, kept, linear_of(shared.gate_up_proj), linear_of(shared.down_proj),
     )  # fmt: skip
+
+
+def _nvfp4(m: Any, layer_id: int) -> layout.Nvfp4Experts:
+    kept = layout.Nvfp4Experts(*(getattr(m, name).data for name in NVFP4))
+    method = m.quant_method
+    shuffled = method.enable_flashinfer_trtllm_moe or method.enable_flashinfer_cutedsl_moe
+    why = "they are shuffled for SM100" if shuffled else layout.nvfp4_refusal(kept)
+    if why:
+        raise ValueError(
+            f"the NVFP4 experts of layer {layer_id} are in another layout ({why.removesuffix('.')}): give "
+            "--moe-runner-backend flashinfer_mxfp4, which leaves them as they are."
+        )
+    return kept
+
+
+def _mxfp4(m: Any, layer_id: int) -> layout.Experts:
+    kept = layout.Experts(*(getattr(m, name).data for name in EXPERTS))
+    backend = getattr(m, "_dsv4_mxfp4_backend", None)
+    # fp32 scales are what SGLang keeps where it has no kernel for these experts.
+    if kept.s13.dtype != torch.float32 and backend != "flashinfer_cutlass_sm120":
+        raise ValueError(
+            f"the experts of layer {layer_id} are in the layout of {backend or 'no FlashInfer backend'}: leave "
+            "--moe-runner-backend at auto (on a card that is no SM12x give triton)."
+        )
+    return kept

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sglang_sm120.formats import fp8_block, indexer_page, kv_page, mxfp4
+from sglang_sm120.formats import fp8_block, indexer_page, kv_page, mxfp4, nvfp4
 from sglang_sm120.tolerance import Tolerance
 
 POISON = 0xFF
@@ -49,6 +49,13 @@ class Maker:
         """Packed weights [e, n, k/2] of the same magnitude and their E8M0 scales [e, n, k/32], swizzled."""
         packed, scale = mxfp4.quantise(self._uneven(1, mxfp4.BLOCK, e, n, k))
         return packed, mxfp4.swizzle_scales(scale)
+
+    def nvfp4_weight(self, e: int, n: int, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The same in NVFP4: packed [e, n, k/2], E4M3 scales [e, n, k/16], swizzled, and uneven factors fp32 [e]."""
+        matrices = [nvfp4.quantise(self._uneven(1, nvfp4.BLOCK, n, k)) for _ in range(e)]
+        packed, scale, factor = (torch.stack(parts).to(self.device) for parts in zip(*matrices, strict=True))
+        uneven = torch.exp2(self.integers(-1, 2, e).float())
+        return packed, mxfp4.swizzle_scales(scale), factor * uneven
 
     def _uneven(self, rows: int, columns: int, *shape: int) -> torch.Tensor:
         """Normal values whose magnitude changes from block to block, so that a wrong scale shows."""

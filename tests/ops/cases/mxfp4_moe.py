@@ -1,8 +1,8 @@
-"""Cases of `mxfp4_moe`."""
+"""Cases of `mxfp4_moe`, and of `nvfp4_moe`, whose arguments are made alike."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,21 @@ from sglang_sm120.tolerance import BF16
 from .common import Case, Maker
 
 
-def cases(kind: str) -> Iterator[Case]:
+def weights(
+    make: Maker, experts: int, hidden: int, inter: int, raw: bool = False, bad_scales: bool = False
+) -> dict[str, torch.Tensor]:
+    """A layer; raw: in other dtypes that mean the same bytes; bad_scales: with some that count as 0."""
+    w13, s13 = make.mxfp4_weight(experts, 2 * inter, hidden)
+    w2, s2 = make.mxfp4_weight(experts, hidden, inter)
+    if bad_scales:
+        e8m0.scale_bytes(s13)[:, ::3] = 255
+        e8m0.scale_bytes(s2)[:, ::5] = 200
+    if raw:
+        w13, w2, s13, s2 = w13.view(torch.int8), w2.view(torch.int8), e8m0.scale_bytes(s13), e8m0.scale_bytes(s2)
+    return {"w13": w13, "s13": s13, "w2": w2, "s2": s2}
+
+
+def cases(kind: str, weights: Callable[..., dict[str, torch.Tensor]] = weights) -> Iterator[Case]:
     """Absent experts, an expert without tokens or with all, the last one, raw dtypes; the model's shapes on a GPU."""
 
     def build(
@@ -35,18 +49,7 @@ def cases(kind: str) -> Iterator[Case]:
         rows: slice = slice(None),
     ) -> dict[str, Any]:
         # Scaled up so that half of the activations meet the clamp of 1.
-        w13, s13 = make.mxfp4_weight(experts, 2 * inter, hidden)
-        w2, s2 = make.mxfp4_weight(experts, hidden, inter)
-        if bad_scales:
-            e8m0.scale_bytes(s13)[:, ::3] = 255
-            e8m0.scale_bytes(s2)[:, ::5] = 200
-        if raw:
-            w13, w2, s13, s2 = (
-                w13.view(torch.int8),
-                w2.view(torch.int8),
-                e8m0.scale_bytes(s13),
-                e8m0.scale_bytes(s2),
-            )
+        layer = weights(make, experts, hidden, inter, raw, bad_scales)
         # The last expert gets no token, if the others suffice, but of `last` rows in three.
         chosen = [make.choice(max(experts - 1, k), k) for _ in range(tokens)]
         ids = torch.stack(chosen) if tokens else make.tensor([]).view(0, k)
@@ -57,20 +60,17 @@ def cases(kind: str) -> Iterator[Case]:
         if absent:
             ids[::2, 0] = -1
             ids[1] = -1
-        x, weights = make.bf16(tokens, hidden), make.normal(tokens, k).abs()
+        x, routed = make.bf16(tokens, hidden), make.normal(tokens, k).abs()
         # Weights of absent experts mean nothing.
-        weights[ids < 0] = float("nan")
+        routed[ids < 0] = float("nan")
         if sliced:
-            x, weights = (torch.cat((t, torch.full_like(t, float("nan"))), -1)[:, : t.shape[1]] for t in (x, weights))
+            x, routed = (torch.cat((t, torch.full_like(t, float("nan"))), -1)[:, : t.shape[1]] for t in (x, routed))
             ids = torch.cat((ids, ids), -1).long()[:, :k]
         return {
             "x": x[rows],
             "topk_ids": ids[rows],
-            "topk_weights": weights[rows],
-            "w13": w13,
-            "s13": s13,
-            "w2": w2,
-            "s2": s2,
+            "topk_weights": routed[rows],
+            **layer,
             "limit": limit,
         }
 
@@ -102,6 +102,9 @@ def cases(kind: str) -> Iterator[Case]:
     # Depths that no step divides, rows of several tiles of scales.
     yield Case("three-blocks-deep", BF16, lambda make: build(make, 4, hidden=384, inter=384))
     yield Case("three-blocks-deep-many-rows", BF16, lambda make: build(make, 65, k=1, experts=3, hidden=256, inter=384))
+    # Few rows of 512 channels are cut in four stretches, or in two.
+    yield Case("stretches", BF16, lambda make: build(make, 4, hidden=512))
+    yield Case("one-row-stretches", BF16, lambda make: build(make, 1, hidden=512))
     yield Case("no-limit", BF16, lambda make: build(make, 5, limit=None))
     yield Case("int8-and-uint8", BF16, lambda make: build(make, 5, raw=True))
     yield Case("unfilled-scales", BF16, lambda make: build(make, 5, bad_scales=True))

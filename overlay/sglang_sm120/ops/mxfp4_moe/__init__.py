@@ -41,19 +41,32 @@ def mxfp4_moe(
     return with_operands(lambda t: t.bfloat16().float(), given)
 
 
-def with_operands(rounded: Callable[[torch.Tensor], torch.Tensor], a: Arguments) -> torch.Tensor:
-    """`mxfp4_moe` of a, with what the weights are multiplied by, x and silu(gate) · up, `rounded` (fp32 to fp32)."""
+Matrices = Callable[[Arguments, int], tuple[torch.Tensor, torch.Tensor]]
+
+
+def _matrices(a: Arguments, e: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return _dequantise(a.w13[e], a.s13[e]), _dequantise(a.w2[e], a.s2[e])
+
+
+def with_operands(
+    rounded: Callable[[torch.Tensor], torch.Tensor], a: Arguments, matrices: Matrices = _matrices
+) -> torch.Tensor:
+    """`mxfp4_moe` of a, with what the weights are multiplied by, x and silu(gate) · up, `rounded` (fp32 to fp32).
+
+    matrices(a, e): ups then gates fp32 [2I, H], and downs fp32 [H, I], of expert e.
+    """
     y = torch.zeros(a.x.shape, dtype=torch.float32, device=a.x.device)
     x = rounded(a.x.float())
     for e in a.topk_ids.unique().tolist():
         if e < 0:
             continue
         row, slot = (a.topk_ids == e).nonzero(as_tuple=True)
-        up, gate = (x[row] @ _dequantise(a.w13[e], a.s13[e]).T).chunk(2, dim=-1)
+        first, second = matrices(a, e)
+        up, gate = (x[row] @ first.T).chunk(2, dim=-1)
         if a.limit is not None:
             gate, up = gate.clamp(max=a.limit), up.clamp(-a.limit, a.limit)
         hidden = rounded(torch.nn.functional.silu(gate) * up)
-        down = hidden @ _dequantise(a.w2[e], a.s2[e]).T
+        down = hidden @ second.T
         y.index_add_(0, row, down * a.topk_weights[row, slot].float().unsqueeze(-1))
     return y.bfloat16()
 

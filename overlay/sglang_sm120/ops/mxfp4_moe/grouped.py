@@ -1,10 +1,13 @@
-"""What the MXFP4 MoE kernels share: dequantising, the product of weight rows and tokens, and who shares an expert.
+"""What the kernels of FP4 experts share: dequantising, the product of weight rows and tokens, who shares an expert.
 
 A 16-bit word holds the weights of four neighbouring channels. Instead of interleaving them, four dots are made, one per
 nibble, with every fourth channel of the tokens, so that packed weights go to the tensor core's operand layout as they
 are and are expanded there, in registers. A nibble's bits, moved to where bf16 keeps its sign, its two lowest exponent
 bits and its highest mantissa bit, are the weight times 2^-126, 0.5 included (it is subnormal), so that one
 multiplication by the block's scale makes the weight. Two weights take 4.5 instructions.
+
+MXFP4 has a power of two for GROUP = 32 channels, NVFP4 an E4M3 value for GROUP = 16, whose product with a weight has no
+more bits than bf16 keeps, and a factor of each expert's matrices, by which sums are multiplied.
 
 The scales of four neighbouring blocks of K are copied together. Where a kernel reads more weights than it writes
 results, it takes the rows of a tile in the order in which their scales lie (`row_of`), so that those of a tile are one
@@ -45,6 +48,12 @@ NIBBLE_2 = _nibble(8, 0x000F000F, 0x1040)
 NIBBLE_3 = _nibble(8, 0x00F000F0, 0x104)
 
 
+@triton.constexpr_function
+def group_of(scales):
+    """GROUP by the dtype of the scales."""
+    return 16 if scales == tl.float8e4nv else 32
+
+
 @triton.jit
 def words(packed_ptr):
     """Packed bytes as int16, four weights each."""
@@ -61,9 +70,9 @@ def row_of(place, SORTED: tl.constexpr):
 
 
 @triton.jit
-def scales_of(s_ptr, place, K: tl.constexpr, SORTED: tl.constexpr):
+def scales_of(s_ptr, place, K: tl.constexpr, GROUP: tl.constexpr, SORTED: tl.constexpr):
     """Pointer to the first scale of `row_of(place)`, whose weights have K channels; the others are at `scale_at`."""
-    s = s_ptr + place // 128 * (4 * K)
+    s = s_ptr + place // 128 * (128 * K // GROUP)
     if SORTED:
         return s + (place % 32 * 16 + place % 128 // 32 * 4)
     else:
@@ -71,15 +80,15 @@ def scales_of(s_ptr, place, K: tl.constexpr, SORTED: tl.constexpr):
 
 
 @triton.jit
-def scale_at(start, DEPTH: tl.constexpr):
-    """Offsets [DEPTH / 8] of the scales of DEPTH words from word `start` on, both multiples of 32."""
-    block = tl.arange(0, DEPTH // 8)
-    return start * 16 + (block // 4 * 512 + block % 4)
+def scale_at(start, DEPTH: tl.constexpr, GROUP: tl.constexpr):
+    """Offsets [DEPTH / (GROUP / 4)] of the scales of DEPTH words from word `start` on, both multiples of 32."""
+    block = tl.arange(0, DEPTH // (GROUP // 4))
+    return start * (512 // GROUP) + (block // 4 * 512 + block % 4)
 
 
 @triton.jit
 def dequantise(packed, scale, ASM: tl.constexpr):
-    """packed int16 and scale int32 (bf16 2^(e - 64) in both halves) [R, D] to four [R, D]: weights * 2^-63 by nibble.
+    """packed int16 and scale int32 (bf16 scale * 2^63 in both halves) [R, D] to four [R, D]: weights * 2^-63 by nibble.
 
     bf16, or fp32 in the interpreter.
     """
@@ -112,7 +121,7 @@ def _bf16(word):
 @triton.jit
 def product(
     w, s, x, column_live, R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, DEPTH: tl.constexpr,
-    PLANE: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+    GROUP: tl.constexpr, PLANE: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """fp32 [R, C] of weight rows at w int16, s uint8 [R] times tokens at x [C], times 2^-63, over K channels.
 
@@ -121,30 +130,39 @@ def product(
     """
     acc = tl.zeros((R, C), tl.float32)
     WORDS: tl.constexpr = K // 4
+    SHARING: tl.constexpr = GROUP // 4
     for start in tl.range(0, WORDS, DEPTH, num_stages=STAGES):
         word = start + tl.arange(0, DEPTH)
-        at = s[:, None] + scale_at(start, DEPTH)[None, :]
+        at = s[:, None] + scale_at(start, DEPTH, GROUP)[None, :]
         x_mask = column_live[None, :]
         if WORDS % DEPTH:
             x_mask = x_mask & (word < WORDS)[:, None]
             packed = tl.load(w[:, None] + word[None, :], mask=(word < WORDS)[None, :], other=0)
-            inside = start // 8 + tl.arange(0, DEPTH // 8) < WORDS // 8
-            exponent = tl.load(at, mask=inside[None, :], other=0)
+            inside = start // SHARING + tl.arange(0, DEPTH // SHARING) < WORDS // SHARING
+            scale = tl.load(at, mask=inside[None, :], other=0)
         else:
             packed = tl.load(w[:, None] + word[None, :])
-            exponent = tl.load(at)
-        acc = add_step(acc, packed, exponent, x[None, :] + word[:, None], x_mask, R, DEPTH, PLANE, ASM)
+            scale = tl.load(at)
+        acc = add_step(acc, packed, scale, x[None, :] + word[:, None], x_mask, R, DEPTH, GROUP, PLANE, ASM)
     return acc
 
 
 @triton.jit
 def add_step(
-    acc, packed, exponent, x, x_mask, R: tl.constexpr, DEPTH: tl.constexpr, PLANE: tl.constexpr, ASM: tl.constexpr
-):
-    """acc + weights times tokens, as `product`: packed [R, DEPTH], exponent [R, DEPTH / 8], x at [DEPTH, C]."""
-    exponent = exponent.to(tl.int32)
-    scale = tl.where(exponent > LARGEST_SCALE_BYTE, 0, (exponent + 63) << 7) * 0x10001
-    scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (R, DEPTH // 8, 8)), (R, DEPTH))
+    acc, packed, scale, x, x_mask, R: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, PLANE: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """acc + weights times tokens, as `product`: packed [R, DEPTH], scale bytes of its groups, x at [DEPTH, C]."""
+    SHARING: tl.constexpr = GROUP // 4
+    if GROUP == group_of(tl.float8e4nv):
+        value = scale.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        # NaN, which the interpreter reads as 480, counts as 0.
+        bits = (tl.where(tl.abs(value) <= 448, value, 0.0) * UNSCALE).to(tl.int32, bitcast=True)
+        scale = bits | ((bits >> 16) & 0xFFFF)
+    else:
+        exponent = scale.to(tl.int32)
+        scale = tl.where(exponent > LARGEST_SCALE_BYTE, 0, (exponent + 63) << 7) * 0x10001
+    scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (R, DEPTH // SHARING, SHARING)), (R, DEPTH))
     w0, w1, w2, w3 = dequantise(packed, scale, ASM)
     if PLANE:
         x0 = tl.load(x, mask=x_mask, other=0.0)
@@ -161,6 +179,15 @@ def add_step(
     acc = dot(w1, x1, acc)
     acc = dot(w2, x2, acc)
     return dot(w3, x3, acc)
+
+
+@triton.jit
+def unscaled(acc, factor_ptr):
+    """Sums of weights * 2^-63, as they are to be: times the factor of the weights, if they have one."""
+    acc = acc * UNSCALE
+    if factor_ptr is not None:
+        acc = acc * tl.load(factor_ptr)
+    return acc
 
 
 @triton.jit

@@ -109,7 +109,7 @@ def _gate_up_mxfp8(
     channel = place // BLOCK * BLOCK + place % (BLOCK // 2) * 2 + place % BLOCK // (BLOCK // 2)
     row = channel + (1 - tl.arange(0, R) % 2) * INTER
     w = w_ptr + expert.to(tl.int64) * (INTER * H) + row * (H // 2)
-    s = scales_of(s_ptr + expert.to(tl.int64) * (INTER * H // 16), row, H, True)
+    s = scales_of(s_ptr + expert.to(tl.int64) * (INTER * H // 16), row, H, BLOCK, True)
     token = (pair // SLOTS).to(tl.int64)
     acc = product(x_ptr + token * H, sx_ptr + token * (H // BLOCK), live, w, s, H, T, R, STAGES)
     gate, up = tl.split(tl.reshape(acc, (T, N, 2)))
@@ -141,7 +141,7 @@ def _down_mxfp8(
         return
     local = tl.program_id(0) * R + tl.arange(0, R)
     w = w_ptr + expert.to(tl.int64) * (H * INTER // 2) + (first + local) * (INTER // 2)
-    s = scales_of(s_ptr + expert.to(tl.int64) * (H * INTER // 32), first + local, INTER, True)
+    s = scales_of(s_ptr + expert.to(tl.int64) * (H * INTER // 32), first + local, INTER, BLOCK, True)
     pair = pair.to(tl.int64)
     acc = product(hidden_ptr + pair * INTER, sh_ptr + pair * (INTER // BLOCK), live, w, s, INTER, T, R, STAGES)
     tl.store(partial_ptr + pair[:, None] * partial_stride + local[None, :], acc, mask=live[:, None])

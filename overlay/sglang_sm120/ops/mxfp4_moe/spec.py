@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from ...spec import Arguments, Calls, Inputs, Spec, nbytes
 from ...tuned import Shape
-from .triton import DOWN, GATE_UP, Config
+from .triton import FAMILIES, Config, Families
 
 
-def _calls(make: Inputs, c: dict[str, Any], tp: int, rows: int, context: int) -> Calls:
+def calls(make: Inputs, c: dict[str, Any], tp: int, rows: int, context: int) -> Calls:
+    """A layer's experts on one rank."""
     experts, hidden, inter = c["n_routed_experts"], c["hidden_size"], c["moe_intermediate_size"] // tp
     k = c["num_experts_per_tok"]
     yield "experts", {
@@ -28,15 +29,22 @@ def _calls(make: Inputs, c: dict[str, Any], tp: int, rows: int, context: int) ->
     }
 
 
-def _traffic(a: Arguments) -> tuple[int, int]:
-    one = nbytes(*(a[name][0] for name in ("w13", "s13", "w2", "s2")))
+def traffic(a: Arguments) -> tuple[int, int]:
+    """Of the experts that are chosen, and of x; operations of every pair."""
+    one = nbytes(*(a[name][0] for name in ("w13", "s13", "g13", "w2", "s2", "g2") if name in a))
     operations = 2 * a["topk_ids"].numel() * 2 * (a["w13"][0].numel() + a["w2"][0].numel())
     return int(a["topk_ids"].unique().numel()) * one + 2 * nbytes(a["x"]), operations
 
 
-def _aim(a: Arguments, rows: int, context: int) -> tuple[str, float] | None:
+def aim(a: Arguments, rows: int, context: int) -> tuple[str, float] | None:
+    """A share of a copy's rate for few rows, of the tensor cores' for many."""
     aims = {1: ("copy_share", 0.45), 4096: ("mma_share", 0.45)}
     return aims.get(rows) or (("copy_share", 0.65) if 8 <= rows <= 64 else None)
+
+
+def tunables(launches: Families) -> dict[str, Callable[[Shape, int, Any], Iterator[Any]]]:
+    """What `make tune` tries of an op's kernels."""
+    return {launches.gate_up.name: _gate_up, launches.down.name: _down}
 
 
 def _gate_up(shape: Shape, rows: int, h: Any) -> Iterator[Any]:
@@ -78,10 +86,10 @@ def _sorted_tiles() -> Iterator[Any]:
 
 
 SPEC = Spec(
-    calls=_calls,
-    traffic=_traffic,
-    aim=_aim,
-    tunables={GATE_UP.name: _gate_up, DOWN.name: _down},
+    calls=calls,
+    traffic=traffic,
+    aim=aim,
+    tunables=tunables(FAMILIES),
     served=True,
     by_experts=True,
     synchronises=True,
