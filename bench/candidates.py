@@ -14,6 +14,8 @@ from sglang_sm120.spec import Call, nbytes
 ROWS = (1, 8, 64, 2, 4, 16, 32)
 MANY_ROWS = (256, 4096)
 OPS = tuple(name for name in ops.with_triton() if ops.SPECS[name].served and ops.SPECS[name].tunables)
+OF_THE_MODEL = tuple(name for name in OPS if ops.SPECS[name].where(model_config()))
+"""Those that the step calls for the published model."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ import triton
 
 import bench
 from calls import checker
-from candidates import MANY_ROWS, OPS, ROWS, Case, cases
+from candidates import MANY_ROWS, OF_THE_MODEL, OPS, ROWS, Case, cases
 from sglang_sm120 import compilation, kernels, ops, registry, tuned
 from sglang_sm120.checkpoint.config import model_config
 from sglang_sm120.compilation import Job, variant_key
@@ -169,7 +169,7 @@ def report(found: list[Found], copy: float) -> Iterator[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", nargs="+", choices=OPS, default=OPS)
+    parser.add_argument("--op", nargs="+", choices=OPS, default=OF_THE_MODEL)
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--many-rows", action="store_true", help=f"also {' and '.join(map(str, MANY_ROWS))} rows")

@@ -9,12 +9,14 @@ from sglang_sm120.tolerance import EXACT
 def _a_layer(a: Arguments) -> Run:
     from sglang.kernels.ops.kvcache.dsv4_c128_cleanup import clear_unaccepted_c128_draft_states
 
-    lengths = [a[name] for name in ("req_pool_indices", "seq_lens", "accept_lens")]
-    sizes = {name: a[name] for name in ("ring_size", "num_draft_tokens")}
+    requests, lengths, accepted = a["req_pool_indices"], a["seq_lens"], a["accept_lens"]
+    ring, drafts = a["ring_size"], a["num_draft_tokens"]
 
     def clear() -> None:
         for states in a["layers"].states:
-            clear_unaccepted_c128_draft_states(states, *lengths, **sizes)
+            clear_unaccepted_c128_draft_states(
+                states, requests, lengths, accepted, ring_size=ring, num_draft_tokens=drafts
+            )
 
     return clear
 

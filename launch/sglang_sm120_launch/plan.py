@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from sglang_sm120.checkpoint.config import nvfp4_experts
-from sglang_sm120.limits import CPU_SERVER, SM12X, takes_prefill
+from sglang_sm120.limits import CPU_SERVER, MAX_ROWS, SM12X, takes_prefill
 
 from . import contract, memory, predict, values
 from .cards import SIZES, choose, experts_by
@@ -179,6 +179,10 @@ def _require_step(request: Request, sm12x: bool, absent: list[str], draft: int) 
         absent = ["SGLang 0.5.23 then puts the MTP layer's experts in a layout for SM100: leave speculation out"]
     elif backend not in (None, NVFP4_RUNNER):
         absent = [f"--moe-runner-backend {backend} does not leave them as they are: leave it out"]
+    elif (values.number(request, "ep-size") or 1) > 1:
+        absent = ["SGLang 0.5.23 multiplies all experts' input scales by the factors of a rank's own: leave EP out"]
+    elif (values.number(request, "max-running-requests") or 0) > MAX_ROWS:
+        absent = [f"it takes {MAX_ROWS} requests at once: give a --max-running-requests up to that"]
     if absent:
         raise LaunchError(f"The model's experts are NVFP4, which the step alone serves here, and {', '.join(absent)}.")
 

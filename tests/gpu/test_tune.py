@@ -14,7 +14,7 @@ import pytest
 
 import bench
 import tune
-from candidates import OPS, ROWS, Case, cases
+from candidates import OF_THE_MODEL, OPS, ROWS, Case, cases
 from sglang_sm120 import compilation, kernels, ops, tuned
 from sglang_sm120.checkpoint.config import model_config
 
@@ -24,7 +24,7 @@ SMS = 132
 
 @pytest.fixture(scope="module")
 def wanted() -> list[Case]:
-    return cases(OPS, 2, ROWS, [65_536], SMS)
+    return cases(OF_THE_MODEL, 2, ROWS, [65_536], SMS)
 
 
 def test_candidates_are_accepted_and_start_with_the_heuristic_s(wanted: list[Case]) -> None:

@@ -56,6 +56,8 @@ def test_the_step_takes_every_pass(flags: Flags) -> None:
     [
         (Request(mtp=True), "puts the MTP layer's experts in a layout for SM100: leave speculation out."),
         (Request(flags={"moe-runner-backend": "marlin"}), "--moe-runner-backend marlin does not leave them as they"),
+        (Request(flags={"ep-size": 2}), "by the factors of a rank's own: leave EP out."),
+        (Request(flags={"max-running-requests": 300}), "256 requests at once: give a --max-running-requests"),
         (Request(env={"SGLANG_SM120_PREFILL": "sglang"}), "and SGLANG_SM120_PREFILL=sglang was given."),
         (Request(env={"SGLANG_SM120": "0"}), "and SGLANG_SM120=0 is set."),
         (Request(flags={"device": "cpu"}), "SGLang 0.5.23 loads on Blackwell alone: use a checkpoint with MXFP4."),

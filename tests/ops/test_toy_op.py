@@ -86,7 +86,8 @@ COMPILING = {
     "gate and its table": (
         """
 import gate, kernel_table, resources
-(job,) = (job for job in gate.jobs(lambda op: gate.SAMPLE, [1]) if job.op == "toy")
+from sglang_sm120.checkpoint.config import FLASH
+(job,) = (job for job in gate.jobs(lambda op: gate.SAMPLE, [(FLASH, 1)]) if job.op == "toy")
 (kernel,), _ = compilation.compile_job(job)
 needs = resources.read_resources(kernel.cubin, kernel.shared)
 lines = gate.lines({(kernel.op, kernel.name, kernel.variant): (kernel, needs)})
