@@ -70,18 +70,11 @@ def sampled(logits: Any, info: Any) -> Any:
     return sample.sampled(logits, info)
 
 
-def draws_targets(logits: Any, info: Any) -> bool:
-    """`step.sample.draws_targets`, imported when it is called, as the next one."""
+def drawn_targets(logits: Any, info: Any) -> Any:
+    """`step.sample.drawn_targets`, imported when it is called, as `sampled`."""
     from .step import sample
 
-    return sample.draws_targets(logits, info)
-
-
-def target_tokens(logits: Any, info: Any) -> Any:
-    """`step.sample.target_tokens`."""
-    from .step import sample
-
-    return sample.target_tokens(logits, info)
+    return sample.drawn_targets(logits, info)
 
 
 def sample_chain_target_only(*, retrive_index: Any, **arguments: Any) -> None:

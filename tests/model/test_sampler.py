@@ -98,15 +98,23 @@ def test_sglang_draws_where_gumbel_is_turned_off(drawn: Drawn, monkeypatch: pyte
     assert len(tokens(torch.randn(3, 40), 0)) == 3 and drawn.calls == 0
 
 
-def test_where_no_step_was_built_nothing_is_imported() -> None:
-    """Every model's sampler asks; the ops need Triton."""
+@pytest.mark.parametrize(
+    ("asked", "module"),
+    [
+        ("sampled(torch.zeros(1, 4), None) is None", "sample"),
+        ("drawn_targets(torch.zeros(1, 4), None) is None", "sample"),
+        ("clear_draft_states(None, torch.zeros(1), None, None, 4) is False", "draft_states"),
+    ],
+    ids=lambda text: text.partition("(")[0],
+)
+def test_where_no_step_was_built_nothing_is_imported(asked: str, module: str) -> None:
+    """SGLang asks for every model, or of this one's pool; the ops need Triton."""
     code = (
-        "import sys, torch\nfrom sglang_sm120 import hooks\n"
-        "assert hooks.sampled(torch.zeros(1, 4), None) is None\n"
+        f"import sys, torch\nfrom sglang_sm120 import hooks\nassert hooks.{asked}\n"
         "print(sorted(name for name in sys.modules if name.startswith('sglang_sm120')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    loaded = ["sglang_sm120", "sglang_sm120.hooks", "sglang_sm120.step", "sglang_sm120.step.sample"]
+    loaded = ["sglang_sm120", "sglang_sm120.hooks", "sglang_sm120.step", f"sglang_sm120.step.{module}"]
     assert done.stdout.strip() == str(loaded)
 
 
@@ -154,17 +162,14 @@ def test_sglang_verifies_when_asked_for(
     settings: dict[str, Any], asked: dict[str, Any], chain: SimpleNamespace, drawn: Drawn
 ) -> None:
     logits = torch.randn(4, 40)
-    assert hooks.draws_targets(logits, batch(torch.ones(1, 1)))
+    assert hooks.drawn_targets(logits, batch(torch.ones(1, 1))) is not None and drawn.calls == 1
     vars(chain).update(settings)
-    assert not hooks.draws_targets(logits, batch(torch.ones(1, 1), **asked))
-    assert torch.equal(hooks.target_tokens(logits, batch(torch.ones(1, 1), **asked)), logits.argmax(-1))
+    assert hooks.drawn_targets(logits, batch(torch.ones(1, 1), **asked)) is None and drawn.calls == 1
+
+
+def test_a_greedy_batch_is_sglangs(chain: SimpleNamespace, drawn: Drawn) -> None:
+    assert hooks.drawn_targets(torch.randn(8, 40), batch(torch.ones(2, 1), is_all_greedy=True)) is None
     assert drawn.calls == 0
-
-
-def test_a_greedy_batch_is_verified_by_its_likeliest_tokens(chain: SimpleNamespace, drawn: Drawn) -> None:
-    logits = torch.randn(8, 40)
-    found = hooks.target_tokens(logits, batch(torch.ones(2, 1), is_all_greedy=True))
-    assert torch.equal(found, logits.argmax(-1)) and drawn.calls == 0
 
 
 def test_every_rank_verifies_with_the_first_ones_tokens(
@@ -172,7 +177,7 @@ def test_every_rank_verifies_with_the_first_ones_tokens(
 ) -> None:
     group = SimpleNamespace(broadcast=lambda tokens, src: torch.full_like(tokens, 7 + src))
     monkeypatch.setattr(runtime_context, "get_parallel", lambda: SimpleNamespace(tp_group=group))
-    assert hooks.target_tokens(torch.randn(4, 40), batch(torch.ones(2, 1))).tolist() == [7] * 4
+    assert hooks.drawn_targets(torch.randn(4, 40), batch(torch.ones(2, 1))).tolist() == [7] * 4
 
 
 def test_verified_tokens_follow_the_target(chain: SimpleNamespace, seed: int) -> None:
@@ -181,7 +186,7 @@ def test_verified_tokens_follow_the_target(chain: SimpleNamespace, seed: int) ->
     logits = torch.randn(3, words, generator=torch.Generator().manual_seed(seed))
     torch.manual_seed(seed)
     info = batch(torch.tensor(temperatures).repeat(requests // 2).view(-1, 1))
-    targets = hooks.target_tokens(logits.repeat(requests, 1), info).view(requests, 3)
+    targets = hooks.drawn_targets(logits.repeat(requests, 1), info).view(requests, 3)
     assert targets.dtype == torch.int64
     drafts = (1, 2)
     predicts = torch.zeros(requests * 3, dtype=torch.int32)

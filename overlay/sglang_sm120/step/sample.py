@@ -31,31 +31,25 @@ def sampled(logits: torch.Tensor, info: Any) -> torch.Tensor | None:
     return _drawn(logits, info) if _draws(logits, info) else None
 
 
-def draws_targets(logits: torch.Tensor, info: Any) -> bool:
-    """Whether a verification may take `target_tokens` of a sampled batch, and accept the drafts that are these.
+def drawn_targets(logits: torch.Tensor, info: Any) -> torch.Tensor | None:
+    """The target's token behind each node of a verification, int64 [T], or None: SGLang is to verify.
 
-    The token behind a node is then its draft d with the target's probability p(d), and each other token t with p(t), as
-    after SGLang's `tree_speculative_sampling_target_only` of a chain with both thresholds at 1.
+    Drawn ones, rank 0's: drafts that are these are accepted. The token behind a node is then its draft d with the
+    target's probability p(d), and each other token t with p(t), as after SGLang's
+    `tree_speculative_sampling_target_only` of a chain with both thresholds at 1.
 
     Args:
         logits: fp32 [T, V], T / B rows a request.
         info: SGLang's `SamplingBatchInfo` of B requests.
     """
-    if not _draws(logits, info) or info.need_top_k_sampling or info.need_top_p_sampling:
-        return False
-    from sglang.srt.runtime_context import get_spec
+    if not _draws(logits, info) or info.is_all_greedy or info.need_top_k_sampling or info.need_top_p_sampling:
+        return None
+    from sglang.srt.runtime_context import get_parallel, get_spec
 
     spec = get_spec()
     thresholds = (spec.speculative_accept_threshold_single, spec.speculative_accept_threshold_acc)
-    return thresholds == (1, 1) and spec.speculative_eagle_topk == 1 and not spec.speculative_use_rejection_sampling
-
-
-def target_tokens(logits: torch.Tensor, info: Any) -> torch.Tensor:
-    """The target's token of each row, int64 [T]: the likeliest, or where `draws_targets` a drawn one, rank 0's."""
-    if info.is_all_greedy or not draws_targets(logits, info):
-        return logits.argmax(-1)
-    from sglang.srt.runtime_context import get_parallel
-
+    if thresholds != (1, 1) or spec.speculative_eagle_topk != 1 or spec.speculative_use_rejection_sampling:
+        return None
     return get_parallel().tp_group.broadcast(_drawn(logits, info).long(), src=0)
 
 
