@@ -8,8 +8,7 @@ from .machine import Machine
 from .settings import Setting, env, flag
 
 PCIE_IPC = "SGLANG_ENABLE_PCIE_IPC_ALLREDUCE"
-PCIE_IPC_RANKS = (2, 4, 8)
-"""FlashInfer's kernels are for so many. SGLang leaves them out by default; its figure is of eight SM120 cards."""
+"""FlashInfer's all-reduce of 2, 4 or 8 ranks, which SGLang leaves out by default."""
 SHM_MIB = 1024
 """/dev/shm below which NCCL cannot share memory between ranks that do not reach each other directly."""
 
@@ -39,11 +38,10 @@ def comms(machine: Machine, tp: int) -> Iterator[Setting]:
         yield flag("enable-p2p-check", True, "peer access is tried before it is trusted: boards may report it wrongly")
         return
     if direct and machine.nodes == 1:
-        where = "cards of different CPU sockets" if tp == 2 else f"{tp} ranks without NVLink"
-        yield flag("disable-custom-all-reduce", True, f"SGLang's is not for {where}")
-        if tp in PCIE_IPC_RANKS:
-            said = "by SGLang's source 5 us for 12 KiB on eight cards, with NCCL 205"
-            yield env(PCIE_IPC, "1", f"FlashInfer's all-reduce over PCIe: {said}")
+        why = "is slow between CPU sockets" if tp == 2 else f"serves two ranks without NVLink, not {tp}"
+        yield flag("disable-custom-all-reduce", True, f"SGLang's {why}")
+        said = "by SGLang's source 5 us for 12 KiB on eight cards, with NCCL 205"
+        yield env(PCIE_IPC, "1", f"FlashInfer's all-reduce over PCIe: {said}")
         return
     yield flag("disable-custom-all-reduce", True, f"NCCL instead: {_NODES if direct else why}")
     if direct:

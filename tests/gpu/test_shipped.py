@@ -160,4 +160,5 @@ def test_no_further_from_the_oracle_than_sglang(
         same += at
         assert at == NEW_TOKENS or b.lead(at) < tie
     print(f"{same} of {len(own) * NEW_TOKENS} tokens are SGLang's up to the first that differs, by less than {tie:.2f}")
+    # Or an early tie in each answer would leave nothing to compare; on two H200 they were 67 and 74 of 96.
     assert same >= len(own) * NEW_TOKENS // 3

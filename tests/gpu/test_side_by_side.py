@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import side_by_side
+import sm120_lowering
 import streamed
 from local_server import ServerError
 from sglang_sm120.formats import fp8_block
@@ -227,6 +228,19 @@ def test_another_overlay_is_a_side_of_its_own(monkeypatch: pytest.MonkeyPatch, t
     known = side_by_side.sides([side_by_side.overlay(f"old={tmp_path}")])
     assert list(known) == ["sglang", "sm120", "native", "old"]
     assert known["old"].flags == known["sm120"].flags and known["old"].path == (tmp_path, *known["sm120"].path)
+
+
+@pytest.mark.parametrize(("variable", "fused"), [(None, True), ("0", True), ("1", False)])
+def test_where_multicast_is_forbidden_sglang_fuses_no_all_reduce(
+    variable: str | None, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.delenv("TORCH_SYMM_MEM_DISABLE_MULTICAST", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("TORCH_SYMM_MEM_DISABLE_MULTICAST", variable)
+    flags = {name: side.flags for name, side in side_by_side.sides().items()}
+    assert (sm120_lowering.NO_FUSED_ALL_REDUCE not in flags["sglang"]) == fused
+    assert all(sm120_lowering.NO_FUSED_ALL_REDUCE in flags[name] for name in ("sm120", "native"))
 
 
 def test_a_child_waits_for_its_gate(tmp_path: Path) -> None:

@@ -488,9 +488,10 @@ def test_another_model_type_is_refused_on_a_cpu(model: SimpleNamespace, architec
 
 def test_embeddings_are_refused_on_a_cpu(model: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime_context, "get_parallel", lambda: SimpleNamespace(tp_rank=0))
-    monkeypatch.setattr(draft_states, "_devices", set())
+    for asked in (sample, draft_states):
+        monkeypatch.setattr(asked, "_devices", set())
     install_on_cpu(model, hf_config())
-    assert model.forward is not _not_called and draft_states._devices == {torch.device("cpu")}
+    assert model.forward is not _not_called and sample._devices == draft_states._devices == {torch.device("cpu")}
     ids = torch.zeros(1, dtype=torch.int64)
     with pytest.raises(ValueError, match="^A request brings embeddings, .*: send text or token ids\\.$"):
         model.forward(ids, ids, batch(ForwardMode.EXTEND), input_embeds=ids)

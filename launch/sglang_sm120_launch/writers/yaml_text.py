@@ -1,4 +1,7 @@
-"""YAML with a reason beside each value, which no library writes: strings as JSON has them, which YAML reads too."""
+"""YAML with a reason beside each value: PyYAML, which the project has, writes no comments.
+
+Strings are JSON's, which YAML reads too.
+"""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ..ops.clear_draft_states import Layers
 
 _devices: set[torch.device] = set()
-_read: WeakKeyDictionary[Any, tuple[Layers, int] | None] = WeakKeyDictionary()
+_read: WeakKeyDictionary[Any, tuple[Layers, int]] = WeakKeyDictionary()
 
 
 def serve(device: torch.device) -> None:
@@ -33,11 +33,11 @@ def clear_draft_states(
         return False
     from .. import ops
 
-    if (found := _read.get(pool)) is None:
-        found = _read[pool] = _layers(pool)
-    if found is None:
-        return False
-    layers, ring_size = found
+    if pool not in _read:
+        if (found := _layers(pool)) is None:
+            return False
+        _read[pool] = found
+    layers, ring_size = _read[pool]
     ops.clear_draft_states(layers, req_pool_indices, seq_lens, accept_lens, ring_size, num_draft_tokens)
     return True
 
