@@ -118,12 +118,6 @@ def _sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@cache
-def l2_bytes(device: torch.device) -> int:
-    """Bytes of `device`'s L2; without a GPU as many as are asked for fit."""
-    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 1 << 40
-
-
 STREAMS = 2
 """Streams that a server runs the step on: one captures graphs, the other runs what has none."""
 _reserved: dict[tuple[str, torch.device], int] = {}

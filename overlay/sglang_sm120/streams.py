@@ -12,12 +12,10 @@ from typing import TypeAlias
 
 import torch
 
-from . import ops
-
-KEYS, ENTRIES, INDEX_KEYS, INDEX_QUERIES, SHARED, AHEAD = range(6)
-"""What runs beside the queries of a layer's attention, the shared expert beside the routed ones, and weights that come
-into the L2 while little else is read, by its stream's number."""
-PRIORITIES = (-1, -1, -1, -1, 0, 0)
+KEYS, ENTRIES, INDEX_KEYS, INDEX_QUERIES, SHARED = range(5)
+"""What runs beside the queries of a layer's attention, and the shared expert beside the routed ones, by its stream's
+number."""
+PRIORITIES = (-1, -1, -1, -1, 0)
 """Of each; lower goes first. A graph keeps them."""
 Mark: TypeAlias = torch.cuda.Event | None
 """A point of a stream that another one can wait for; None where there is one stream alone."""
@@ -38,7 +36,6 @@ class Beside:
     def __init__(self, streams: Sequence[torch.cuda.Stream] = ()) -> None:
         self._streams = streams
         self._running: list[torch.cuda.Stream] = []
-        self._fetching = False
 
     def mark(self) -> Mark:
         """What the current stream has been given so far."""
@@ -57,21 +54,6 @@ class Beside:
         self._running.append(stream)
         with torch.cuda.stream(stream):
             yield
-
-    def ahead(self, first: torch.Tensor, second: torch.Tensor) -> None:
-        """Bring weights into the L2 from here on, in captured graphs: only `end` waits for it."""
-        if self._streams:
-            stream = self._streams[AHEAD]
-            stream.wait_event(torch.cuda.current_stream().record_event())
-            with torch.cuda.stream(stream):
-                ops.l2_prefetch(first, second)
-            self._fetching = True
-
-    def end(self) -> None:
-        """The current stream waits for what `join` did not."""
-        if self._fetching:
-            torch.cuda.current_stream().wait_stream(self._streams[AHEAD])
-            self._fetching = False
 
     def join(self) -> None:
         """The current stream waits for every part."""

@@ -113,8 +113,6 @@ def streams_of(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> dict[str, set[i
     def noted(name: str, op: Any) -> Any:
         def call(*arguments: Any, **options: Any) -> Any:
             found[name].add(watch.current.index)
-            # A launch, also where the reference has nothing to do.
-            watch.current.known[watch.current.index] += 1
             return op(*arguments, **options)
 
         return call
@@ -174,10 +172,7 @@ def test_a_captured_pass_has_no_race(
     # What attention waits for starts before the blocks of its queries' projection, which are many.
     first = {one.index for one in watch.alternates if one.priority < 0}
     assert streams_of["bf16_linear_fp32"] - {0} <= first and not streams_of["mxfp4_moe"] & first
-    # On a CPU nothing is brought ahead; `end` waits for that stream alone.
-    assert [index - 1 for index, count in enumerate(watch.operations) if not count] == [streams.AHEAD]
-    assert streams_of["l2_prefetch"] == {1 + streams.AHEAD}
-    assert watch.operations[0] > sum(watch.operations[1:]) / 4
+    assert all(watch.operations) and watch.operations[0] > sum(watch.operations[1:]) / 4
 
 
 @pytest.mark.parametrize("waits", [True, False])

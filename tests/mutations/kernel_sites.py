@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from mutations.mutation import (
-    AHEAD,
     ATTENTION,
     CLEARING,
     COMPILED,
@@ -263,10 +262,6 @@ KERNELS = (
     Mutation(
         "scratch overrun", "more parts than it was made for, Triton", "ops/sparse_mla/triton.py",
         (("min(blocks, MAX_SPLITS, slots // max(programs, 1))", "min(blocks, MAX_SPLITS)"),), ATTENTION,
-    ),
-    Mutation(
-        "read past the end", "orders to prefetch, Triton", "ops/l2_prefetch/triton.py",
-        (("tl.minimum(tl.maximum(size - at, 0), CHUNK)", "tl.full([THREADS], CHUNK, tl.int32)"),), AHEAD,
     ),
     Mutation(
         "one tie too many", "many rows, Triton", "ops/topk_slots/streamed.py",

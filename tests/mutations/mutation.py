@@ -81,7 +81,6 @@ def ops(expression: str) -> Tests:
     return Tests(("tests/ops", "-k", expression))
 
 
-AHEAD = ops("prefetch")
 ATTENTION = ops("sparse_mla")
 PAGES = ops("sparse_mla or indexer or page")
 INDEXER = ops("indexer or topk_slots or fp8_operands")

@@ -237,11 +237,12 @@ _STEP = (
     ),
     Mutation(
         "sum over the ranks left out", "experts", "step/target.py",
-        (("        f = post_experts_all_reduce(f)\n", ""),), STEP,
+        (("post_experts_all_reduce(experts(layer.experts, y, input_ids, at.beside))",
+          "experts(layer.experts, y, input_ids, at.beside)"),), STEP,
     ),
     Mutation(
         "sum over the ranks left out", "attention", "step/target.py",
-        (("        f = of_attention.all_reduce(f)\n", ""),), STEP,
+        (("of_attention.all_reduce(attention(layer.attention, y, at))", "attention(layer.attention, y, at)"),), STEP,
     ),
     Mutation(
         "top-p left out", "tokens that drafts are compared with", "step/sample.py",
@@ -275,10 +276,6 @@ _STEP = (
     Mutation(
         "weights of another layout", "drafts by the step whatever the experts are", "plugin.py",
         (("    if drafts():", "    if True:"),), DRAFT,
-    ),
-    Mutation(
-        "part not joined", "weights that come ahead, in a graph", "step/target.py", (("    at.beside.end()\n", ""),),
-        STREAMS,
     ),
     Mutation(
         "part not joined", "attention's, in a graph", "step/attention.py",

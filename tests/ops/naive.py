@@ -340,10 +340,6 @@ def clear_draft_states(layers, req_pool_indices, seq_lens, accept_lens, ring_siz
                 slot[len(slot) // 2 :] = -math.inf
 
 
-def l2_prefetch(first, second):
-    pass
-
-
 def silu_mul_clamp(gate_up, limit):
     gate, up = np.split(f64(gate_up), 2, -1)
     return rounded(silu(np.minimum(gate, limit)) * np.clip(up, -limit, limit))

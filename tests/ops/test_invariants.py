@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from cases.common import Maker
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -15,7 +13,6 @@ from hypothesis import strategies as st
 from sglang_sm120 import kernels, ops, registry, tuned
 from sglang_sm120.formats import kv_page
 from sglang_sm120.ops import _math
-from sglang_sm120.ops.l2_prefetch import triton as l2_prefetch
 from sglang_sm120.ops.topk_slots import streamed
 from sglang_sm120.ops.topk_slots import triton as topk
 
@@ -221,32 +218,6 @@ def test_a_draw_is_judged_by_scores_near_ties_apart() -> None:
         assert problem(scores, torch.tensor([token])) == "a token scores lower than another"
     for tokens in ([4], [-1], [1, 1]):
         assert problem(scores, torch.tensor(tokens)) == "a token is none of the vocabulary"
-
-
-@triton.jit
-def _orders(at_ptr, count_ptr, size, CHUNK: tl.constexpr, THREADS: tl.constexpr):
-    at, count = l2_prefetch._order(tl.program_id(0), size, CHUNK, THREADS)
-    to = tl.program_id(0) * THREADS + tl.arange(0, THREADS)
-    tl.store(at_ptr + to, at)
-    tl.store(count_ptr + to, count)
-
-
-@SOME
-@given(*[st.integers(0, 1 << 20)] * 3, st.integers(0, 200))
-@example(3, 5, 0, 0)
-@example(1 << 20, 1, 1 << 20, 0)
-def test_each_byte_to_prefetch_is_ordered_once(first: int, second: int, cache: int, more: int) -> None:
-    """And no other: an order may not reach past its weight."""
-    step, chunk, threads = l2_prefetch.ALIGNMENT, 64, 8
-    found = l2_prefetch.sizes(first * step, second * step, cache)
-    assert sum(found) <= cache // l2_prefetch.SHARE and found[0] <= first * step and found[1] <= second * step
-    assert found[1] == 0 or found[0] == first * step
-    size = more * step
-    blocks = 1 + size // (chunk * threads)  # programs beyond the end: the other weight's
-    at, count = (torch.full((blocks * threads,), -1, dtype=torch.int32) for _ in range(2))
-    _orders[(blocks,)](at, count, size, CHUNK=chunk, THREADS=threads)
-    asked = [place for start, n in zip(at.tolist(), count.tolist(), strict=True) for place in range(start, start + n)]
-    assert asked == list(range(size)) and not (count % step).any()
 
 
 E4M3 = torch.zeros(2, 130, 256).to(torch.float8_e4m3fn)

@@ -212,8 +212,8 @@ def test_the_warm_up_compiles_what_is_chosen(
         registry.reset()
     (names,) = found.value.args
     experts = "" if asked.endswith("torch") else asked or "mxfp4_moe=triton"
-    # Nothing chooses the kernels of l2_prefetch by itself, and the published model has no NVFP4.
-    others = set(warmup.served()) - {"mxfp4_moe", "l2_prefetch"} - (set() if nvfp4 else {"nvfp4_moe"})
+    # The published model has no NVFP4.
+    others = set(warmup.served()) - {"mxfp4_moe"} - (set() if nvfp4 else {"nvfp4_moe"})
     others -= set() if speculates else {"clear_draft_states"}
     expected = {f"{op}=triton" for op in others} | {experts} - {""}
     assert set(names) == expected and len(names) == len(expected)
@@ -221,7 +221,7 @@ def test_the_warm_up_compiles_what_is_chosen(
 
 def test_the_warm_up_covers_the_ops_that_the_step_calls() -> None:
     overlay = Path(warmup.__file__).parent
-    sources = (*overlay.glob("step/*.py"), overlay / "streams.py")
+    sources = overlay.glob("step/*.py")
     called = {op for path in sources for op in re.findall(r"\bops\.(\w+)\(", path.read_text(encoding="utf-8"))}
     assert called & set(ops.with_triton()) == set(warmup.served())
 

@@ -21,7 +21,6 @@ def attention(a: Attention, x: torch.Tensor, at: Pass) -> torch.Tensor:
     q_latent, kv = qkv[:, : a.q_rank], qkv[:, a.q_rank :]
     latent = beside.mark()
     q = ops.fp8_linear(q_latent, *a.wq_b, a.q_norm, a.eps).unflatten(-1, (a.heads, -1))
-    beside.ahead(a.wo_a.weight if isinstance(a.wo_a, Linear) else a.wo_a, a.wo_b.weight)
     if a.indexer is not None:
         choose(a.indexer, a, x, q_latent, at, start, latent)
     with beside.on(KEYS, latent):

@@ -58,8 +58,7 @@ def through(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The streams bf16 [T, 4, H] after all layers, and their mean bf16 [T, H] after each of the layers `captured`.
 
-    Each block enters and leaves the streams by x ← post f + combᵀ x; leaving one and entering the next is one op. What
-    lies between two large products reads little: all-reduces, mixes, attention. Meanwhile the next weights come.
+    Each block enters and leaves the streams by x ← post f + combᵀ x; leaving one and entering the next is one op.
     """
     from sglang.srt.layers.moe.utils import post_experts_all_reduce
     from sglang.srt.runtime_context import get_parallel
@@ -75,17 +74,10 @@ def through(
             x, y, post, comb = ops.mhc_post_pre(f, x, post, comb, fn, scale, base, **options)
             if index - 1 in captured:
                 means.append(_mean(x))
-        f = attention(layer.attention, y, at)
-        at.beside.ahead(layer.experts.shared_gate_up.weight, layer.experts.shared_down.weight)
-        f = of_attention.all_reduce(f)
+        f = of_attention.all_reduce(attention(layer.attention, y, at))
         fn, scale, base, options = layer.experts_mix
         x, y, post, comb = ops.mhc_post_pre(f, x, post, comb, fn, scale, base, **options)
-        f = experts(layer.experts, y, input_ids, at.beside)
-        if index + 1 < len(layers):
-            following = layers[index + 1].attention
-            at.beside.ahead(following.wqkv_a.weight, following.wq_b.weight)
-        f = post_experts_all_reduce(f)
-    at.beside.end()
+        f = post_experts_all_reduce(experts(layer.experts, y, input_ids, at.beside))
     x = ops.mhc_post(f, x, post, comb)
     if len(layers) - 1 in captured:
         means.append(_mean(x))
