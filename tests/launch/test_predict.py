@@ -41,12 +41,28 @@ def test_how_far_two_cards_were_off(flash: Model):
     assert max(map(abs, off)) == pytest.approx(predict.OFF, abs=0.005)
 
 
+def sheet(columns: int) -> list[list[str]]:
+    """Rows of the one table of docs/launcher.md that is of cards and has so many columns."""
+    rows = [line for line in SHEET.read_text().splitlines() if re.match(r"\| \d × ", line)]
+    found = [cells for row in rows if len(cells := [cell.strip() for cell in row.strip("|").split("|")]) == columns]
+    assert len(found) >= 3
+    return found
+
+
+def test_the_prefill_of_the_sheet_is_its_formulas():
+    measured = json.loads(MEASURED.read_text())["figures"]["sm120"]
+    assert statistics.median(measured["prefill 8192"]) == pytest.approx(7544, abs=0.5)
+    for what, rates, tokens in sheet(3):
+        cards = int(what[0])
+        for rate, told in zip(rates.split(" to "), tokens.split(" to "), strict=True):
+            computed = 8192 / (7544 * cards * int(rate) / 383)
+            sums = 2 * 43 * 2 * (cards - 1) / cards * 67.1e6 / 50e9
+            assert int(told.replace(",", "")) == pytest.approx(8192 / (computed + sums), abs=50)
+
+
 def test_the_sheet_is_the_formulas(flash: Model):
     """The table of docs/launcher.md, row by row."""
-    rows = [line for line in SHEET.read_text().splitlines() if re.match(r"\| \d × ", line)]
-    assert len(rows) >= 3
-    for row in rows:
-        what, read, ms, tokens = (cell.strip() for cell in row.strip("|").split("|"))
+    for what, read, ms, tokens in sheet(4):
         tp, card = int(what[0]), "NVIDIA " + what[4:]
         predicted = predict.step_ms(flash, card, tp)
         assert read == ", ".join(f"{predict.weights(flash, b, tp) / 1e9:.1f}" for b in predict.TOLD)
