@@ -14,18 +14,24 @@ from sglang_sm120.spec import Call
 ROWS_COMPARED = 64
 ROW_ARGUMENTS = frozenset(
     "x q o f post comb mixes topk_ids topk_weights weights page_table lengths logits slots router_logits positions "
-    "window_slots window_lengths extra_slots extra_lengths".split()
+    "window_slots window_lengths extra_slots extra_lengths temperature noise".split()
 )
-"""Arguments whose first dimension is the rows of the step."""
+"""Arguments whose first dimension is the rows of the step, or of `temperature` its requests."""
 
 
 def sample(call: Call, rows: int = ROWS_COMPARED) -> Call:
     """The call with its first `rows` rows."""
-    cut = {
-        name: value[:rows] if name in ROW_ARGUMENTS and isinstance(value, torch.Tensor) else value
+    of_rows = {
+        name: value
         for name, value in call.arguments.items()
+        if name in ROW_ARGUMENTS and isinstance(value, torch.Tensor)
     }
-    return Call(call.op, call.label, cut)
+    all_rows = max([rows, *map(len, of_rows.values())])
+    return Call(
+        call.op,
+        call.label,
+        call.arguments | {name: value[: len(value) * rows // all_rows] for name, value in of_rows.items()},
+    )
 
 
 def checker(call: Call) -> Callable[[Any], str | None]:

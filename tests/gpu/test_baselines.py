@@ -7,10 +7,13 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 import pytest
+import torch
 from foreign import bind, calls, definition, functions, imported
 
 import baselines
+from calls import ROWS_COMPARED, checker
 from sglang_sm120 import ops
+from sglang_sm120.spec import Call, Inputs
 
 pytestmark = pytest.mark.needs_no_gpu
 MODULES = [import_module(f"baselines.{module.name}") for module in iter_modules(baselines.__path__)]
@@ -25,6 +28,20 @@ def test_the_functions_are_found() -> None:
     called = {dotted for name in FOREIGN_USERS for dotted, _ in calls(FUNCTIONS[name])}
     assert len(FOREIGN_USERS) >= 15 and len(called) >= 18
     assert {"deep_gemm.fp8_gemm_nt", "sglang.kernels.ops.layernorm.mhc.mhc_fused_post_pre"} <= called
+
+
+def test_the_first_rows_of_a_draw_are_judged_alone(seed: int) -> None:
+    """Also where requests, which have a temperature each, are fewer than rows."""
+    drawn = list(ops.SPECS["sample_token"].calls(Inputs(torch.device("cpu"), seed), {"vocab_size": 40}, 1, 256, 0))
+    assert {len(arguments["temperature"]) for _, arguments in drawn} == {256, 64}
+    for label, arguments in drawn:
+        tokens = ops.sample_token.reference(**arguments)
+        judge = checker(Call("sample_token", label, arguments))
+        assert judge(tokens) is None
+        tokens[ROWS_COMPARED:] += 1
+        assert judge(tokens) is None
+        tokens[ROWS_COMPARED - 1] = (tokens[ROWS_COMPARED - 1] + 1) % 40
+        assert judge(tokens) == "a token scores lower than another"
 
 
 @pytest.mark.parametrize("name", FOREIGN_USERS)
