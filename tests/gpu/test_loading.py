@@ -119,9 +119,9 @@ def result(**loaders: list[float]) -> dict[str, Any]:
 
 def test_a_loader_is_judged_by_the_disk() -> None:
     """By the median of its runs and the best rate past the page cache; from a full page cache it does not count."""
-    found = result(default=[10.0, 5.0, 6.0], warm=[1.0], threads=[8.0], serial=[])
+    found = result(default=[10.0, 5.0, 6.0], warm=[1.0], threads=[8.0], serial=[], ours=[5.5])
     assert loading.best(found["disk"]) == 4
-    assert loading.shares(found) == pytest.approx({"default": 20 / 6 / 4, "threads": 20 / 8 / 4})
+    assert loading.shares(found) == pytest.approx({"default": 20 / 6 / 4, "threads": 20 / 8 / 4, "ours": 20 / 5.5 / 4})
     text = loading.table(found)
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines()}
     assert rows["default"] == ["6.00", "±2.50", "3.33", "83%", "0%", "-", "20.0", "5.0"]
@@ -160,7 +160,7 @@ def test_a_server_loads_the_checkpoint(
     assert all(one["seconds"] > 0 and one["host"] > kept["bytes"] and one["peak"] > one["host"] for one in (cold, warm))
     assert "Some weights are not initialized" not in (tmp_path / "out/warm-0.log").read_text()
     assert not (tmp_path / "new").exists() and not psutil.Process().children()
-    assert "the best, prefetch, has" in capsys.readouterr().out
+    assert "SGLang's best, prefetch, has" in capsys.readouterr().out
 
 
 def test_a_server_that_ends_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
