@@ -21,6 +21,8 @@ FP8_STD, FP8_SCALE = 64.0, 2.0**-12
 EXPERT_SCALE = 2.0**-8
 """Random E2M1 values have a root mean square of 3: as above."""
 CHUNK = 1 << 28
+WAITS = "random_weights: this process waits for its gate"
+"""Each process of a server says so in its log."""
 
 
 def register() -> None:
@@ -30,6 +32,7 @@ def register() -> None:
     loader.initialize_dummy_weights = fill
     gate, parent = os.environ.get("RANDOM_WEIGHTS_GATE"), multiprocessing.parent_process()
     if gate and parent is not None:
+        print(WAITS, flush=True)
         wait_for(Path(gate), parent.is_alive)
 
 

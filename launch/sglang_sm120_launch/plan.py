@@ -188,9 +188,14 @@ def _require_step(request: Request, sm12x: bool, absent: list[str], draft: int) 
 
 
 def _require_served(request: Request) -> None:
-    """Raise LaunchError for what SGLang itself refuses for this model."""
+    """Raise LaunchError for what SGLang itself refuses for this model, or fails with."""
     for words in contract.asked("DETERMINISTIC_INFERENCE", request.value):
         raise LaunchError(f"{words} was given, and SGLang 0.5.23 refuses it for DeepSeek-V4: leave it out.")
+    if request.value("weight-loader-disable-mmap") is True:
+        raise LaunchError(
+            "--weight-loader-disable-mmap was given, and without maps safetensors 0.9.0rc1 takes no block scales "
+            "(F8_E8M0), which the model has: leave it out."
+        )
 
 
 def _on_cpu(machine: Machine, model: Model, request: Request) -> _Decided:

@@ -10,6 +10,7 @@ Environment variables (all of them):
 | `SGLANG_SM120_PROVIDER` | `torch`, or `op=provider,…` | provider for all ops, or for single ops |
 | `SGLANG_SM120_FORCE` | `1` | non-torch providers first on any CUDA device, and the step on Hopper (tests) |
 | `SGLANG_SM120_PREFILL` | `overlay` | the step takes prefill on a GPU too, which by default is SGLang's |
+| `SGLANG_SM120_LOADER` | `1` | weights are read onto the card by safetensors' own threads, not from mapped files |
 | `SGLANG_SM120_PDL` | `0` | no programmatic dependent launches |
 """
 

@@ -18,7 +18,7 @@ from sglang.kernels.plugin_kernels.nvidia import spec
 
 from . import limits, registry
 from .limits import MAX_ROWS
-from .step import modules
+from .step import loading, modules
 from .step.passes import Passes
 from .step.reasons import (
     DRAFT_MODES,
@@ -44,6 +44,8 @@ def register() -> None:
     spec.register(architecture=TARGET, path=f"{__name__}:SPEC")
     if os.environ.get(modules.LIST):
         modules.watch()
+    if loading.wanted():
+        loading.serve()
 
 
 def mode_of(forward_batch: Any) -> str:

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 from golden_plans import machine
 
 import sm120_lowering
@@ -187,6 +189,18 @@ def test_deterministic_inference_is_refused(where: str):
     place = TWO if where == "SM120" else machine("no-gpu")
     with pytest.raises(LaunchError, match="SGLang 0.5.23 refuses it for DeepSeek-V4"):
         make_plan(place, MODEL, Request(flags={"enable-deterministic-inference": True}))
+
+
+@pytest.mark.parametrize("where", ("SM120", "CPU"))
+def test_weights_that_are_not_mapped_are_refused(where: str):
+    """SGLang 0.5.23 hands whole files to a function of safetensors that does not know the model's block scales."""
+    held = safetensors.torch.save({"scale": torch.ones(4).to(torch.float8_e8m0fnu)})
+    with pytest.raises(KeyError, match="F8_E8M0"):
+        safetensors.torch.load(held)
+    place = TWO if where == "SM120" else machine("no-gpu")
+    with pytest.raises(LaunchError, match="^--weight-loader-disable-mmap was given, .*F8_E8M0.*: leave it out.$"):
+        make_plan(place, MODEL, Request(flags={"weight-loader-disable-mmap": True}))
+    make_plan(TWO, MODEL, Request(flags={"weight-loader-disable-mmap": False}))
 
 
 class TestForcedOnHopper:
