@@ -16,6 +16,7 @@ import pytest
 from golden_plans import HERE, machine
 from test_prove import fake, schema, written
 
+from sglang_sm120.limits import tuned_table
 from sglang_sm120_launch import cli
 from sglang_sm120_launch.commands import prove
 from sglang_sm120_launch.machine import Machine
@@ -25,12 +26,13 @@ SERVER = r"""
 import http.server, json, os, sys, time
 port = int(sys.argv[sys.argv.index("--port") + 1])
 open(os.environ["NOTES"], "a").write(json.dumps([os.getpid(), sys.argv[1:], {n: os.environ.get(n) for n in (
-    "SGLANG_SM120", "SGLANG_SM120_PREFILL", "SGLANG_SM120_PROVIDER", "PYTHONPATH")}]) + "\n")
+    "SGLANG_SM120", "SGLANG_SM120_FORCE", "SGLANG_SM120_PREFILL", "SGLANG_SM120_PROVIDER", "PYTHONPATH")}]) + "\n")
 small = "DeepSeek-V4-small" in " ".join(sys.argv)
-overlay = "SGLANG_SM120_PREFILL" in os.environ
+step = os.environ.get("SGLANG_SM120") != "0"
+overlay = step and ("SGLANG_SM120_PREFILL" in os.environ or os.environ.get("SGLANG_SM120_FORCE") == "1")
 if os.environ["MANNER"] == "refuses" and small and not overlay:
     sys.exit(f"Traceback\nValueError: {os.getcwd()}/kernel.py takes no such narrow layer\nbye")
-for mode in ("decode", *(["extend"] if overlay else [])):
+for mode in (*["decode"] * step, *["extend"] * overlay):
     print(f"[2026 TP0] sglang_sm120: the step takes its first {mode} pass (1 rows).", flush=True)
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
@@ -50,13 +52,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
 PROOF = f"""
-import functools, sys
+import functools, os, pathlib, sys
 sys.path[:0] = [{str(ROOT)!r} + "/" + folder for folder in ("bench", "evals", "reference", "tests/launch")]
 import proof, recall
 from golden_plans import machine
 from report import Row
+from sglang_sm120_launch import tuned
 from sglang_sm120_launch.machine import Machine
 Machine.detect = lambda: machine({{name!r}})
+tuned.FOLDER = pathlib.Path(os.environ["TMPDIR"])
 proof.prebuild = lambda *_: None
 proof.LocalServer = functools.partial(proof.LocalServer, launcher=("-c", {SERVER!r}))
 proof.SHORTEST = 1
@@ -104,7 +108,11 @@ def nothing_left(tmp_path: Path) -> None:
 
 
 def test_every_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """What each was told and gave. SGLang's own prefill refuses the small model, which decides nothing."""
+    """What each was told and gave. SGLang's own prefill refuses the small model, which decides nothing.
+
+    Nor does what a table of the card has chosen before.
+    """
+    (tmp_path / "tmp" / tuned_table(machine("2x-rtx-pro-6000").gpus[0].name)).write_text('{"prefill": {"by": "mxfp8"}}')
     monkeypatch.setenv("MANNER", "refuses")
     assert cli.main(["prove"]) == 0
     found, page = written("prove.table.json"), schema()["properties"]
@@ -151,6 +159,25 @@ def test_another_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert cli.main(["prove"]) == 0
     servers = written()["servers"]
     assert len(servers) == 7 and all("none of SM12x" in one["not_run"] for one in servers) and not notes(tmp_path)
+
+
+def test_a_rehearsal_on_a_hopper_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The step serves every pass there, and SGLang's own prefill is that of a server without the step."""
+    on(monkeypatch, tmp_path, "2x-h200")
+    monkeypatch.setenv("SGLANG_SM120_FORCE", "1")
+    assert cli.main(["prove"]) == 0
+    by = {one["server"]: one for one in written("prove.table.json")["servers"]}
+    served = {name: one["modes"] for name, one in by.items() if one["not_run"] is None}
+    both = ["decode", "extend"]
+    assert served == {"model": both, "recall": both, "recall, EAGLE": both, "model, prefill=sglang": []}
+    assert {one["not_run"] for one in by.values()} == {None, "needs SM12x: on another card the step takes every pass"}
+    assert set(json.loads(Path("prove.json").read_text())["choice"]["tokens_per_s"]) == {"sglang", "overlay"}
+    *stepped, (_, words, variables) = notes(tmp_path)
+    assert (variables["SGLANG_SM120"], variables["SGLANG_SM120_FORCE"]) == ("0", "0") and "marlin" in words
+    for _, words, variables in stepped:
+        assert variables["SGLANG_SM120_FORCE"] == "1" and "--moe-runner-backend triton" in words
+        assert "--disable-prefill-cuda-graph" in words
+    nothing_left(tmp_path)
 
 
 @contextlib.contextmanager

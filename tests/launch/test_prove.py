@@ -212,6 +212,15 @@ def test_nothing_private_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert checks["nccl"].endswith("NCCL_COMM_ID=… NCCL_DEBUG_SUBSYS=7 NCCL_TOPO_FILE=…")
 
 
+def test_host_and_user_are_not_written(monkeypatch: pytest.MonkeyPatch):
+    """As words of their own: what only begins like them stays, and so do names that say nothing."""
+    monkeypatch.setattr(prove.platform, "node", lambda: "anns-host.example")
+    monkeypatch.setattr(prove, "_user", lambda: "ann")
+    assert prove.public("ann@anns-host.example: annotated") == "…@…: annotated"
+    monkeypatch.setattr(prove, "_user", lambda: "root")
+    assert prove.public("a root complex") == "a root complex"
+
+
 @pytest.mark.parametrize("out", ("there.json", "none/such.json", "prove.txt"))
 def test_a_file_that_cannot_be_written(out: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Told before anything is looked at; what is there stays."""
@@ -268,9 +277,7 @@ def test_an_interrupted_run_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 @pytest.mark.parametrize("what", ("cards", "versions", "commit", "variables"))
-def test_another_machine_does_not_go_on(
-    what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_another_machine_does_not_go_on(what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     killed(monkeypatch)
     capsys.readouterr()
     kept = Path("prove.json.part").read_text()
