@@ -182,13 +182,13 @@ def test_a_rehearsal_on_a_hopper_card(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @contextlib.contextmanager
 def after(tmp_path: Path, words: str) -> Iterator[None]:
-    """Inside, Ctrl-C when a server with these words runs."""
+    """Inside, SIGTERM when a server with these words runs: what Ctrl-C does too."""
     over = threading.Event()
 
     def interrupt() -> None:
         while not over.wait(0.2):
             if any(words in told for _, told, _ in notes(tmp_path)):
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGTERM)
                 return
 
     watcher = threading.Thread(target=interrupt)
@@ -201,7 +201,7 @@ def after(tmp_path: Path, words: str) -> Iterator[None]:
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Ctrl-C with two servers running, one of them ahead: none is left, and the first is not started again."""
+    """Stopped with two servers running, one of them ahead: none is left, and the first is not started again."""
     with after(tmp_path, "--speculative-algorithm EAGLE"):
         assert cli.main(["prove"]) == 130
     nothing_left(tmp_path)

@@ -293,8 +293,10 @@ def test_another_machine_does_not_go_on(what: str, monkeypatch: pytest.MonkeyPat
     assert Path("prove.json.part").read_text() == kept and not Path("prove.json").exists()
 
 
-@pytest.mark.parametrize("text", ("", "[]", "{}", '{"same": 1}'))
+@pytest.mark.parametrize("text", ("", "[]", "{}", '{"same": 1}', "without", '{"seconds": "1", "waiting": []}'))
 def test_a_damaged_part(text: str, capsys: pytest.CaptureFixture[str]):
+    if text == "without":
+        text = json.dumps({"same": prove.identity(machine("2x-rtx-pro-6000")), "seconds": 1})
     Path("prove.json.part").write_text(text)
     assert "prove.json.part is not what an interrupted `prove` leaves" in refused(["prove"], capsys)
 

@@ -83,6 +83,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise LaunchError(f"--out {out} cannot be written: name a .json file in an existing folder of yours.")
     if arguments.seconds is not None and arguments.seconds < 1:
         raise LaunchError(f"--seconds is {arguments.seconds}, needed 1 or more.")
+    # As Ctrl-C does: servers are stopped, their folder is removed, what was done is kept.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     deadline = None if arguments.seconds is None else time.monotonic() + arguments.seconds
     machine, findings = doctor.look(HOST, PORT)
     same = identity(machine)
@@ -162,7 +165,7 @@ def _resumed(part: Path, same: dict[str, Any]) -> dict[str, Any]:
     away = "move it away, or name another file with --out"
     try:
         report: dict[str, Any] = json.loads(part.read_text(encoding="utf-8"))
-        before = report["same"]
+        before, _ = report["same"], report["seconds"] + len(report["waiting"])
         differ = [name for name in same if before[name] != same[name]]
     except (OSError, ValueError, KeyError, TypeError):
         raise LaunchError(f"{part} is not what an interrupted `prove` leaves: {away}.") from None
