@@ -244,12 +244,15 @@ def write(path: Path, found: list[Found], copy: float) -> None:
     """Put the entries of `found` into the file, in place of what it had for the same calls."""
     swept = {key for f in found for key in f.case.tried}
     kept = [entry for entry in tuned.entries(path) if tuned.parse(entry)[0] not in swept] if path.exists() else []
+    # What `prove` put there stays.
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    chosen = {"prefill": before["prefill"]} if "prefill" in before else {}
     for f in found:
         notes = {"call": f"{f.case.op} {f.case.label}", "us": round(f.us, 2), "heuristic_us": round(f.heuristic_us, 2)}
         notes |= {"date": date.today().isoformat(), "triton": triton.__version__}
         kept += [entry_of(key, config, **notes) for key, config in f.table.items()]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    save(path, kept, gpu=gpu, copy_bytes_per_s=round(copy))
+    save(path, kept, gpu=gpu, copy_bytes_per_s=round(copy), **chosen)
 
 
 if __name__ == "__main__":

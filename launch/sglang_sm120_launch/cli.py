@@ -14,11 +14,11 @@ COMMANDS = {
     "serve": "plan, start the server, wait until it answers, watch it",
     "prebuild": "build SGLang's and FlashInfer's kernels in parallel, before a first start; needs no GPU",
     "doctor": "what is missing on this machine",
-    "prove": "doctor, every kernel's parity and its CUDA graph on this machine's GPU, as one file to send",
+    "prove": "what works on this machine's GPUs and how fast, beside the prediction, as one file to send",
     "demo": "a small model, served and asked on this machine's CPU, from a clone of the repository",
     "kernels": "which implementation serves each op here, and why",
     "bench": "throughput and latency of a running server",
-    "compare": "ratios of two benchmark files",
+    "compare": "ratios of two files of bench, or of prove",
 }
 
 

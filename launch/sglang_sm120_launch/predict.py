@@ -22,13 +22,15 @@ BANDWIDTH = {
 """GB/s as the maker says, by NVML's name; of the RTX PRO 6000 Server Edition sources disagree."""
 SHARE = 0.912
 """With it cuBLAS reads the head on an H200: 1.059 GB in 241.8 us (results/2026-11-29-h200/decode-step.json)."""
+SUM_MS = 0.010
+"""One sum over ranks; assumed."""
+FORMULA = f"weights(b) / ({SHARE} * bandwidth) + rest(b) + sums * {SUM_MS}"
+"""`step_ms` in short."""
 LAYERS = 43
 REST_MS = {1: 2.42, 2: 2.58, 4: 2.08, 8: 0.96, 16: -0.21, 32: 0.50}
 """Of LAYERS layers, from results/2026-11-30-h200-three-runs/side-by-side.json (SM120 lowering, 128 experts, TP 1).
 Negative where less was read, or faster, than the first term says."""
 TOLD = (1, 8, 32)
-SUM_MS = 0.010
-"""One sum over ranks; assumed."""
 OFF = 0.15
 """By so much two H200 with all experts at most differed from this formula, which is not made from their figures
 (results/2026-11-30-h200-tp2/decode.json). Of another card nobody knows."""

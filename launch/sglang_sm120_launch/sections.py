@@ -127,6 +127,8 @@ def notes(machine: Machine, tp: int) -> Iterator[str]:
 def step_settings(room: Room, request: Request) -> Iterator[Setting]:
     if room.step == "none":
         return
+    for name, value in request.measured.items():
+        yield env(name, value, "the fastest prefill on this card by its tuned table, which `prove` wrote")
     if not request.patched:
         yield flag("enable-nvidia-megakernel", True, "SGLang is not patched here, so the step is asked for by its flag")
     if room.step == "all":

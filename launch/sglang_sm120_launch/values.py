@@ -37,6 +37,7 @@ class Request:
         flags, env: values from the command line and the process's environment; they win over the config's.
         keys: flags from variables of the environment; the command line wins over them, they win over the config.
         auto: flags that the config leaves to the plan; None for all.
+        measured: variables that were the best on these cards; whatever the user gives wins over them.
         mtp: speculative decoding with the checkpoint's MTP layer.
         gpus: indices of the cards to use; None for the best set.
         patched: whether the series is in the SGLang that will serve: the step is then on by itself, with one `wo_a`.
@@ -49,6 +50,7 @@ class Request:
     flags: Mapping[str, Value] = field(default_factory=dict)
     keys: Mapping[str, Value] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
+    measured: Mapping[str, str] = field(default_factory=dict)
     auto: tuple[str, ...] | None = None
     mtp: bool = False
     gpus: tuple[int, ...] | None = None
@@ -60,8 +62,8 @@ class Request:
         return {**self.config_flags, **self.keys, **self.flags}.get(name)
 
     def variable(self, name: str) -> str | None:
-        """What the user gave for a variable."""
-        return self.env.get(name, self.config_env.get(name))
+        """What the user gave for a variable, or what was measured."""
+        return {**self.measured, **self.config_env, **self.env}.get(name)
 
 
 def checked(request: Request, model: Model) -> Request:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -92,6 +93,11 @@ def takes_prefill(value: str | None, emulated: bool) -> bool:
     if value == "sglang" and emulated:
         raise ValueError("SGLANG_SM120_PREFILL is sglang, whose prefill needs SM12x: leave out SGLANG_SM120_FORCE.")
     return value == "overlay" or emulated
+
+
+def tuned_table(gpu: str, lowered: str = "") -> str:
+    """The file of a GPU's tuned table, by its driver's name for it; `lowered`: for code of another one, as `sm120`."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", gpu) + (f"-{lowered}-lowering" if lowered else "") + ".json"
 
 
 def require_kept(draft_tokens: int | None) -> None:

@@ -3,7 +3,7 @@
 `make tune` writes `tuned/<GPU>.json`. An entry holds the whole configuration of one family of kernels for one shape and
 the rows up to a power of two (more than half of it), so that it stays valid when a heuristic changes. Where a table or
 an entry is missing the heuristic decides. A family refuses an entry that could give wrong results or would not fit, so
-that a table can only make things slower.
+that a table can only make things slower. The launcher reads a table's `prefill`, which `prove` writes.
 
 Processes that compile for another one get its table with the job (`compilation.Job`) and are `using` it.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, get_type_hints
 
 import torch
+
+from .limits import tuned_table
 
 FOLDER = Path(__file__).parent / "tuned"
 SHARED_LIMIT = 101_376
@@ -117,8 +118,8 @@ def path_of(device: torch.device) -> Path:
 
     major, minor = torch.cuda.get_device_capability(device)
     arch = knobs.runtime.override_arch
-    lowered = f"-{arch}-lowering" if arch not in (None, f"sm{major}{minor}") else ""
-    return FOLDER / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', torch.cuda.get_device_name(device))}{lowered}.json"
+    lowered = "" if arch in (None, f"sm{major}{minor}") else arch
+    return FOLDER / tuned_table(torch.cuda.get_device_name(device), lowered)
 
 
 def load(path: Path) -> dict[Key, Any]:

@@ -1,7 +1,6 @@
 """What the trained small checkpoint recalls on this machine's GPUs, through every way a server can be set up.
 
-A server is asked the CPU's questions one at a time, then 1,000 recall questions of up to 8,192 tokens with 16 in
-flight; of both the oracle's answers are known. On a Hopper card the servers' Triton kernels are lowered as for SM120.
+What it is asked stands in `recall`. On a Hopper card the servers' Triton kernels are lowered as for SM120.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import pytest
 import torch
 from fake_server import Fake
 from test_server import (
-    GRAPHS,
     TPS,
     assert_nothing_compiled_late,
     assert_step_served,
@@ -24,24 +22,13 @@ from test_server import (
 
 import questions
 import synthetic
-from client import Client
 from local_server import LocalServer
-from report import Row, table
+from recall import CONCURRENCY, COUNT, EXACT, FLAGS, GRAPHS, PACKED, many_questions, scores
+from report import table
 from sglang_sm120_reference.packed import unpack
 from side_by_side import EAGLE
 from streamed import speculation
 
-EVALS = Path(__file__).parents[2] / "evals"
-PACKED = EVALS / "small-deepseek-v4.xz"
-EXACT = EVALS / "questions-cpu.jsonl"
-WRONG = EVALS / "oracle-gpu.json"
-COUNT = 1000
-CONCURRENCY = 16
-# Sixteen of the longest requests three times over: a token of this model costs little, and the rest stays free.
-FLAGS = (
-    "--mem-fraction-static", "0.5", "--max-total-tokens", "400000", "--context-length", "16384",
-    "--grammar-backend", "none", "--log-level", "info", "--tool-call-parser", "deepseekv4", *GRAPHS,
-)  # fmt: skip
 SERVERS = {
     "plain": (),
     "mtp": EAGLE,
@@ -49,20 +36,6 @@ SERVERS = {
     "mtp-10-tokens": (*speculation(9), *GRAPHS[:-1]),
     "no-prefix-cache-in-chunks": ("--disable-radix-cache", "--chunked-prefill-size", "1024"),
 }
-
-
-def scores(url: str, exact: Path, many: Path) -> tuple[list[Row], float | None]:
-    """A row for each task of both files, and the server's MTP acceptance length; floors follow the oracle's answers."""
-    client = Client(url)
-    rows = [row for part in synthetic.run(client, synthetic.load(exact), (1,)) for row in part]
-    rows += [row for part in synthetic.run(client, synthetic.load(many), (CONCURRENCY,)) for row in part]
-    return rows, client.accept_length()
-
-
-def many_questions() -> tuple[list[questions.Asked], list[str]]:
-    """The 1,000, with the oracle's answers."""
-    asked = list(questions.ask(questions.recall_parts(COUNT)))
-    return asked, questions.read_wrong(WRONG, asked)
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ import torch
 import sm120_lowering
 import traces
 from local_server import LocalServer
+from recall import GRAPHS
 from sglang_sm120.checkpoint.config import PRO, model_config
 from sglang_sm120_reference.write import main as write_checkpoint
 from side_by_side import EAGLE
@@ -48,7 +49,6 @@ SCORED = 2600
 FLAGS = (
     "--mem-fraction-static", "0.5", "--max-total-tokens", "400000", "--grammar-backend", "none", "--log-level", "info",
 )  # fmt: skip
-GRAPHS = ("--cuda-graph-bs-decode", "1", "2", "4", "8", "16", "32")
 NO_GRAPHS = ("--disable-decode-cuda-graph", "--disable-prefill-cuda-graph")
 TPS = (1, 2)
 LOWERED = Path(__file__).parents[2] / "bench/lowered_children"

@@ -260,16 +260,12 @@ def test_serve_builds_before_a_first_start(
         def stop(self) -> None:
             started.append("stopped")
 
-    class Plan:
-        def environment(self) -> dict[str, str]:
-            return {}
-
     monkeypatch.setattr(serve, "Child", Child)
     if there:
         monkeypatch.setattr(modules, "are_built", lambda *_: True)
     else:
         monkeypatch.setattr(modules, "receipt", lambda *_: Path("nowhere"))
-    serve._prebuild(Plan(), sm)  # type: ignore[arg-type]
+    serve.prebuild({}, sm)
     expected = [] if there or sm == 75 else [(["--arch", "sm120"], serve.PREBUILD), "stopped"]
     assert started == expected
     err = capsys.readouterr().err

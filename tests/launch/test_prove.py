@@ -21,10 +21,11 @@ from sglang_sm120.tolerance import FP32
 from sglang_sm120_launch import cli
 from sglang_sm120_launch.commands import prove
 from sglang_sm120_launch.machine import Machine
+from sglang_sm120_launch.proved import SCHEMA
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 FAKE = """
-import json, os, signal, sys
+import json, os, signal, sys, time
 def say(**found): print("\\n" + json.dumps(found), flush=True)
 names = sys.argv[1:] or {names}
 gpu = dict(name="A card", compute_capability="12.0", sms=188, memory_mib=97887, kernels="sm120")
@@ -95,11 +96,16 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def proved(code: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What stands in the file when the child runs this code."""
-    monkeypatch.setattr(prove, "CHILD", ("-c", code))
+    monkeypatch.setattr(prove, "KERNELS", ("-c", code))
     assert cli.main(["prove"]) == expected
+    return written()
+
+
+def written(*more: str) -> dict[str, Any]:
+    """What stands in the file, beside which are its page and `more`."""
     found: dict[str, Any] = json.loads(Path("prove.json").read_text())
     jsonschema.validate(found, schema())
-    assert [path.name for path in Path().iterdir()] == ["prove.json"]
+    assert sorted(path.name for path in Path().iterdir()) == sorted(["prove.json", "prove.md", *more])
     return found
 
 
@@ -122,13 +128,16 @@ def test_the_schema_is_what_is_written(monkeypatch: pytest.MonkeyPatch):
     """Of every object that the page closes, each key is there: a key that is renamed on one side is found."""
     found, page = proved(fake("", "a"), 0, monkeypatch), schema()["properties"]
     op, call = page["ops"]["items"], page["ops"]["items"]["properties"]["calls"]["items"]
+    assert found["servers"] == [] and found["choice"] is None and "no bench/proof.py here" in found["left_out"]
     assert set(page) == set(found) and page["gpu"]["properties"].keys() == found["gpu"].keys()
     assert op["properties"].keys() == found["ops"][0].keys()
     assert call["properties"].keys() == found["ops"][0]["calls"][0].keys()
     assert set(page["versions"]["required"]) == set(found["versions"])
-    for closed in (schema(), page["cards"]["items"], page["gpu"], op, call):
+    server, choice = page["servers"]["items"], page["choice"]
+    point = server["properties"]["points"]["items"]
+    for closed in (schema(), page["cards"]["items"], page["gpu"], op, call, server, point, page["prediction"], choice):
         assert closed["additionalProperties"] is False and set(closed["required"]) == set(closed["properties"])
-    assert page["schema"]["const"] == prove.SCHEMA
+    assert page["schema"]["const"] == SCHEMA
 
 
 def test_one_that_does_not_run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -203,7 +212,16 @@ def test_nothing_private_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert checks["nccl"].endswith("NCCL_COMM_ID=… NCCL_DEBUG_SUBSYS=7 NCCL_TOPO_FILE=…")
 
 
-@pytest.mark.parametrize("out", ("there.json", "none/such.json"))
+def test_host_and_user_are_not_written(monkeypatch: pytest.MonkeyPatch):
+    """As words of their own: what only begins like them stays, and so do names that say nothing."""
+    monkeypatch.setattr(prove.platform, "node", lambda: "anns-host.example")
+    monkeypatch.setattr(prove, "_user", lambda: "ann")
+    assert prove.public("ann@anns-host.example: annotated") == "…@…: annotated"
+    monkeypatch.setattr(prove, "_user", lambda: "root")
+    assert prove.public("a root complex") == "a root complex"
+
+
+@pytest.mark.parametrize("out", ("there.json", "none/such.json", "prove.txt"))
 def test_a_file_that_cannot_be_written(out: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Told before anything is looked at; what is there stays."""
     Path("there.json").write_text("mine")
@@ -211,12 +229,76 @@ def test_a_file_that_cannot_be_written(out: str, monkeypatch: pytest.MonkeyPatch
     assert Path("there.json").read_text() == "mine" and len(list(Path().iterdir())) == 1
 
 
-def test_an_interrupted_run_leaves_nothing(monkeypatch: pytest.MonkeyPatch):
-    def interrupted() -> None:
+def test_a_page_stays(capsys: pytest.CaptureFixture[str]):
+    Path("prove.md").write_text("mine")
+    assert "prove.md is there already" in refused(["prove"], capsys) and Path("prove.md").read_text() == "mine"
+
+
+def test_no_time(capsys: pytest.CaptureFixture[str]):
+    assert "--seconds is 0, needed 1 or more" in refused(["prove", "--seconds", "0"], capsys)
+
+
+def test_a_run_that_is_interrupted_at_once_leaves_nothing(monkeypatch: pytest.MonkeyPatch):
+    def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prove, "kernels", interrupted)
+    monkeypatch.setattr(prove, "collect", interrupted)
     assert cli.main(["prove"]) == 130 and list(Path().iterdir()) == []
+
+
+def killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of three ops that is stopped in the second one; its child notes which ops it began."""
+    act = "open('began', 'a').write(name)"
+    begin = prove._begin
+
+    def interrupted(*given: Any) -> Any:
+        entry = begin(*given)
+        if entry["op"] == "b":
+            raise KeyboardInterrupt
+        return entry
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prove, "KERNELS", ("-c", fake(act + "; time.sleep(60 * (name == 'b'))", "a", "b", "c")))
+        patch.setattr(prove, "_begin", interrupted)
+        assert cli.main(["prove"]) == 130
+    assert sorted(path.name for path in Path().iterdir()) == ["began", "prove.json.part"]
+    monkeypatch.setattr(prove, "KERNELS", ("-c", fake(act, "of another run")))
+
+
+def test_an_interrupted_run_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """What was done is not done again, what was not is, and nothing is left beside the file and its page."""
+    killed(monkeypatch)
+    assert "kept in prove.json.part: the same command goes on from there" in capsys.readouterr().err
+    Path("began").write_text("")
+    assert cli.main(["prove"]) == 0
+    found = written("began")
+    assert [(op["op"], len(op["calls"])) for op in found["ops"]] == [("a", 1), ("b", 1), ("c", 1)]
+    assert Path("began").read_text() == "bc" and found["gpu"]["name"] == "A card"
+
+
+@pytest.mark.parametrize("what", ("cards", "versions", "commit", "variables"))
+def test_another_machine_does_not_go_on(what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    killed(monkeypatch)
+    capsys.readouterr()
+    kept = Path("prove.json.part").read_text()
+    if what == "cards":
+        monkeypatch.setattr(Machine, "detect", lambda: machine("2x-rtx-5090"))
+    elif what == "versions":
+        monkeypatch.setattr(prove, "__version__", "9")
+    elif what == "commit":
+        monkeypatch.setattr(prove, "commit", lambda: "another")
+    else:
+        monkeypatch.setenv("SGLANG_SM120_FORCE", "1")
+    assert f"prove.json.part was begun with {what} " in refused(["prove"], capsys)
+    assert Path("prove.json.part").read_text() == kept and not Path("prove.json").exists()
+
+
+@pytest.mark.parametrize("text", ("", "[]", "{}", '{"same": 1}', "without", '{"seconds": "1", "waiting": []}'))
+def test_a_damaged_part(text: str, capsys: pytest.CaptureFixture[str]):
+    if text == "without":
+        text = json.dumps({"same": prove.identity(machine("2x-rtx-pro-6000")), "seconds": 1})
+    Path("prove.json.part").write_text(text)
+    assert "prove.json.part is not what an interrupted `prove` leaves" in refused(["prove"], capsys)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

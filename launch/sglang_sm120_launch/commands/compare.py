@@ -1,4 +1,4 @@
-"""`sglang-sm120 compare A.json B.json`: two runs of `bench`, point by point, as ratios B / A."""
+"""`sglang-sm120 compare A.json B.json`: two runs of `bench`, or of `prove`, figure by figure, as ratios B / A."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import passes
+from .. import passes, proved
 from ..errors import LaunchError
 from .bench import SCHEMA
 
@@ -24,13 +24,26 @@ TIMES = ("ttft_ms", "tpot_ms")
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `compare`."""
-    parser.add_argument("a", type=Path, metavar="A.json", help="the run to compare with")
+    parser.add_argument("a", type=Path, metavar="A.json", help="the run to compare with, of `bench` or `prove`")
     parser.add_argument("b", type=Path, metavar="B.json", help="the run whose figures are divided by A's")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print a line for each point that both runs have; 0."""
-    a, b = load(arguments.a), load(arguments.b)
+    """Print a line for each figure that both runs have; 0.
+
+    Raises:
+        LaunchError: a file is no such run, or the two have nothing in common.
+    """
+    paths = (arguments.a, arguments.b)
+    first, second = map(read, paths)
+    if "ops" in first and "ops" in second:
+        for path, report in zip(paths, (first, second), strict=True):
+            proved.check(report, path)
+        if not proved.times(first).keys() & proved.times(second).keys():
+            raise LaunchError(f"{arguments.a} and {arguments.b} have no time in common: run `prove` in a clone.")
+        print("\n".join(proved.beside(first, second)))
+        return 0
+    a, b = checked(first, arguments.a), checked(second, arguments.b)
     if not _points(a).keys() & _points(b).keys():
         raise LaunchError(
             f"{arguments.a} and {arguments.b} have no point in common: run `bench` with the same --prompt-tokens and "
@@ -72,15 +85,22 @@ def lines(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
             yield f"only in {name}: {', '.join(f'{p} x {c}' for p, c in alone)}"
 
 
-def load(path: Path) -> dict[str, Any]:
-    """A result of `bench`; raises LaunchError when `path` holds none of this version."""
+def read(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where it is another value."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise LaunchError(f"{path} cannot be read ({error.strerror}): name a result of `bench`.") from None
+        raise LaunchError(f"{path} cannot be read ({error.strerror}): name a result of `bench` or `prove`.") from None
     except (ValueError, RecursionError) as error:
-        raise LaunchError(f"{path} is not JSON ({error}): name a result of `bench`.") from None
-    schema = result.get("schema") if isinstance(result, dict) else None
+        raise LaunchError(f"{path} is not JSON ({error}): name a result of `bench` or `prove`.") from None
+    return result if isinstance(result, dict) else {}
+
+
+def checked(result: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A result of `bench`; raises LaunchError when it is none of this version."""
+    if "ops" in result:
+        raise LaunchError(f"{path} is of `prove` and the other file of `bench`: name two of one kind.")
+    schema = result.get("schema")
     if schema != SCHEMA or not isinstance(result.get("points"), list):
         raise LaunchError(
             f"{path} has the schema {schema!r}, needed {SCHEMA}: name a result of this version's `bench`."

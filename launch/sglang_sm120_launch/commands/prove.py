@@ -1,141 +1,294 @@
-"""`sglang-sm120 prove`: doctor, parity and CUDA-graph replay on the card that is there, as one JSON file to send.
+"""`sglang-sm120 prove`: what works on the card that is there and how fast, as one JSON file and a page.
 
-Kernels run in a child process, so that one that ends it loses its own op alone: another process goes on with the next.
+Kernels and servers run in child processes, so that one that ends its process loses its own op or server alone: another
+process goes on with the next. What is done is kept beside the file, until it is written.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import getpass
 import json
 import os
+import platform
 import re
 import signal
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sglang_sm120 import __version__
 
+from .. import predict, proved
 from ..address import HOST, PORT
 from ..child import Child
 from ..errors import LaunchError
+from ..machine import Machine
 from . import doctor
 
-SCHEMA = 2
-"""Version of the JSON file, described in docs/prove.md: raised when a reader of the old one would go wrong."""
-CHILD = ("-m", "sglang_sm120.parity")
+KERNELS = ("-m", "sglang_sm120.parity")
+SERVERS = Path("bench/proof.py")
+"""What Python runs for each kind; the second is in a clone alone."""
+STOP_SECONDS = 30.0
+"""For the process that has a server to stop."""
 PRIVATE = re.compile(r"[^\s=]*/(?!dev/shm\b|shm\b)\S+|(?<=\bNCCL_)(\w+)=(?!-?\d+(?:\s|$))\S+")
 """A path (/dev/shm is everyone's), and a value of NCCL's that is no number."""
+PACKAGES = ("sglang", "torch", "triton")
+VARIABLES = ("SGLANG_SM120_FORCE", "SGLANG_SM120_PDL", "TRITON_OVERRIDE_ARCH", "CUDA_VISIBLE_DEVICES")
+"""They change what is run."""
+
+SENTENCES = ("none", "not_run", "ended", "problem")
+"""Keys of what a child says in which a path may stand."""
+
+Save = Callable[[], None]
+
+
+class Kind(NamedTuple):
+    """What a child runs, under which keys it stands in the file, and what words the child is given first."""
+
+    many: str
+    one: str
+    figures: str
+    figure: str
+    command: tuple[str, ...]
+    words: Callable[[], list[str]] = list
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of `prove`."""
-    parser.add_argument("--out", type=Path, default=Path("prove.json"), metavar="FILE.json",
-                        help="the file to write (schema: docs/prove.md; default: %(default)s)")  # fmt: skip
+    out = "the file to write (schema: docs/prove.md), FILE.md its page (default: %(default)s)"
+    parser.add_argument("--out", type=Path, default=Path("prove.json"), metavar="FILE.json", help=out)
+    seconds = "run no server longer than so many seconds from now; what that leaves out is named"
+    parser.add_argument("--seconds", type=int, metavar="N", help=seconds)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the file; 0 when every op passed that runs here; 1 when one failed, or, without a file, none could run."""
+    """Write file and page; 0 when all passed that decides; 1 when something failed, or, without a file, nothing ran.
+
+    Raises:
+        LaunchError: the file cannot be written, or what lies beside it is of another machine or commit.
+    """
     out: Path = arguments.out
-    if out.exists():
-        raise LaunchError(f"{out} is there already: move it away, or name another file with --out.")
-    if not os.access(out.absolute().parent, os.W_OK):
-        raise LaunchError(f"--out {out} cannot be written: name a file in an existing folder of yours.")
-    began, ours = time.monotonic(), {"sglang-sm120": __version__, "sglang": version("sglang")}
-    print("doctor, then every op with Triton kernels: some minutes", flush=True)
+    part, page, table = out.with_name(f"{out.name}.part"), out.with_suffix(".md"), out.with_suffix(".table.json")
+    for path in (out, page, table):
+        if path.exists():
+            raise LaunchError(f"{path} is there already: move it away, or name another file with --out.")
+    if out.suffix != ".json" or not os.access(out.absolute().parent, os.W_OK):
+        raise LaunchError(f"--out {out} cannot be written: name a .json file in an existing folder of yours.")
+    if arguments.seconds is not None and arguments.seconds < 1:
+        raise LaunchError(f"--seconds is {arguments.seconds}, needed 1 or more.")
+    # As Ctrl-C does: servers are stopped, their folder is removed, what was done is kept.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+    deadline = None if arguments.seconds is None else time.monotonic() + arguments.seconds
     machine, findings = doctor.look(HOST, PORT)
+    same = identity(machine)
+    report: dict[str, Any] = {"seconds": 0.0, "waiting": {}, "same": same}
+    if part.exists():
+        report = _resumed(part, same)
+    began = time.monotonic() - report["seconds"]
+
+    def save() -> None:
+        report["seconds"] = round(time.monotonic() - began, 1)
+        _write(part, json.dumps(report))
+
+    print("doctor, every op with Triton kernels, then servers: some ten minutes", flush=True)
     print(doctor.table(findings), flush=True)
-    found = kernels()
-    if isinstance(found, str):
-        print(f"sglang-sm120 prove: {found}", file=sys.stderr)
-        return 1
-    # Providers with arithmetic of their own, which nothing chooses by itself, decide nothing.
-    passed = all(op["verdict"] != "fail" for op in found["ops"] if "=" not in op["op"])
-    found["versions"] |= {**ours, "driver": machine.driver}
-    report: dict[str, Any] = {"schema": SCHEMA, "verdict": "pass" if passed else "fail"}
-    report |= {"seconds": round(time.monotonic() - began, 1)}
-    report |= {"cards": [dataclasses.asdict(gpu) for gpu in machine.gpus], "link": machine.link, "p2p": machine.p2p}
-    report |= {"doctor": doctor.report([finding._replace(found=public(finding.found)) for finding in findings])} | found
-    draft = out.with_name(out.name + ".part")
-    draft.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(draft, out)
-    print(f"{report['verdict']} in {report['seconds']:.0f} s ({found['evidence']}): {out}")
-    return 0 if passed else 1
+    report["doctor"] = doctor.report([finding._replace(found=public(finding.found)) for finding in findings])
+    try:
+        end = collect(Kind("ops", "op", "calls", "call", KERNELS), report, save)
+        if end is not None:
+            print(f"sglang-sm120 prove: {end}", file=sys.stderr)
+            return 1
+        report["left_out"] = serve(report, save, deadline)
+    except KeyboardInterrupt:
+        if part.exists():
+            print(f"\nkept in {part}: the same command goes on from there", file=sys.stderr)
+        raise
+    save()
+    report = _whole(report, machine)
+    if report["choice"]:
+        _write(table, proved.table(report))
+    _write(page, proved.page(report))
+    _write(out, json.dumps(report, indent=1, allow_nan=False) + "\n")
+    part.unlink()
+    print(f"{report['verdict']} in {report['seconds']:.0f} s ({report['evidence']}): {out}, {page}")
+    if report["choice"]:
+        print(proved.advice(report, table))
+    return 0 if report["verdict"] == "pass" else 1
+
+
+def serve(report: dict[str, Any], save: Save, deadline: float | None) -> str | None:
+    """Run the servers until then, into `report`; why none was run, or None."""
+    report.setdefault("servers", [])
+    if not SERVERS.is_file():
+        return f"no {SERVERS} here, which a wheel does not hold: run this in a clone of the repository"
+    with tempfile.TemporaryDirectory(prefix="sglang-sm120-prove-") as scratch:
+
+        def words() -> list[str]:
+            left = [] if deadline is None else ["--seconds", str(max(0, round(deadline - time.monotonic())))]
+            return ["--scratch", scratch, *left]
+
+        return collect(Kind("servers", "server", "points", "what", (str(SERVERS),), words), report, save)
+
+
+def _whole(report: dict[str, Any], machine: Machine) -> dict[str, Any]:
+    """The file's contents, from what was collected."""
+    # A name with `=` is that of a provider or a prefill which nothing chooses by itself: it decides nothing.
+    judged = [one for one in report["ops"] if "=" not in one["op"]]
+    judged += [one for one in report["servers"] if "=" not in one["server"]]
+    found: dict[str, Any] = {
+        "schema": proved.SCHEMA,
+        "verdict": "pass" if all(one["verdict"] != "fail" for one in judged) else "fail",
+    }
+    found |= {name: report[name] for name in ("evidence", "seconds")} | {"commit": report["same"]["commit"]}
+    found |= {"cards": [dataclasses.asdict(gpu) for gpu in machine.gpus], "link": machine.link, "p2p": machine.p2p}
+    ours = {"sglang-sm120": __version__, "sglang": version("sglang"), "driver": machine.driver}
+    found |= {"gpu": report["gpu"], "versions": report["versions"] | ours, "doctor": report["doctor"]}
+    found |= {"prediction": {"formula": predict.FORMULA, "off": predict.OFF}}
+    found |= {name: report[name] for name in ("ops", "servers", "left_out")}
+    return found | {"choice": proved.choice(found)}
+
+
+def _resumed(part: Path, same: dict[str, Any]) -> dict[str, Any]:
+    """What an interrupted run has left.
+
+    Raises:
+        LaunchError: it is damaged, or was begun on another machine or with other software.
+    """
+    away = "move it away, or name another file with --out"
+    try:
+        report: dict[str, Any] = json.loads(part.read_text(encoding="utf-8"))
+        before, _ = report["same"], report["seconds"] + len(report["waiting"])
+        differ = [name for name in same if before[name] != same[name]]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise LaunchError(f"{part} is not what an interrupted `prove` leaves: {away}.") from None
+    if differ:
+        name = differ[0]
+        raise LaunchError(f"{part} was begun with {name} {before[name]}, and here is {same[name]}: {away}.")
+    print(f"going on from {part}", flush=True)
+    return report
+
+
+def identity(machine: Machine) -> dict[str, Any]:
+    """What has to be the same for a run to go on."""
+    cards = [f"{gpu.name}, {gpu.memory_mib} MiB" for gpu in machine.gpus]
+    versions = {name: _version(name) for name in PACKAGES} | {"sglang-sm120": __version__, "driver": machine.driver}
+    variables = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    return {"cards": cards, "versions": versions, "commit": commit(), "variables": variables}
+
+
+def commit() -> str | None:
+    """The commit of the clone that this runs in, with `-dirty` behind it where files differ; None outside of one."""
+    if not SERVERS.is_file():
+        return None
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file in one step."""
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
 
 
 def public(text: str) -> str:
-    """A text without the paths and addresses that stand in it."""
+    """A text without the paths, addresses, host and user that stand in it."""
     for folder in (Path.cwd(), sys.prefix, Path.home()):
         text = text.replace(str(folder), "/…") if str(folder) != "/" else text
-    return PRIVATE.sub(lambda found: f"{found[1]}=…" if found[1] else "…", text)
+    text = PRIVATE.sub(lambda found: f"{found[1]}=…" if found[1] else "…", text)
+    for name in {platform.node(), _user()} - {"", "root", "localhost"}:
+        text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "…", text)
+    return text
 
 
-def kernels() -> dict[str, Any] | str:
-    """`gpu`, `versions`, `evidence` and `ops` as docs/prove.md describes them; or why no kernel could be run."""
-    found: dict[str, Any] = {}
-    waiting: list[str] = []
-    while waiting or not found:
-        op: dict[str, Any] | None = None
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return ""
+
+
+def collect(kind: Kind, report: dict[str, Any], save: Save) -> str | None:
+    """Run what is left of a kind, and put into `report` what its child says, which docs/prove.md describes.
+
+    Returns:
+        Why nothing of it could be run, or None.
+    """
+    entries: list[dict[str, Any]] = report.setdefault(kind.many, [])
+    waiting: list[str] | None = report["waiting"].get(kind.many)
+    while waiting is None or waiting:
+        entry: dict[str, Any] | None = None
         end = None
-        for said in _child(waiting):
+        for said in _child(kind, waiting or ()):
+            said |= {key: public(said[key]) for key in SENTENCES if said.get(key)}
             if "none" in said:
                 end = said["none"]
-            elif "ops" in said:
-                waiting = list(said["ops"])
-                found = found or {**said, "ops": []}
-            elif "op" in said:
-                _end(op)
-                op = _begin(found["ops"], waiting)
-                op["not_run"] = said["not_run"]
-            elif op is not None:
-                op["calls"].append({**said, "problem": said["problem"] and public(said["problem"])})
-        if not found:
-            return end or "the process that runs the kernels said nothing."
+            elif kind.many in said:
+                waiting = report["waiting"][kind.many] = list(said.pop(kind.many))
+                report |= said
+            elif kind.one in said:
+                _end(kind, entry, save)
+                entry = _begin(kind, entries, waiting or [], said)
+            elif entry is not None:
+                if kind.figure in said:
+                    entry[kind.figures].append(said)
+                else:
+                    entry |= said
+        if waiting is None:
+            return end or "the process that was to run said nothing."
         if end is not None:
-            op = op or _begin(found["ops"], waiting)
-            op["ended"] = public(end)
-        _end(op)
-    return found
+            entry = entry or _begin(kind, entries, waiting, {})
+            entry["ended"] = end
+        _end(kind, entry, save)
+    return None
 
 
-def _begin(ops: list[dict[str, Any]], waiting: list[str]) -> dict[str, Any]:
-    """The next op's entry, whose `seconds` is when it began, and the beginning of its line."""
+def _begin(kind: Kind, entries: list[dict[str, Any]], waiting: list[str], said: dict[str, Any]) -> dict[str, Any]:
+    """The next one's entry, whose `seconds` is when it began, and the beginning of its line."""
     name = waiting.pop(0)
     print(f"{name:<25}", end="", flush=True)
-    began = time.monotonic()
-    ops.append({"op": name, "verdict": "", "not_run": None, "ended": None, "seconds": began, "calls": []})
-    return ops[-1]
+    entry = {kind.one: name, "verdict": "", "not_run": None, "ended": None, "seconds": time.monotonic()}
+    entries.append(entry | said | {kind.figures: []})
+    return entries[-1]
 
 
-def _end(op: dict[str, Any] | None) -> None:
-    """Judge an op, and end its line."""
-    if op is None:
+def _end(kind: Kind, entry: dict[str, Any] | None, save: Save) -> None:
+    """Judge one, end its line, and keep it."""
+    if entry is None:
         return
-    op["seconds"] = round(time.monotonic() - op["seconds"], 1)
-    wrong = [call for call in op["calls"] if call["problem"] or call["replay"]]
-    op["verdict"] = "fail" if wrong or op["ended"] else "not run" if op["not_run"] else "pass"
-    line = f"{op['verdict']}  {len(op['calls']) - len(wrong)} of {len(op['calls'])} calls in {op['seconds']:.0f} s"
-    if op["verdict"] == "not run":
-        line = f"not run: {op['not_run']}"
-    timed = [call for call in op["calls"] if call["us"]]
-    if timed:
-        line += "; µs beside the default's: "
-        line += ", ".join(f"{c['rows']} rows {c['us']:.0f} / {c['default_us']:.0f}" for c in timed)
-    for call in wrong[:1]:
-        line += f"; {call['call']}, {call['rows']} rows, context {call['context']}: {call['problem'] or call['replay']}"
-    print(line + (f"; {op['ended']}" if op["ended"] else ""), flush=True)
+    entry["seconds"] = round(time.monotonic() - entry["seconds"], 1)
+    figures = entry[kind.figures]
+    wrong = [figure for figure in figures if figure["problem"] or figure.get("replay")]
+    entry["verdict"] = "fail" if wrong or entry["ended"] else "not run" if entry["not_run"] else "pass"
+    print(proved.line(kind.figures, entry, wrong), flush=True)
+    save()
 
 
-def _child(ops: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """What a process says that runs these ops, or all; `none`: why it runs none of them, or no more."""
+def _child(kind: Kind, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """What a process says that runs these, or all; `none`: why it runs none of them, or no more."""
     reading, writing = os.pipe()
     with open(reading, encoding="utf-8", errors="replace") as lines:
         with open(writing, "wb") as output:
-            child = Child(ops, {}, output, CHILD)
+            child = Child([*kind.words(), *names], {}, output, kind.command)
         last = ""
         try:
             for line in lines:
@@ -145,7 +298,7 @@ def _child(ops: Sequence[str]) -> Iterator[dict[str, Any]]:
                     last = line.strip()
             status = child.wait()
         finally:
-            child.stop()
+            child.stop(STOP_SECONDS)
     if status:
         how = signal.Signals(-status).name if status < 0 else f"status {status}"
         yield {"none": f"the process ended with {how}: {last or 'it said nothing'}"}

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -106,15 +107,14 @@ def serve(
         signal.signal(number, _stop)
     try:
         if sm is not None:
-            _prebuild(plan, sm)
+            prebuild(plan.environment(), sm)
         return _serve(plan, start_limit, drain_limit, stall_limit)
     except Stopped as stopped:
         return 128 + stopped.number
 
 
-def _prebuild(plan: Plan, sm: int) -> None:
+def prebuild(environment: Mapping[str, str], sm: int) -> None:
     """Build the modules of a first start; what cannot be built SGLang tries again, and says why."""
-    environment = plan.environment()
     try:
         if modules.are_built({**os.environ, **environment}, sm):
             return

@@ -1,0 +1,253 @@
+"""What comes of a file of `prove`: the choice, its table, the plan that takes it, the page, two files side by side."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from golden_plans import load, machine
+from telling import refused
+from test_prove import schema
+
+from sglang_sm120 import tuned as overlay_tuned
+from sglang_sm120.checkpoint.config import FLASH
+from sglang_sm120.limits import tuned_table
+from sglang_sm120_launch import cli, proved, tuned
+from sglang_sm120_launch.errors import LaunchError
+from sglang_sm120_launch.plan import make_plan
+from sglang_sm120_launch.values import Request
+
+CARD = "NVIDIA RTX PRO 6000 Blackwell Workstation Edition"
+TABLE = "NVIDIA_RTX_PRO_6000_Blackwell_Workstation_Edition.json"
+
+
+def point(what: str, value: float, unit: str, **more: Any) -> dict[str, Any]:
+    empty = dict.fromkeys(("requests", "tokens", "of", "predicted", "problem"))
+    return {"what": what, "value": value, "unit": unit, **empty, **more}
+
+
+def server(name: str, *points: dict[str, Any], **more: Any) -> dict[str, Any]:
+    modes = [*(["extend"] if "prefill=" in name else []), "decode"]
+    facts = {"verdict": "pass", "not_run": None, "ended": None, "seconds": 9.0, "about": "128 experts", "modes": modes}
+    return {"server": name, **facts, "points": list(points), **more}
+
+
+def prefill(*rates: float) -> list[dict[str, Any]]:
+    lengths = (1024, 8192, 32768)
+    return [point("prefill", rate, "tokens/s", tokens=n) for n, rate in zip(lengths, rates, strict=True)]
+
+
+def op(name: str, verdict: str = "pass", us: float | None = None) -> dict[str, Any]:
+    call = {"call": "one", "rows": 4096, "context": 8192, "problem": None, "rms": 1e-7, "largest": 1e-6}
+    call |= {"replay": None, "us": us, "default_us": us and 20.0, "seconds": 0.5}
+    return {"op": name, "verdict": verdict, "not_run": None, "ended": None, "seconds": 1.0, "calls": [call]}
+
+
+def report(**changes: Any) -> dict[str, Any]:
+    """Two cards on which the step prefills faster than SGLang, and mxfp8 faster still."""
+    gpu = {"name": CARD, "compute_capability": "12.0", "sms": 188, "memory_mib": 97887, "kernels": "sm120"}
+    card = {"name": CARD, "memory_mib": 97887, "compute_capability": "12.0", "used_mib": 0, "power_limit_w": 600}
+    decode = [
+        point("decode", 7.7, "ms", requests=1, tokens=1024, predicted=7.0),
+        point("decode", 20.0, "ms", requests=8, tokens=1024, predicted=12.0),
+    ]
+    recall = point("recall: far recall", 415, "answers", requests=16, of=418, problem="needed 99.5%")
+    found = {
+        "schema": proved.SCHEMA, "verdict": "fail", "evidence": "measured", "seconds": 600.0, "commit": "abc",
+        "cards": [card | {"unified": False}] * 2, "link": "switch", "p2p": True,
+        "gpu": gpu | {"dependent_launches": True}, "doctor": {"schema": 1, "status": "ok", "checks": []},
+        "versions": dict.fromkeys(("sglang-sm120", "sglang", "driver", "torch", "cuda", "triton"), "1"),
+        "prediction": {"formula": "weights(b) + rest(b)", "off": 0.15},
+        "ops": [op("mxfp4_moe"), op("mxfp4_moe=mxfp8", us=12.0)],
+        "servers": [
+            server("model", *decode, *prefill(100, 1000, 1000)),
+            server("recall", recall, verdict="fail"),
+            server("recall, EAGLE", point("accepted", 3.84, "tokens")),
+            server("recall, prefill=sglang", verdict="fail", ended="ValueError: so | narrow", about=None, modes=[]),
+            server("model, prefill=overlay", *prefill(90, 1100, 1040)),
+            server("model, prefill=mxfp8", *prefill(80, 1200, 1200)),
+        ],
+        "left_out": None, "choice": None,
+    }  # fmt: skip
+    found |= changes
+    return {**found, "choice": proved.choice(found)}
+
+
+def with_prefill(side: str, *rates: float, without: str = "", **more: Any) -> dict[str, Any]:
+    """The report with other rates of one side, and without another one."""
+    dropped = {f"model, prefill={one}" for one in (side, without)}
+    servers = [one for one in report()["servers"] if one["server"] not in dropped]
+    return report(servers=[*servers, server(f"model, prefill={side}", *prefill(*rates), **more)])
+
+
+def test_the_sample_is_what_prove_writes():
+    jsonschema.validate(report(), schema())
+
+
+@pytest.mark.parametrize(
+    ("found", "by"),
+    {
+        "the fastest": (report(), "mxfp8"),
+        "slower at the longest": (with_prefill("mxfp8", 200, 1200, 1000), "overlay"),
+        "a hair faster": (with_prefill("overlay", 90, 1020, 1020, without="mxfp8"), "sglang"),
+        "faster where it is short": (with_prefill("overlay", 900, 900, 900), "mxfp8"),
+        "a server that failed": (with_prefill("mxfp8", 80, 1200, 1200, verdict="fail"), "overlay"),
+        "an op that is wrong": (report(ops=[op("mxfp4_moe"), op("mxfp4_moe=mxfp8", "fail")]), "overlay"),
+        "SGLang's own": (with_prefill("overlay", 90, 900, 900, without="mxfp8"), "sglang"),
+    }.values(),
+)  # fmt: skip
+def test_the_choice(found: dict[str, Any], by: str):
+    assert found["choice"]["by"] == by and found["choice"]["table"] == TABLE
+    assert found["choice"]["variables"] == tuned.PREFILLS[by]
+
+
+def test_nothing_to_choose():
+    """One prefill alone, on a Hopper card the step's, and one without SGLang's own."""
+    alone = server("model", *prefill(1, 2, 3), modes=["decode", "extend"])
+    assert proved.prefills(report(servers=[alone])) == {"overlay": {1024: 1, 8192: 2, 32768: 3}}
+    assert report(servers=[alone])["choice"] is None
+    assert report(servers=[alone, server("model, prefill=mxfp8", *prefill(1, 2, 3))])["choice"] is None
+    assert "Nothing to choose between." in proved.page(report(servers=[alone]))
+
+
+def test_code_for_another_card_has_a_table_of_its_own():
+    gpu = report()["gpu"] | {"name": "NVIDIA H200", "compute_capability": "9.0"}
+    assert report(gpu=gpu)["choice"]["table"] == "NVIDIA_H200-sm120-lowering.json"
+    assert report(gpu=gpu | {"kernels": "sm90"})["choice"]["table"] == "NVIDIA_H200.json"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the tables lie."""
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
+    return tmp_path
+
+
+def test_the_table_keeps_what_was_tuned(folder: Path):
+    """It is a table as the overlay reads it, and the plan takes its choice."""
+    entry = {"family": "indexer_logits", "shape": {"width": 16384, "heads": 64}, "rows": 1,
+             "config": {"block": 64, "programs_per_sm": 4, "warps": 4}}  # fmt: skip
+    (folder / TABLE).write_text(json.dumps({"gpu": "old", "copy_bytes_per_s": 5, "entries": [entry]}))
+    text = proved.table(report())
+    (folder / TABLE).write_text(text)
+    assert len(overlay_tuned.load(folder / TABLE)) == 1 and json.loads(text)["copy_bytes_per_s"] == 5
+    assert json.loads(text)["prefill"]["evidence"] == "measured"
+    assert tuned.prefill([CARD, CARD]) == tuned.PREFILLS["mxfp8"]
+    assert tuned.prefill([CARD, "another"]) == tuned.prefill(["another"]) == tuned.prefill([]) == {}
+    (folder / TABLE).unlink()
+    (folder / TABLE).write_text(proved.table(report()))
+    assert overlay_tuned.load(folder / TABLE) == {} and tuned.prefill([CARD]) == tuned.PREFILLS["mxfp8"]
+
+
+def test_a_plan_takes_it(folder: Path):
+    """With its reason, with room for the step's prefill; the user's own values win."""
+    two, flash = machine("2x-rtx-pro-6000"), load(FLASH)
+    plan = make_plan(two, flash, Request(measured=tuned.PREFILLS["mxfp8"]))
+    asked = make_plan(two, flash, Request(env={"SGLANG_SM120_PREFILL": "overlay"}))
+    assert plan.environment() == tuned.PREFILLS["mxfp8"] and plan.fit == asked.fit
+    assert plan.value("disable-prefill-cuda-graph") is True
+    assert all("which `prove` wrote" in one.reason for one in plan.settings if one.kind == "env")
+    own = make_plan(two, flash, Request(measured=tuned.PREFILLS["overlay"], env={"SGLANG_SM120_PREFILL": "sglang"}))
+    assert own.environment() == {"SGLANG_SM120_PREFILL": "sglang"} and own.fit != asked.fit
+    absent = make_plan(two, flash, Request(measured=tuned.PREFILLS["overlay"], env={"SGLANG_SM120": "0"}))
+    assert absent.environment() == {"SGLANG_SM120": "0"}
+
+
+@pytest.mark.parametrize("command", ("plan", "serve"))
+def test_both_commands_read_it(
+    command: str, folder: Path, one_flags: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("sglang_sm120_launch.machine.Machine.detect", lambda: machine("2x-rtx-pro-6000"))
+    (folder / tuned_table(CARD)).write_text('{"prefill": {"by": "overlay"}, "entries": []}')
+    dry = ["--dry-run"] if command == "serve" else []
+    assert cli.main([command, "--model", FLASH, *dry]) == 0
+    assert "SGLANG_SM120_PREFILL" in capsys.readouterr().out
+    described = str(Path(__file__).parent / "machines/2x-rtx-pro-6000.json")
+    assert cli.main([command, "--model", FLASH, "--machine", described, *dry]) == 0
+    assert "SGLANG_SM120_PREFILL" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("{", "no JSON object"), ("[]", "no JSON object"), ('{"prefill": {"by": "x"}}', "names the prefill 'x'"),
+     ('{"prefill": {}}', "names the prefill None"), ('{"prefill": {"by": []}}', "names the prefill []")],
+)  # fmt: skip
+def test_a_table_that_is_damaged(text: str, said: str, folder: Path):
+    (folder / TABLE).write_text(text)
+    with pytest.raises(LaunchError) as refusal:
+        tuned.prefill([CARD])
+    assert said in str(refusal.value) and str(refusal.value).count(". ") == 0
+
+
+def test_the_page():
+    """Ratios, error bars, what failed and why, in tables that nothing breaks."""
+    text = proved.page(report())
+    assert text.startswith("# sglang-sm120 prove: fail\n\nMeasured.\n")
+    assert "| 1 | 1,024 | 7.70 | 7.00 (5.95 to 8.05) | 1.10 | yes |" in text
+    assert "| 8 | 1,024 | 20.00 | 12.00 (10.20 to 13.80) | 1.67 | no |" in text
+    assert "| mxfp8 | 80 | 1,200 | 1,200 |" in text and "fastest prefill: mxfp8" in text
+    assert "| recall | far recall | 16 | 415 of 418 | needed 99.5% |" in text
+    assert "recall, EAGLE: 3.84 tokens a verification" in text
+    assert "| `mxfp4_moe=mxfp8` | pass | 1 | 1.0e-07 | 4096 rows 12 / 20 |" in text
+    assert "| recall, prefill=sglang | fail: ValueError: so / narrow |" in text
+    widths = {line.count("|") for line in text.splitlines() if line.startswith("| recall") and "fail" in line}
+    assert widths == {7}
+
+
+def test_the_page_of_another_card_says_so_first():
+    gpu = report()["gpu"] | {"name": "NVIDIA H200", "compute_capability": "9.0"}
+    text = proved.page(report(evidence="emulated", gpu=gpu, servers=[], left_out="no clone here"))
+    assert text.splitlines()[2].startswith("**Emulated**: no SM12x card; kernels compiled for sm120 on NVIDIA H200.")
+    assert "Measured" not in text and "Left out: no clone here." in text and "prediction" not in text
+
+
+def compared(a: Any, b: Any, tmp_path: Path) -> list[str]:
+    words = ["compare"]
+    for name, one in (("a", a), ("b", b)):
+        (tmp_path / f"{name}.json").write_text(one if isinstance(one, str) else json.dumps(one))
+        words.append(str(tmp_path / f"{name}.json"))
+    return words
+
+
+def test_two_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    a, b = report(), copy.deepcopy(report(commit="def"))
+    b["servers"][0]["points"][0]["value"] = 3.85
+    b["servers"][0]["about"] = "64 experts"
+    b["ops"][1]["calls"][0]["us"] = 24.0
+    b["versions"]["driver"] = "2"
+    assert cli.main(compared(a, b, tmp_path)) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    ratios = {" ".join(words[: words.index("->") - 1]): words[-1] for words in lines if "->" in words}
+    assert ratios["model: decode, 1 at once, 1,024 tokens"] == "0.50x"
+    assert ratios["mxfp4_moe=mxfp8: one, 4,096 rows"] == "2.00x"
+    assert ratios["model, prefill=overlay: prefill, 8,192 tokens"] == "1.00x"
+    assert not any("far recall" in name for name in ratios)
+    text = "\n".join(" ".join(words) for words in lines)
+    assert "B: fail, measured" in text and "commit def" in text and "A failed: recall" in text
+    assert "versions differ: driver 1 and 2" in text and "model differs: 128 experts and 64 experts" in text
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (report() | {"schema": 2}, "is of schema 2 of `prove`, needed 3"),
+        (report() | {"servers": 7}, "is damaged: run `prove` again"),
+        (report() | {"servers": [{}]}, "is damaged: run `prove` again"),
+        (report(servers=[server("model", point("decode", float("nan"), "ms"))]), "is damaged"),
+        (report(servers=[], ops=[op("a")]), "have no time in common"),
+        ({"schema": 1, "points": []}, "of `prove` and the other file of `bench`: name two of one kind"),
+        ("{", "is not JSON"),
+    ],
+)
+@pytest.mark.parametrize("first", (True, False))
+def test_two_files_that_cannot_be_compared(
+    first: bool, other: Any, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    if not first and isinstance(other, dict) and "points" in other:
+        said = "damaged (complete, model"
+    pair = (report(), other) if first else (other, report())
+    assert said in refused(compared(*pair, tmp_path), capsys)
