@@ -48,14 +48,16 @@ def choose(
 ) -> None:
     """Write the slots of the top-k entries by Σ_head w relu(q · k), after new entries were stored, for `extra`."""
     pages, beside = at.index_pages(a.layer_id), at.beside
+    # The keys take longest: nothing comes before them on their stream, and but for the choice nothing waits for them.
     with beside.on(INDEX_KEYS, start):
-        weights = ops.bf16_linear_fp32(x, indexer.head_weights, torch.bfloat16)
         compress(indexer.compressor, x, at, a.layer_id, pages, INDEX_PAGE, of_indexer=True)
         stored = beside.mark()
+    with beside.on(INDEX_QUERIES, start):
+        weights = ops.bf16_linear_fp32(x, indexer.head_weights, torch.bfloat16)
     with beside.on(INDEX_QUERIES, latent):
         q = ops.fp8_linear(q_latent, *indexer.wq_b, a.q_norm, a.eps).unflatten(-1, (indexer.heads, -1))
-    with beside.on(INDEX_QUERIES, stored):
         q, weights = ops.indexer_q(q, weights, indexer.weight_scale, indexer.freqs_cis, at.positions)
+    with beside.on(INDEX_QUERIES, stored):
         table, lengths = at.index_table()
         ops.indexer_topk(
             q, weights.squeeze(-1), pages, table, lengths, indexer.topk, INDEX_PAGE, out=at.index_slots()

@@ -34,6 +34,6 @@ SPEC = Spec(
     traffic=_traffic,
     tunables={"linear": others},
     served=True,
-    streams=2,
+    streams=3,
     prefill="cuBLAS",
 )
