@@ -12,6 +12,7 @@ from mutations.mutation import (
     LINEARS,
     MIXING,
     MXFP8,
+    NVFP4,
     PTX,
     ROUTER,
     SCALES,
@@ -250,6 +251,18 @@ KERNELS = (
     Mutation(
         "stale scratch", "merge reads parts that nobody wrote, Triton", "ops/sparse_mla/triton.py",
         (('live = top > float("-inf")', "live = part < splits"),), ATTENTION,
+    ),
+    Mutation(
+        "factor of the first expert", "NVFP4, gate and up, Triton", "ops/mxfp4_moe/triton.py",
+        (("factors_ptr += expert * 2", "factors_ptr += 0"),), NVFP4,
+    ),
+    Mutation(
+        "factor of an expert dropped", "NVFP4, down at one row, Triton", "ops/mxfp4_moe/triton.py",
+        (("weight = weight * tl.load(factors_ptr + expert,", "weight += 0 * tl.load(factors_ptr + expert,"),), NVFP4,
+    ),
+    Mutation(
+        "NaN taken for a scale", "NVFP4, Triton", "ops/mxfp4_moe/grouped.py",
+        (("tl.abs(value) <= 448", "tl.abs(value) <= 480"),), NVFP4,
     ),
     Mutation(
         "stale scratch", "sum reads absent experts' slots, Triton", "ops/mxfp4_moe/triton.py",

@@ -21,6 +21,8 @@ from mutations.mutation import (
     INDEXER,
     LINEARS,
     MIXING,
+    NVFP4,
+    NVFP4_MODEL,
     ORACLE,
     PACKAGES,
     PAGES,
@@ -276,6 +278,14 @@ _STEP = (
     Mutation(
         "weights of another layout", "drafts by the step whatever the experts are", "plugin.py",
         (("    if drafts():", "    if True:"),), DRAFT,
+    ),
+    Mutation(
+        "halves of gate and up swapped", "NVFP4's scales as SGLang keeps them", "formats/experts.py",
+        (("e.s13.view(torch.uint8).roll(inter, 1).view(e.s13.dtype)", "e.s13"),), NVFP4_MODEL,
+    ),
+    Mutation(
+        "factors of gate and up swapped", "NVFP4, torch reference", "ops/nvfp4_moe/__init__.py",
+        (("a.g13[e].flip(0)", "a.g13[e]"),), NVFP4,
     ),
     Mutation(
         "part not joined", "attention's, in a graph", "step/attention.py",
