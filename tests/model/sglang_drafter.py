@@ -1,4 +1,4 @@
-"""SGLang's own DSpark drafter on a CPU, in a process of its own: what it proposes for a checkpoint's text.
+"""SGLang's own DSpark drafter on a CPU, in a process of its own: what it proposes for a text, and what the step does.
 
     python sglang_drafter.py CHECKPOINT IN.pt OUT.pt        with ENVIRONMENT of test_drafter
 
@@ -11,8 +11,9 @@ from __future__ import annotations
 import socket
 import sys
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
+import standin
 import torch
 import torch.nn.functional as F
 from sglang.kernels.ops.layernorm import mhc
@@ -33,7 +34,9 @@ from sglang.srt.server_args import ServerArgs
 from sglang.srt.speculative.dspark_components.dspark_draft import DraftNoise, sample_draft_block
 from sglang.srt.speculative.spec_tp_sync import SpecTpSync
 
+from sglang_sm120 import ops
 from sglang_sm120.formats import kv_page
+from sglang_sm120.step.draft import Stages
 from sglang_sm120_reference.blocks import sinkhorn
 from sglang_sm120_reference.drafter import Drafter
 from sglang_sm120_reference.oracle import Oracle
@@ -136,60 +139,100 @@ def vocabulary(target: Oracle) -> dict[str, Any]:
     return {"embed_tokens": found["embed"], "lm_head": found["head"]}
 
 
-@torch.no_grad()
-def proposals(model: Any, drafter: Drafter, ids: list[int], features: torch.Tensor, anchor: int) -> tuple[Any, ...]:
-    """Tokens [G], logits [G, V] and confidence [G] of the block at `anchor`, as SGLang's worker computes them."""
+class Asked(NamedTuple):
+    """One block: its ids and positions [G], and the slots [G, 192] that SGLang's index names for each row, how many.
+
+    Slots are positions: request 0 has them in order.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    lengths: torch.Tensor
+
+
+def asked(model: Any, ids: list[int], anchor: int) -> Asked:
     gamma = model.gamma
-    pool = Pool()
-    deepseek_v4_dspark._resolve_dspark_pool = lambda: pool
-    before = torch.arange(anchor)
-    model.write_target_hidden_kv(main_hidden=features[:anchor], swa_loc=before, positions=before, pool=pool)
-    # Slots are positions: request 0 has them in order.
-    positions = anchor + torch.arange(gamma)
+    positions, every = anchor + torch.arange(gamma), torch.arange(len(ids) + gamma)
     gathered = window.compute_dspark_window_gather(
         seq_lens_casual=positions + 1, req_pool_indices_repeated=torch.zeros(gamma, dtype=torch.int64),
         block_size=gamma, swa_window=WINDOW,
     )  # fmt: skip
-    every = torch.arange(len(ids) + gamma)
     slots, lengths = window.build_dspark_swa_page_indices(
         req_to_token=every[None], full_to_swa_mapping=every, offsets=gathered.offsets, invalid=gathered.invalid,
         req_pool_indices_per_request=gathered.req_pool_indices_per_request, out_loc=positions,
         context_lens=gathered.context_lens, block_size=gamma, swa_window=WINDOW, page_index_aligned_size=ALIGNMENT,
     )  # fmt: skip
-    forward_context.get_attn_backend = lambda: Backend(pool, slots, lengths, positions)
     block = torch.tensor([ids[anchor]] + [model.config.dspark_noise_token_id] * (gamma - 1))
+    return Asked(block, positions, slots, lengths)
+
+
+def of_sglang(model: Any, drafter: Drafter, features: torch.Tensor, at: Asked) -> torch.Tensor:
+    """The streams [G, 4, H] that SGLang's forward leaves."""
+    pool, before = Pool(), torch.arange(int(at.positions[0]))
+    deepseek_v4_dspark._resolve_dspark_pool = lambda: pool
+    model.write_target_hidden_kv(main_hidden=features[before], swa_loc=before, positions=before, pool=pool)
+    forward_context.get_attn_backend = lambda: Backend(pool, at.slots, at.lengths, at.positions)
     mode = SimpleNamespace(is_idle=lambda: False, is_decode=lambda: False, is_target_verify=lambda: True)
     for stage, layer in enumerate(model.stages):
-        layer._run_ffn = lambda x, _, stage=stage: drafter._moe(f"mtp.{stage}.ffn.", x.float(), block)[0].to(x.dtype)
-    hidden = model(block, positions, SimpleNamespace(forward_mode=mode)).hidden_states
-    base, features_of_confidence = model.compute_base_logits(hidden)
-    anchors = block[:1]
+        layer._run_ffn = lambda x, _, stage=stage: drafter._moe(f"mtp.{stage}.ffn.", x.float(), at.ids)[0].to(x.dtype)
+    return model(at.ids, at.positions, SimpleNamespace(forward_mode=mode)).hidden_states
+
+
+def of_the_step(model: Any, stages: Stages, features: torch.Tensor, at: Asked) -> torch.Tensor:
+    """The same of the step, on pages; the context's keys are of SGLang's projections, as in a server."""
+    pool = standin.Pool([0] * model.num_stages, pages=2, requests=1, rings=(16, 256))
+    before = torch.arange(int(at.positions[0]))
+    kvs = model.project_commit_kv(main_hidden=features[before], pool=Pool())
+    for stage, kv in zip(model.stages, kvs, strict=True):
+        a, pages = stage.self_attn, pool.get_swa_key_buffer_radix(stage.self_attn.layer_id).view(torch.uint8)
+        ops.k_norm_rope_store(
+            kv, a.kv_norm.weight, a.eps, a.freqs_cis, before, before, pages, pool.get_swa_key_page_size()
+        )
+    core = SimpleNamespace(swa_page_indices=at.slots, swa_topk_lengths=at.lengths)
+    view = SimpleNamespace(
+        kv_pool=SimpleNamespace(pool=pool), metadata=SimpleNamespace(core_attn_metadata=core),
+        swa_out_cache_loc=lambda _: at.positions,
+    )  # fmt: skip
+    return stages(view, at.ids, at.positions, None).hidden_states
+
+
+def proposals(model: Any, hidden: torch.Tensor, at: Asked) -> dict[str, torch.Tensor]:
+    """Tokens [G], logits [G, V] and confidence [G] of a block's streams, as SGLang's worker makes them."""
+    base, features = model.compute_base_logits(hidden)
+    anchors = at.ids[:1]
     drawn = sample_draft_block(
-        base_logits=base.view(1, gamma, -1), anchor_tokens=anchors, draft_hidden=None, sampling_info=None,
+        base_logits=base.view(1, model.gamma, -1), anchor_tokens=anchors, draft_hidden=None, sampling_info=None,
         markov_head=model.markov_head, noise=DraftNoise(key=0, offset=torch.zeros(1, dtype=torch.int64)),
         device=torch.device("cpu"), tp_sync=SpecTpSync(get_parallel().tp_group), greedy_draft=False,
     )  # fmt: skip
     confidence, _ = model.compute_confidence(
-        anchor_tokens=anchors, draft_tokens=drawn.draft_tokens, confidence_features=features_of_confidence
+        anchor_tokens=anchors, draft_tokens=drawn.draft_tokens, confidence_features=features
     )
-    return drawn.draft_tokens[0], drawn.corrected_logits[0].float(), confidence[0]
+    return {"tokens": drawn.draft_tokens[0], "logits": drawn.corrected_logits[0].float(), "confidence": confidence[0]}
 
 
+@torch.no_grad()
 def main(checkpoint: str, given: str, found: str) -> None:
-    asked = torch.load(given)
+    text = torch.load(given)
     warned: list[str] = []
-    deepseek_v4_dspark.logger.warning = lambda text, *values: warned.append(text % values)
+    deepseek_v4_dspark.logger.warning = lambda said, *values: warned.append(said % values)
     deepseek_v4_dspark.DeepseekV4ForCausalLMDSpark.load_weights = poisoned
     Fp8LinearMethod.apply, mhc.hc_split_sinkhorn = product, split
     model = load(checkpoint)
     target = Oracle(checkpoint)
+    drafter = Drafter(target)
     model.attach_shared_modules(**vocabulary(target))
-    rows = [proposals(model, Drafter(target), asked["tokens"], asked["features"], at) for at in asked["anchors"]]
-    tokens, logits, confidence = (torch.stack(part) for part in zip(*rows, strict=True))
     missed = [name for name, parameter in model.named_parameters() if untouched(parameter)]
-    torch.save(
-        {"tokens": tokens, "logits": logits, "confidence": confidence, "warned": warned, "missed": missed}, found
-    )
+    blocks = [asked(model, text["tokens"], anchor) for anchor in text["anchors"]]
+    theirs = [proposals(model, of_sglang(model, drafter, text["features"], at), at) for at in blocks]
+    stages = Stages(model)
+    ours = [proposals(model, of_the_step(model, stages, text["features"], at), at) for at in blocks]
+    results = {
+        whose: {name: torch.stack([block[name] for block in made]) for name in made[0]}
+        for whose, made in (("sglang", theirs), ("step", ours))
+    }
+    torch.save({**results, "warned": warned, "missed": missed}, found)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def context(drafter: Drafter, captured: dict[int, torch.Tensor]) -> list[torch.T
     return drafter.context(captured)
 
 
-def test_proposals_are_sglangs(
+def test_proposals_are_sglangs_and_the_steps(
     target: Oracle, drafter: Drafter, tokens: list[int], captured: dict[int, torch.Tensor],
     context: list[torch.Tensor], tmp_path: Path,
 ) -> None:  # fmt: skip
@@ -90,13 +90,15 @@ def test_proposals_are_sglangs(
     assert found["warned"] == [] and found["missed"] == []
     ours = drafter.drafts(context, tokens, ANCHORS)
     best = ours.logits.topk(2).values
-    agree = found["tokens"] == ours.tokens
-    compared = torch.cat((torch.ones(len(ANCHORS), 1, dtype=torch.bool), agree.cumprod(1)[:, :-1].bool()), 1)
-    error = (found["logits"] - ours.logits).abs().amax(-1)[compared]
-    print(f"{len(error)} of {compared.numel()} rows compared, logits off by at most {error.max():.4f}")
-    assert len(error) >= 0.8 * compared.numel() and error.max() <= TOLERANCE
-    assert agree[compared & (best[..., 0] - best[..., 1] > 2 * TOLERANCE)].all()
-    assert (found["confidence"] - ours.confidence).abs()[compared].max() <= TOLERANCE
+    for whose in ("sglang", "step"):
+        theirs = Drafted(**found[whose])
+        agree = theirs.tokens == ours.tokens
+        compared = torch.cat((torch.ones(len(ANCHORS), 1, dtype=torch.bool), agree.cumprod(1)[:, :-1].bool()), 1)
+        error = (theirs.logits - ours.logits).abs().amax(-1)[compared]
+        print(f"{whose}: {len(error)} of {compared.numel()} rows compared, logits off by at most {error.max():.4f}")
+        assert len(error) >= 0.8 * compared.numel() and error.max() <= TOLERANCE
+        assert agree[compared & (best[..., 0] - best[..., 1] > 2 * TOLERANCE)].all()
+        assert (theirs.confidence - ours.confidence).abs()[compared].max() <= TOLERANCE
     # Or all blocks would say the same whatever they see.
     assert len({tuple(block) for block in ours.tokens.tolist()}) > len(ANCHORS) // 2
 
