@@ -192,7 +192,8 @@ def test_anchors_out_of_reach(
 
 def test_the_published_layout() -> None:
     real = ReferenceConfig.from_json(model_config())
-    dspark = DSparkConfig.from_json({f"dspark_{key}": value for key, value in REAL.items()}, real)
+    source = model_config() | {f"dspark_{key}": value for key, value in REAL.items()}
+    dspark = DSparkConfig.from_json(source, real)
     tensors = stored(real, dspark)
     assert len(tensors) == REAL_TENSORS
     assert tensors["mtp.0.main_proj.weight"] == ((4096, 3 * 4096), torch.float8_e4m3fn)
@@ -207,8 +208,7 @@ def test_the_published_layout() -> None:
         "norm", "hc_head_fn", "hc_head_base", "hc_head_scale", "markov_head", "confidence_head"
     }  # fmt: skip
     assert of_the_middle <= of_the_last
-    unsure = DSparkConfig.from_json({f"dspark_{key}": value for key, value in REAL.items()} | {
-        "enable_confidence_head": False}, real)  # fmt: skip
+    unsure = DSparkConfig.from_json(source | {"enable_confidence_head": False}, real)
     assert tensors.keys() - stored(real, unsure).keys() == {"mtp.2.confidence_head.proj.weight"}
 
 

@@ -188,6 +188,9 @@ class DSparkConfig:
         needed = ("block_size", "noise_token_id", "target_layer_ids", "markov_rank")
         if missing := [f"{DSPARK}{key}" for key in needed if source.get(DSPARK + key) is None]:
             raise ValueError(f"config.json lacks {', '.join(missing)}")
+        for name in ("hidden_size", "vocab_size"):
+            if (found := source.get(name)) != (has := getattr(target, name)):
+                raise ValueError(f"config.json has {name}={found}, its target {has}")
         layers = source[f"{DSPARK}target_layer_ids"]
         if not isinstance(layers, list) or not layers or any(type(layer) is not int for layer in layers):
             raise ValueError(f"config.json has {DSPARK}target_layer_ids={layers!r}, needed a list of layers")
