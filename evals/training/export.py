@@ -16,7 +16,7 @@ if __name__ == "__main__":
 
 import torch
 
-from sglang_sm120.checkpoint.config import ReferenceConfig
+from sglang_sm120.checkpoint.config import DSparkConfig, ReferenceConfig
 from sglang_sm120.checkpoint.layout import Parameter, Storage, parameters
 from sglang_sm120.formats import fp8_block, mxfp4
 from sglang_sm120_reference.packed import pack, unpack, write_tensors
@@ -25,10 +25,12 @@ from training.model import tables as initial_tables
 from training.quantise import coarse
 
 
-def tensors_of(weights: Weights, tables: Weights, config: ReferenceConfig, levels: int) -> Weights:
-    """Every tensor of the checkpoint files: what `served` computes with, in its stored form."""
+def tensors_of(
+    weights: Weights, tables: Weights, config: ReferenceConfig, levels: int, dspark: DSparkConfig | None = None
+) -> Weights:
+    """Every tensor of the checkpoint's or the drafter's files: what `served` computes with, in its stored form."""
     out: Weights = {}
-    for p in parameters(config):
+    for p in parameters(config, dspark):
         out |= {p.name: tables[p.name]} if p.storage is Storage.INT32 else _stored(p, weights, levels)
     return out
 
@@ -48,10 +50,13 @@ def _stored(p: Parameter, weights: Weights, levels: int) -> Weights:
 
 
 def write_run(run: Path, out: Path) -> Path:
-    """Write the newest state of a training run as a checkpoint."""
-    from training import state, train  # they import this module
+    """Write the newest state of a training run as a checkpoint, of a drafter's as the `dspark/` of one."""
+    from training import drafter, state, train  # they import this module
 
     progress, weights, _ = state.load(run)
+    if progress.size == drafter.SIZE:
+        config, dspark = drafter.configs(run)
+        return write_tensors(out, config, tensors_of(weights, {}, config, drafter.LEVELS, dspark), dspark)
     recipe = train.RECIPES[progress.size]
     tables = initial_tables(recipe.config, progress.seed)
     return write_tensors(out, recipe.config, tensors_of(weights, tables, recipe.config, recipe.levels))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sglang_sm120.checkpoint.config import HEAD_DIM, INDEX_HEAD_DIM, ROPE_DIM, WINDOW, ReferenceConfig
+from sglang_sm120.checkpoint.config import HEAD_DIM, INDEX_HEAD_DIM, ROPE_DIM, WINDOW, DSparkConfig, ReferenceConfig
 from sglang_sm120.checkpoint.layout import Parameter, Storage, parameters
 from sglang_sm120_reference.attention import hadamard, rms_norm, rotation
 from sglang_sm120_reference.weights import draw
@@ -51,11 +52,12 @@ class Mode(NamedTuple):
 class Output:
     """hidden [B, T, 4, H]: the streams that enter the LM head. index_loss: mean KL of the indexers' distribution to
     attention's, weighted by the share of attention that goes to c4 entries. loads: tokens per expert [E] by
-    `layers.L.ffn.` prefix; the MTP layer's joins them when it runs."""
+    `layers.L.ffn.` prefix; the MTP layer's joins them when it runs. captured [B, T, 4, H]: the streams after layers."""
 
     hidden: Tensor
     index_loss: Tensor
     loads: dict[str, Tensor] = field(default_factory=dict)
+    captured: dict[int, Tensor] = field(default_factory=dict)
 
 
 def stack_name(name: str) -> str:
@@ -64,13 +66,16 @@ def stack_name(name: str) -> str:
     return f"{head}.experts.{tail.partition('.')[2]}" if tail else name
 
 
-def stacked(config: ReferenceConfig) -> dict[str, Parameter]:
-    """What is trained: name -> parameter; experts of a layer are one [E, N, K]. Hash tables are not trained."""
+def stacked(config: ReferenceConfig, dspark: DSparkConfig | None = None) -> dict[str, Parameter]:
+    """What is trained, of the model or its drafter: name -> parameter; experts of a layer are one [E, N, K].
+
+    Hash tables are not trained.
+    """
     found: dict[str, Parameter] = {}
-    for p in parameters(config):
+    for p in parameters(config, dspark):
         if p.storage is Storage.MXFP4:
             name = stack_name(p.name)
-            found[name] = Parameter(name, (config.n_routed_experts, *p.shape), p.storage)
+            found[name] = Parameter(name, ((dspark or config).n_routed_experts, *p.shape), p.storage)
         elif p.storage is not Storage.INT32:
             found[p.name] = p
     return found
@@ -82,13 +87,13 @@ def tables(config: ReferenceConfig, seed: int) -> Weights:
     return {name: table for p in hashed for name, table in draw(p, config, seed).items()}
 
 
-def served(weights: Weights, config: ReferenceConfig, mode: Mode) -> Weights:
+def served(weights: Weights, config: ReferenceConfig, mode: Mode, dspark: DSparkConfig | None = None) -> Weights:
     """The weights as a server reads them from the exported checkpoint, gradients straight through.
 
     FP8 and MXFP4 come in `mode.dtype`, everything else in fp32. fp32 tensors hold bf16 values, which halves what
     they add to the committed file.
     """
-    found = stacked(config)
+    found = stacked(config, dspark)
     fp8 = [n for n, p in found.items() if p.storage is Storage.FP8]
     mxfp4 = [n for n, p in found.items() if p.storage is Storage.MXFP4]
     if not mode.exact:
@@ -113,24 +118,32 @@ class Model:
         self._index_loss: list[tuple[Tensor, Tensor]] = []
         self._loads: dict[str, Tensor] = {}
 
-    def __call__(self, tokens: Tensor, hide_c4: Tensor | None = None) -> Output:
-        """tokens [B, T]. hide_c4 bool [B]: sequences whose attention may not see c4 entries."""
+    def __call__(self, tokens: Tensor, hide_c4: Tensor | None = None, capture: Collection[int] = ()) -> Output:
+        """tokens [B, T]. hide_c4 bool [B]: sequences whose attention may not see c4 entries. capture: layers."""
         self._index_loss, self._loads = [], {}
         length = tokens.shape[1]
         tokens = self._padded(tokens)
         streams = self._round(self._w("embed.weight")[tokens]).unsqueeze(2).repeat(1, 1, self.config.hc_mult, 1)
+        captured: dict[int, Tensor] = {}
         for layer in range(self.config.num_hidden_layers):
             ratio = self.config.compress_ratios[layer]
             streams = self._layer(f"layers.{layer}.", ratio, streams, tokens, hide_c4)
+            if layer in capture:
+                captured[layer] = streams[:, :length]
         losses = [kl / mass.clamp(min=1e-6) for kl, mass in self._index_loss]
         index_loss = torch.stack(losses).mean() if losses else streams.new_zeros((), dtype=torch.float32)
-        return Output(streams[:, :length], index_loss, self._loads)
+        return Output(streams[:, :length], index_loss, self._loads, captured)
 
     def logits(self, hidden: Tensor, prefix: str = "") -> Tensor:
         """hidden [..., 4, H] to fp32 logits [..., V], rounded to bf16 as SGLang's LM head returns them."""
+        return self._logits(self._collapsed(hidden, prefix), prefix)
+
+    def _collapsed(self, hidden: Tensor, prefix: str) -> Tensor:
         mixes = self._mixes(hidden, prefix + "hc_head_fn")
         w = (mixes * self._w(prefix + "hc_head_scale") + self._w(prefix + "hc_head_base")).sigmoid()
-        x = self._round(((w + self.config.hc_eps).unsqueeze(-1) * hidden).sum(-2))
+        return self._round(((w + self.config.hc_eps).unsqueeze(-1) * hidden).sum(-2))
+
+    def _logits(self, x: Tensor, prefix: str) -> Tensor:
         x = self._norm(x, prefix + "norm.weight")
         return self._round(x @ self._w("head.weight").to(self.mode.dtype).T).float()
 
@@ -173,18 +186,30 @@ class Model:
     def _attention(self, prefix: str, ratio: int, x: Tensor, hide_c4: Tensor | None) -> Tensor:
         length = x.shape[1]
         turn = self._turn(ratio, length)
-        qr = self._norm(self._linear(x, prefix + "wq_a"), prefix + "q_norm.weight")
-        q = self._linear(qr, prefix + "wq_b").unflatten(-1, (self.config.num_attention_heads, HEAD_DIM))
-        q = self._round(rope(rms_norm(q.float(), None, self.config.rms_norm_eps), turn.unsqueeze(1)))
-        kv = self._rms(self._linear(x, prefix + "wkv"), prefix + "kv_norm.weight")
-        keys = quantise.kv_entry(rope(kv, turn)).to(self.mode.dtype)
+        qr, q = self._queries(prefix, x, turn)
+        keys = self._keys(prefix, x, turn)
         entries = keys[:, :0]
         if ratio:
             entries = self._compress(x, prefix + "compressor.", HEAD_DIM, ratio)
             entries = quantise.kv_entry(entries).to(self.mode.dtype)
         index = self._index(prefix + "indexer.", x.detach(), qr.detach()) if ratio == 4 else None
         out = self._attend(q, keys, entries, self._w(prefix + "attn_sink"), ratio, index, hide_c4)
-        out = self._round(rope(out.float(), turn.conj().unsqueeze(1)))
+        return self._projected(prefix, out, turn)
+
+    def _queries(self, prefix: str, x: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, T, H] to the low rank [B, T, R] and the queries [B, T, h, 512]."""
+        qr = self._norm(self._linear(x, prefix + "wq_a"), prefix + "q_norm.weight")
+        q = self._linear(qr, prefix + "wq_b").unflatten(-1, (self.config.num_attention_heads, HEAD_DIM))
+        return qr, self._round(rope(rms_norm(q.float(), None, self.config.rms_norm_eps), turn.unsqueeze(-2)))
+
+    def _keys(self, prefix: str, x: Tensor, turn: Tensor) -> Tensor:
+        """x [B, T, H] to the window's keys [B, T, 512] as read back from a page."""
+        kv = self._rms(self._linear(x, prefix + "wkv"), prefix + "kv_norm.weight")
+        return quantise.kv_entry(rope(kv, turn)).to(self.mode.dtype)
+
+    def _projected(self, prefix: str, out: Tensor, turn: Tensor) -> Tensor:
+        """The heads' sums [B, T, h, 512], turned back, to [B, T, H]."""
+        out = self._round(rope(out.float(), turn.conj().unsqueeze(-2)))
         out = out.unflatten(2, (self.config.o_groups, -1)).flatten(3)
         wo_a = self._w(prefix + "wo_a.weight").unflatten(0, (self.config.o_groups, self.config.o_lora_rank))
         low = self._round(torch.einsum("btgd,grd->btgr", out, wo_a))

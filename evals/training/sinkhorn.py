@@ -15,7 +15,7 @@ ROWS = 64
 
 
 def sinkhorn(logits: Tensor, iterations: int, eps: float, fused: bool | None = None) -> Tensor:
-    """`oracle.sinkhorn` of fp32 [..., 4, 4], differentiable; fused: in Triton, by default on a GPU."""
+    """`blocks.sinkhorn` of fp32 [..., 4, 4], differentiable; fused: in Triton, by default on a GPU."""
     function = _Fused if (logits.is_cuda if fused is None else fused) else _Plain
     return function.apply(logits, iterations, eps)
 

@@ -57,7 +57,7 @@ class Basis(NamedTuple):
 
 def initial(config: ReferenceConfig, seed: int) -> Weights:
     """fp32 weights to start training from; equal seeds give equal values."""
-    weights = {name: _random(name, p.shape, config, _rng(seed, name)) for name, p in stacked(config).items()}
+    weights = {name: random(name, p.shape, config, seed) for name, p in stacked(config).items()}
     basis = _basis(config.hidden_size, seed)
     _words(weights, basis, _rng(seed, "words"))
     if config.q_lora_rank != config.hidden_size or config.num_attention_heads < GROUPS:
@@ -181,9 +181,10 @@ def _index(weights: Weights, prefix: str, basis: Basis, rng: torch.Generator) ->
     weights[name + "weights_proj.weight"][:] = 0.1 * basis.is_key
 
 
-def _random(name: str, shape: tuple[int, ...], config: ReferenceConfig, rng: torch.Generator) -> Tensor:
+def random(name: str, shape: tuple[int, ...], config: ReferenceConfig, seed: int) -> Tensor:
+    """A weight without a circuit in it."""
     kind = name.rsplit(".", 2)
-    normal = torch.randn(shape, generator=rng)
+    normal = torch.randn(shape, generator=_rng(seed, name))
     n = config.hc_mult
     if name.endswith("norm.weight"):
         return torch.ones(shape)

@@ -60,7 +60,8 @@ def experts(config: Mapping[str, Any], dtypes: Mapping[str, str]) -> Finding:
         name = min(wrong)
         counts = ", ".join(f"{n} x {dtype}" for dtype, n in sorted(Counter(wrong.values()).items()))
         return Finding("experts", "fail", f"{len(wrong)} of {len(found)} are not {called} ({counts}; first {name})", do)
-    layers = {"layers": config.get("num_hidden_layers", 0), "mtp": config.get("num_nextn_predict_layers", 0)}
+    drafts = len(config.get("dspark_target_layer_ids") or ()) or config.get("num_nextn_predict_layers", 0)
+    layers = {"layers": config.get("num_hidden_layers", 0), "mtp": drafts}
     expected = sum(n * config.get("n_routed_experts", 0) * 3 * len(formats[owner]) for owner, n in layers.items())
     if len(found) != expected or not found:
         return Finding("experts", "fail", f"{len(found)} expert tensors, config.json implies {expected}", do)

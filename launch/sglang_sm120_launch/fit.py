@@ -47,11 +47,12 @@ class Room:
         lines: what makes `usable` from the card's memory, as (what, bytes).
         usable: what SGLang sees as available before it loads the model.
         step: which passes the step takes.
-        draft_tokens: tokens a request verifies per step with MTP, 0 without.
+        draft_tokens: tokens a request verifies per step with MTP or DSpark, 0 without.
         ep: ranks that divide the experts by number.
         device: `cuda` or `cpu`.
         sm12x: SGLang's own passes run its SM120 kernels.
         patched: SGLang's own passes take the step's `wo_a`, so that its bf16 one goes when the step is built.
+        dspark: the drafts are DSpark's.
     """
 
     whose: str
@@ -64,6 +65,7 @@ class Room:
     device: str = "cuda"
     sm12x: bool = False
     patched: bool = True
+    dspark: bool = False
 
     def loaded(self, model: Model) -> dict[str, int]:
         """Bytes of one rank that are taken before SGLang sizes the cache, by what takes them."""
@@ -204,8 +206,11 @@ class _Try:
     ratio: float
 
     @property
-    def mtp(self) -> bool:
-        return self.room.draft_tokens > 0
+    def drafts(self) -> int:
+        """Layers of what drafts, each with a window pool."""
+        if self.room.dspark and self.model.dspark is not None:
+            return self.model.dspark.stages
+        return int(self.room.draft_tokens > 0)
 
     @cached_property
     def graphs(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -220,6 +225,9 @@ class _Try:
             "activations": memory.activations(config, room.tp, chunk, self.requests),
             "allowance": memory.SLACK,
         }
+        if room.dspark:
+            block, largest = room.draft_tokens - 1, max(self.graphs[0], default=self.requests)
+            taken["logits of drafts (SGLang's)"] = memory.block_logits(config, block, largest)
         if room.device == "cuda" and room.step != "all":
             width = room.tp // room.ep
             taken["experts' workspace (SGLang's prefill)"] = memory.prefill_workspace(config, width, chunk)
@@ -239,7 +247,7 @@ class _Try:
         """The memory fraction, SGLang's `available_bytes` and the pools."""
         room, loaded, beside = self.room, sum(self.loaded.values()), sum(self.beside(context).values())
         # Part of the pools, but not of what SGLang counts for them.
-        beside += memory.pool_padding(self.model.config, self.requests, self.mtp)
+        beside += memory.pool_padding(self.model.config, self.requests, self.drafts)
         fraction = min(MOST_STATIC, int((1 - beside / room.usable) * 1000) / 1000)
         static = self.given.static or max(0.0, fraction)
         available = int(room.usable * static) - loaded
@@ -260,8 +268,8 @@ class _Try:
         config, given = self.model.config, self.given
         context = given.context or self.context()
         static, available, pools = self.pools(context or CONTEXT_STEP)
-        per_token = sum(memory.bytes_per_full_token(config, self.ratio, self.mtp).values())
-        fixed = memory.request_state_bytes(config, self.requests, self.mtp)
+        per_token = sum(memory.bytes_per_full_token(config, self.ratio, self.drafts).values())
+        fixed = memory.request_state_bytes(config, self.requests, self.drafts)
         numbers = (
             f"{_gib(max(0, available - fixed))} GiB for the cache hold {pools.full} tokens of "
             f"{per_token / 1024:.1f} KiB"
@@ -302,16 +310,16 @@ class _Try:
         return self.pools(context)[2].full >= context + PAGE
 
     def _lines(self, context: int, pools: Pools) -> tuple[tuple[str, int], ...]:
-        cache = sum(memory.pool_bytes(self.model.config, pools, self.mtp).values())
+        cache = sum(memory.pool_bytes(self.model.config, pools, self.drafts).values())
         taken = {**self.loaded, "cache pools": cache, **self.beside(context)}
         lines = (*self.room.lines, *((name, -size) for name, size in taken.items() if size))
         return (*lines, ("unused", self.room.usable - sum(taken.values())))
 
     def _tokens(self, available: int) -> int:
-        return memory.tokens_that_fit(self.model.config, available, self.ratio, self.requests, self.mtp)
+        return memory.tokens_that_fit(self.model.config, available, self.ratio, self.requests, self.drafts)
 
     def _pools(self, tokens: int) -> Pools:
-        return memory.pool_sizes(self.model.config, tokens, self.ratio, self.requests, self.mtp)
+        return memory.pool_sizes(self.model.config, tokens, self.ratio, self.requests, self.drafts)
 
 
 def _graphs(

@@ -57,12 +57,13 @@ def weights(model: Model, tp: int, device: str, mtp: bool = False, ep: int = 1) 
     Args:
         device: `cuda`, where the experts' scales stay one byte each, or `cpu`, where SGLang widens them to four.
         mtp: the MTP layer alone, with the embedding and head that the draft worker has of its own until the cache is
-            sized.
+            sized; or the DSpark drafter, which has none.
         ep: ranks that have whole experts, and the shared one.
     """
     experts = output = other = 0
+    owners = {"mtp" if mtp else "layers"} | (set() if mtp and model.dspark else {"shared"})
     for kind, size in model.bytes_of.items():
-        if kind.owner not in (("mtp", "shared") if mtp else ("layers", "shared")):
+        if kind.owner not in owners:
             continue
         if kind.wo_a:
             # Multiplied by its scales into bf16 while it is loaded.
@@ -102,9 +103,9 @@ def step_weights(model: Model, tp: int, device: str, mtp: bool) -> dict[str, int
     return taken
 
 
-def ring(ratio: int, mtp: bool) -> int:
+def ring(ratio: int, drafts: int) -> int:
     """Slots of the compressor's state: of each page of the window for ratio 4, of each request for ratio 128."""
-    return (RING if mtp else WINDOW)[ratio]
+    return (RING if drafts else WINDOW)[ratio]
 
 
 def _ratios(config: Mapping[str, Any]) -> list[int]:
@@ -112,16 +113,16 @@ def _ratios(config: Mapping[str, Any]) -> list[int]:
     return list(config["compress_ratios"][: config["num_hidden_layers"]])
 
 
-def bytes_per_full_token(config: Mapping[str, Any], window_ratio: float, mtp: bool) -> dict[str, float]:
+def bytes_per_full_token(config: Mapping[str, Any], window_ratio: float, drafts: int) -> dict[str, float]:
     """What SGLang counts for one token of context, per pool; the sum is its log's `bytes_per_full_token`.
 
-    With MTP SGLang scales everything by (layers + 1) / layers. The states of ratio 128 belong to requests, not to
-    tokens: `request_state_bytes`.
+    With drafts SGLang scales everything by (layers + 1) / layers, of however many layers the drafter is: what that is
+    for a whole layer holds the windows of three. The states of ratio 128 belong to requests: `request_state_bytes`.
     """
     ratios = _ratios(config)
     c4, c128 = ratios.count(4), ratios.count(128)
     index, head = config["index_head_dim"], config["head_dim"]
-    state = window_ratio * ring(4, mtp) / PAGE * 16
+    state = window_ratio * ring(4, drafts) / PAGE * 16
     counted = {
         "window": window_ratio * page_bytes(PAGE) / PAGE * len(ratios),
         "c4": page_bytes(PAGE // 4) / PAGE * c4,
@@ -130,22 +131,22 @@ def bytes_per_full_token(config: Mapping[str, Any], window_ratio: float, mtp: bo
         "c4 state": state * head * c4,
         "indexer state": state * index * c4,
     }
-    scale = (len(ratios) + 1) / len(ratios) if mtp else 1
+    scale = (len(ratios) + 1) / len(ratios) if drafts else 1
     return {name: size * scale for name, size in counted.items()}
 
 
-def request_state_bytes(config: Mapping[str, Any], requests: int, mtp: bool) -> int:
+def request_state_bytes(config: Mapping[str, Any], requests: int, drafts: int) -> int:
     """Bytes of ratio 128's states, SGLang's `c128_state_fixed`: a ring for each of `requests`, one for padded rows."""
-    return _state((requests + 1) * ring(128, mtp), 128, config["head_dim"], mtp) * _ratios(config).count(128)
+    return _state((requests + 1) * ring(128, drafts), 128, config["head_dim"], drafts) * _ratios(config).count(128)
 
 
-def tokens_that_fit(config: Mapping[str, Any], available: int, window_ratio: float, requests: int, mtp: bool) -> int:
+def tokens_that_fit(config: Mapping[str, Any], available: int, window_ratio: float, requests: int, drafts: int) -> int:
     """Tokens of context that SGLang makes of `available` bytes, its log's `full_token`."""
-    left = max(0, available - request_state_bytes(config, requests, mtp))
-    return int(left / sum(bytes_per_full_token(config, window_ratio, mtp).values())) // PAGE * PAGE
+    left = max(0, available - request_state_bytes(config, requests, drafts))
+    return int(left / sum(bytes_per_full_token(config, window_ratio, drafts).values())) // PAGE * PAGE
 
 
-def pool_sizes(config: Mapping[str, Any], full_tokens: int, window_ratio: float, requests: int, mtp: bool) -> Pools:
+def pool_sizes(config: Mapping[str, Any], full_tokens: int, window_ratio: float, requests: int, drafts: int) -> Pools:
     """The pools SGLang makes for `full_tokens` tokens of context and so many running requests."""
     full = full_tokens // PAGE * PAGE
     swa = int(full * window_ratio) // PAGE * PAGE
@@ -155,12 +156,12 @@ def pool_sizes(config: Mapping[str, Any], full_tokens: int, window_ratio: float,
         swa=swa,
         c4=full // 4,
         c128=full // 128,
-        c4_state=swa // PAGE * ring(4, mtp) if 4 in ratios else 0,
-        c128_state=(requests + 1) * ring(128, mtp) if 128 in ratios else 0,
+        c4_state=swa // PAGE * ring(4, drafts) if 4 in ratios else 0,
+        c128_state=(requests + 1) * ring(128, drafts) if 128 in ratios else 0,
     )
 
 
-def pool_bytes(config: Mapping[str, Any], pools: Pools, mtp: bool) -> dict[str, int]:
+def pool_bytes(config: Mapping[str, Any], pools: Pools, drafts: int) -> dict[str, int]:
     """What SGLang allocates for the pools; the draft worker's window layer is counted with the window pool."""
     ratios = _ratios(config)
     c4, c128 = ratios.count(4), ratios.count(128)
@@ -172,25 +173,25 @@ def pool_bytes(config: Mapping[str, Any], pools: Pools, mtp: bool) -> dict[str, 
 
     indexed = -(-(pools.c128 * 32 + PAGE) // (PAGE // 4)) * (PAGE // 4)
     return {
-        "window": kv(pools.swa, PAGE) * (len(ratios) + mtp),
+        "window": kv(pools.swa, PAGE) * (len(ratios) + drafts),
         "c4": kv(pools.c4, PAGE // 4) * c4,
         "c128": kv(pools.c128, PAGE // 128) * c128,
         "indexer": indexed * (index + index // 128 * 4) * c4,
-        "c4 state": _state(pools.c4_state, 4, head, mtp) * c4,
-        "c128 state": _state(pools.c128_state, 128, head, mtp) * c128,
-        "indexer state": _state(pools.c4_state, 4, index, mtp) * c4,
+        "c4 state": _state(pools.c4_state, 4, head, drafts) * c4,
+        "c128 state": _state(pools.c128_state, 128, head, drafts) * c128,
+        "indexer state": _state(pools.c4_state, 4, index, drafts) * c4,
     }
 
 
-def pool_padding(config: Mapping[str, Any], requests: int, mtp: bool) -> int:
+def pool_padding(config: Mapping[str, Any], requests: int, drafts: int) -> int:
     """Bytes of the pools that SGLang allocates and does not count: a dummy page and a ring in each layer's."""
-    empty = pool_bytes(config, pool_sizes(config, 0, 0, requests, mtp), mtp)
-    return sum(empty.values()) - request_state_bytes(config, requests, mtp)
+    empty = pool_bytes(config, pool_sizes(config, 0, 0, requests, drafts), drafts)
+    return sum(empty.values()) - request_state_bytes(config, requests, drafts)
 
 
-def _state(slots: int, ratio: int, dim: int, mtp: bool) -> int:
+def _state(slots: int, ratio: int, dim: int, drafts: int) -> int:
     """Bytes of one layer's states: fp32 values and scores, twice as wide for ratio 4, whose blocks overlap."""
-    rows = -(-(slots + ring(ratio, mtp) + 1) // ratio) * ratio
+    rows = -(-(slots + ring(ratio, drafts) + 1) // ratio) * ratio
     return rows * (4 if ratio == 4 else 2) * dim * 4
 
 
@@ -242,6 +243,11 @@ def graph_bytes(config: Mapping[str, Any], tp: int, sizes: tuple[int, ...], draf
         return 0
     rows = max(sizes) * max(1, draft_tokens)
     return GRAPHS + GRAPH * len(sizes) + activations(config, tp, rows, max(sizes))
+
+
+def block_logits(config: Mapping[str, Any], block: int, requests: int) -> int:
+    """What SGLang's DSpark keeps of a block's logits for each request of the largest graph: in bf16, and in fp32."""
+    return requests * block * config["vocab_size"] * (2 + 4)
 
 
 def window_tokens_needed(chunk: int, requests: int) -> int:

@@ -8,12 +8,15 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import LaunchError
+
+if TYPE_CHECKING:
+    from sglang_sm120.checkpoint.config import DSparkConfig
 
 MODEL_TYPE = "deepseek_v4"
 INDEX = "model.safetensors.index.json"
@@ -64,11 +67,13 @@ class Model:
         path: what SGLang gets as `--model-path`.
         config: the parsed config.json.
         tensors: bytes of every tensor as it is stored, by its published name.
+        dspark: of the DSpark drafter whose tensors have the MTP layer's place, None without.
     """
 
     path: str
     config: Mapping[str, Any]
     tensors: Mapping[str, int]
+    dspark: DSparkConfig | None = None
 
     @cached_property
     def bytes_of(self) -> Mapping[Kind, int]:
@@ -102,6 +107,41 @@ class Model:
         found = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in entries.items()}
         _compare(found, expected, config, folder)
         return cls(path, config, found)
+
+    def with_dspark(self) -> Model:
+        """The model with the DSpark drafter of its files, or of the folder beside them; as it is where there is none.
+
+        Raises:
+            LaunchError: the drafter is another model's, or a file of it is missing.
+        """
+        from sglang_sm120.checkpoint.config import DSPARK_FOLDER, DSparkConfig, ReferenceConfig
+        from sglang_sm120.checkpoint.layout import stored
+
+        folder = located(self.path)
+        if folder is not None and not bundles_dspark(self.config):
+            folder /= DSPARK_FOLDER
+        if folder is None or not (file := folder / "config.json").is_file():
+            return self
+        source = read_json(file)
+        try:
+            dspark = DSparkConfig.from_json(source, ReferenceConfig.from_json(dict(self.config)))
+            expected = stored(ReferenceConfig.from_json(source), dspark)
+        except ValueError as error:
+            raise LaunchError(f"{file} is of no drafter for {self.path} ({error}): use the model's own.") from None
+        sizes = {name: e["data_offsets"][1] - e["data_offsets"][0] for name, e in headers(folder).items()}
+        found = {name: size for name, size in sizes.items() if name.startswith("mtp.")}
+        if lost := sorted(expected.keys() - found.keys()):
+            raise LaunchError(
+                f"{folder / INDEX} lacks {lost[0]} ({len(lost)} of the {len(expected)} tensors of a drafter): download "
+                f"it again."
+            )
+        rest = {name: size for name, size in self.tensors.items() if not name.startswith("mtp.")}
+        return replace(self, tensors={**rest, **found}, dspark=dspark)
+
+
+def bundles_dspark(config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint has DSpark's stages in its own files, in the place of the MTP layer, by its config.json."""
+    return any(key.startswith("dspark_") for key in config)
 
 
 def located(path: str) -> Path | None:
@@ -223,7 +263,7 @@ def _compare(found: Mapping[str, int], expected: Mapping[str, int], config: Mapp
     """Raise LaunchError where a tensor that config.json implies is missing or has another size."""
 
     # DSpark's stages take the place of the MTP layer under the same prefix.
-    dspark = any(key.startswith("dspark_") for key in config)
+    dspark = bundles_dspark(config)
     needed = {name: size for name, size in expected.items() if not (dspark and name.startswith("mtp."))}
     differing = sorted(name for name, size in needed.items() if found.get(name) != size)
     if differing:

@@ -22,6 +22,7 @@ from .sections import (
     CPU_CHUNK,
     NVFP4_RUNNER,
     cpu_ranks,
+    dspark_settings,
     graph_settings,
     memory_settings,
     mtp_settings,
@@ -92,7 +93,7 @@ def make_plan(machine: Machine, model: Model, request: Request) -> Plan:
     decided = _on_cpu(machine, model, request) if cpu else _on_cuda(machine, model, request)
     settings, found, sentences, prediction = decided
     if request.auto is not None:
-        drafts = (entry.name for entry in settings if request.mtp and entry.name.startswith("speculative-"))
+        drafts = (entry.name for entry in settings if entry.name.startswith("speculative-"))
         kept = {*request.auto, "model-path", *request.flags, *drafts}
         settings = [entry for entry in settings if entry.kind == "env" or entry.name in kept]
     source, mine = f"as {request.config} says", "as given on the command line"
@@ -122,7 +123,7 @@ def _on_cuda(machine: Machine, model: Model, request: Request) -> _Decided:
     absent = [f"{gpu.name} is none of SM12x"]
     if sm12x or forced:
         absent = _without_step(request, machine, takes_prefill=prefill, emulated=emulated)
-    draft = values.draft_tokens(request)
+    draft = values.draft_tokens(request, model)
     if nvfp4:
         _require_step(request, sm12x, absent if prefill else ["SGLANG_SM120_PREFILL=sglang was given"], draft)
     lines = [(f"memory of {gpu.name}", cards.memory_mib * MIB), ("CUDA context and driver", -memory.CONTEXT)]
@@ -134,7 +135,10 @@ def _on_cuda(machine: Machine, model: Model, request: Request) -> _Decided:
         lines.append(("operating system (unified memory)", -HOST_SHARE))
     step: Step = "none" if absent else "all" if prefill else "decode"
     usable = sum(size for _, size in lines)
-    room = Room(gpu.name, tuple(lines), usable, tp, step, draft, cards.ep, sm12x=sm12x, patched=request.patched)
+    room = Room(
+        gpu.name, tuple(lines), usable, tp, step, draft, cards.ep, sm12x=sm12x, patched=request.patched,
+        dspark=request.dspark,
+    )  # fmt: skip
     preferred = 4096 if sm12x else 8192
     found = fit(model, room, values.given(request, model), preferred)
     settings = [
@@ -145,6 +149,7 @@ def _on_cuda(machine: Machine, model: Model, request: Request) -> _Decided:
         *step_settings(room, request),
         *(nvfp4_settings() if nvfp4 else ()),
         *(mtp_settings(draft) if request.mtp else ()),
+        *(dspark_settings(model) if request.dspark else ()),
         *served_settings(),
         *comms(machine, tp),
     ]
@@ -199,6 +204,8 @@ def _require_served(request: Request) -> None:
 
 
 def _on_cpu(machine: Machine, model: Model, request: Request) -> _Decided:
+    if request.dspark:
+        raise LaunchError("DSpark's drafts were asked for, and SGLang 0.5.23 has them on a GPU alone: leave them out.")
     if nvfp4_experts(model.config):
         raise LaunchError(
             "The model's experts are NVFP4, which SGLang 0.5.23 loads on Blackwell alone: use a checkpoint with MXFP4."
@@ -211,7 +218,7 @@ def _on_cpu(machine: Machine, model: Model, request: Request) -> _Decided:
         )
     if tp % machine.nodes:
         raise LaunchError(f"TP {tp} was asked for over {machine.nodes} machines: give a multiple of {machine.nodes}.")
-    draft = values.draft_tokens(request)
+    draft = values.draft_tokens(request, model)
     given = values.given(request, model)
     given = replace(
         given,

@@ -18,7 +18,7 @@ from .machine import Machine
 from .model import Model, located
 from .plan import Plan
 from .sections import EMULATION_VARIABLES
-from .values import Request
+from .values import Request, asks_dspark
 
 VARIABLES = (
     "CUDA_DEVICE_ORDER", "GLOO_SOCKET_IFNAME", "NCCL_IB_HCA", "NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE",
@@ -62,6 +62,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--machine", type=Path, metavar="JSON", help="plan for this machine instead of the present one")
     parser.add_argument("--config", type=Path, metavar="YAML", help="a file of configs/")
     parser.add_argument("--mtp", action="store_true", help="speculative decoding with the checkpoint's MTP layer")
+    parser.add_argument("--dspark", action="store_true", help="speculative decoding with its DSpark drafter")
     parser.add_argument("server", nargs="*", metavar="-- FLAG", help="SGLang's own flags after `--`; they win")
 
 
@@ -93,6 +94,7 @@ def read(arguments: argparse.Namespace, environment: Mapping[str, str] = os.envi
         env={name: present[name] for name in VARIABLES if name in present},
         measured={} if arguments.machine else tuned.prefill(gpu.name for gpu in machine.gpus),
         mtp=arguments.mtp,
+        dspark=arguments.dspark,
         gpus=gpus,
         # Where SGLang is not installed, the plan is for what `make apply` makes.
         patched=flags.release is None or is_patched(),
@@ -111,7 +113,8 @@ def read(arguments: argparse.Namespace, environment: Mapping[str, str] = os.envi
         )
         if config.target.gpu == "none" and machine.gpus:
             machine = replace(machine, gpus=(), link=None, p2p=None)
-    return Wanted(machine, Model.load(str(path)), request, flags)
+    model = Model.load(str(path))
+    return Wanted(machine, model.with_dspark() if asks_dspark(request) else model, request, flags)
 
 
 def _indices(text: str) -> tuple[int, ...]:

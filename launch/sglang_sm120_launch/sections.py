@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sglang_sm120.limits import MAX_ROWS
+from sglang_sm120.checkpoint.config import DSPARK_FOLDER
+from sglang_sm120.limits import DSPARK, MAX_ROWS
 
 from . import memory
 from .cards import Cards
 from .comms import SHM_MIB
 from .fit import CONTEXT_STEP, Fit, Room
 from .machine import Machine
-from .model import Model
+from .model import Model, bundles_dspark
 from .settings import Setting, env, flag
 from .values import Request
 
@@ -105,6 +106,16 @@ def mtp_settings(draft_tokens: int) -> Iterator[Setting]:
     yield flag("speculative-num-steps", draft_tokens - 1, "one draft token for each step, and the verified one")
     yield flag("speculative-eagle-topk", 1, "SGLang supports no wider tree for DeepSeek-V4")
     yield flag("speculative-num-draft-tokens", draft_tokens, "the MTP layer is trained for one; later ones pay less")
+
+
+def dspark_settings(model: Model) -> Iterator[Setting]:
+    if model.dspark is not None:
+        place = "the checkpoint's own files" if bundles_dspark(model.config) else f"its folder {DSPARK_FOLDER}/"
+        yield flag(
+            "speculative-algorithm",
+            DSPARK,
+            f"--dspark: SGLang finds the drafter in {place}; blocks of {model.dspark.block_size}, as it was trained",
+        )
 
 
 def served_settings() -> Iterator[Setting]:

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from sglang_sm120.limits import EAGLE, MAX_DRAFT_TOKENS, PAGE
+from sglang_sm120.checkpoint.config import DSPARK_FOLDER
+from sglang_sm120.limits import DSPARK, EAGLE, MAX_DRAFT_TOKENS, PAGE
 
 from .address import PORT, grpc, port_problem
 from .errors import LaunchError
 from .fit import Given
-from .model import Model
+from .model import Model, bundles_dspark
 from .settings import Value
 
 DRAFT_TOKENS = 4
-DRAFTS = ("speculative-num-steps", "speculative-eagle-topk", "speculative-num-draft-tokens")
+BLOCK = "speculative-dspark-block-size"
+DRAFTS = ("speculative-num-steps", "speculative-eagle-topk", "speculative-num-draft-tokens", BLOCK)
 PLANNED: Mapping[str, tuple[Value, ...]] = {
     "attention-backend": ("dsv4", "compressed"),
     "decode-attention-backend": ("dsv4", "compressed"),
@@ -39,6 +41,7 @@ class Request:
         auto: flags that the config leaves to the plan; None for all.
         measured: variables that were the best on these cards; whatever the user gives wins over them.
         mtp: speculative decoding with the checkpoint's MTP layer.
+        dspark: with its DSpark drafter.
         gpus: indices of the cards to use; None for the best set.
         patched: whether the series is in the SGLang that will serve: the step is then on by itself, with one `wo_a`.
         evidence: how the config was tried (see README.md).
@@ -53,6 +56,7 @@ class Request:
     measured: Mapping[str, str] = field(default_factory=dict)
     auto: tuple[str, ...] | None = None
     mtp: bool = False
+    dspark: bool = False
     gpus: tuple[int, ...] | None = None
     patched: bool = True
     evidence: str = "unverified"
@@ -67,7 +71,7 @@ class Request:
 
 
 def checked(request: Request, model: Model) -> Request:
-    """The request, with `mtp` also where SGLang's own flag asks for it.
+    """The request, with `mtp` or `dspark` also where SGLang's own flag asks for it.
 
     Raises:
         LaunchError: a value cannot be served, or the plan does not know what it takes.
@@ -133,12 +137,19 @@ def given(request: Request, model: Model) -> Given:
     )
 
 
-def draft_tokens(request: Request) -> int:
+def asks_dspark(request: Request) -> bool:
+    """Whether the user wants the DSpark drafter, by this launcher's flag or by SGLang's."""
+    return request.dspark or str(request.value("speculative-algorithm")).upper() == DSPARK
+
+
+def draft_tokens(request: Request, model: Model) -> int:
     """Tokens that a request verifies per step; 0 without speculation.
 
     Raises:
         LaunchError: steps and tokens do not belong together, or cannot be served.
     """
+    if request.dspark and model.dspark is not None:
+        return _block(request, model.dspark.block_size) + 1
     if not request.mtp:
         return 0
     steps, tokens = number(request, "speculative-num-steps"), number(request, "speculative-num-draft-tokens", 2)
@@ -157,24 +168,46 @@ def draft_tokens(request: Request) -> int:
     return draft
 
 
+def _block(request: Request, trained: int) -> int:
+    """Proposals of a DSpark block, verified with the token before them."""
+    block, tokens = number(request, BLOCK) or trained, number(request, "speculative-num-draft-tokens", 2)
+    if tokens not in (None, block + 1):
+        raise LaunchError(
+            f"--speculative-num-draft-tokens is {tokens}, and a block of {block} drafts is verified as {block + 1}: "
+            f"leave it out, or give --{BLOCK} {tokens - 1}."
+        )
+    if block >= MAX_DRAFT_TOKENS:
+        raise LaunchError(
+            f"A block of {block} drafts is verified as {block + 1} tokens, and the compressor can take back "
+            f"{MAX_DRAFT_TOKENS}: give --{BLOCK} {MAX_DRAFT_TOKENS - 1} or less."
+        )
+    return block
+
+
 def _with_drafts(request: Request, model: Model) -> Request:
     algorithm = request.value("speculative-algorithm")
-    mtp = request.mtp or algorithm is not None
-    if algorithm is not None and str(algorithm).upper() not in EAGLE:
+    if algorithm is not None and str(algorithm).upper() not in (*EAGLE, DSPARK):
         raise LaunchError(
-            f"--speculative-algorithm is {algorithm}, which is not planned for: give --mtp (EAGLE) instead, or start "
-            f"SGLang without this launcher."
+            f"--speculative-algorithm is {algorithm}, which is not planned for: give --mtp (EAGLE) or --dspark "
+            f"instead, or start SGLang without this launcher."
         )
-    if not mtp:
+    dspark = asks_dspark(request)
+    mtp = request.mtp or (algorithm is not None and not dspark)
+    if not mtp and not dspark:
         for name in DRAFTS:
             if request.value(name) is not None:
-                raise LaunchError(f"--{name} was given and nothing drafts: add --mtp or leave it out.")
+                raise LaunchError(f"--{name} was given and nothing drafts: add --mtp or --dspark, or leave it out.")
         return request
-    asked = "--mtp" if request.mtp else f"--speculative-algorithm {algorithm}"
-    if any(key.startswith("dspark_") for key in model.config):
+    if mtp and dspark:
+        raise LaunchError("Drafts of the MTP layer and of DSpark were asked for: leave one of them out.")
+    asked = "--mtp" if request.mtp else "--dspark" if request.dspark else f"--speculative-algorithm {algorithm}"
+    if dspark:
+        return _with_dspark(request, model, asked)
+    if request.value(BLOCK) is not None:
+        raise LaunchError(f"--{BLOCK} was given and the MTP layer drafts: leave it out, or give --dspark.")
+    if bundles_dspark(model.config):
         raise LaunchError(
-            f"{asked} was given and {model.path} has DSpark's stages in place of the MTP layer, whose memory is not "
-            f"planned for: leave it out, or start SGLang without this launcher and with --speculative-algorithm DSPARK."
+            f"{asked} was given and {model.path} has DSpark's stages in place of the MTP layer: give --dspark instead."
         )
     if not model.config.get("num_nextn_predict_layers"):
         raise LaunchError(f"{asked} was given and {model.path} has no MTP layer: leave it out.")
@@ -185,6 +218,22 @@ def _with_drafts(request: Request, model: Model) -> Request:
             f"--speculative-draft-model-path is {path}, and the drafts are the model's own: leave it out."
         )
     return replace(request, mtp=True)
+
+
+def _with_dspark(request: Request, model: Model, asked: str) -> Request:
+    if model.dspark is None:
+        raise LaunchError(
+            f"{asked} was given and {model.path} has no DSpark drafter, in its files or in {DSPARK_FOLDER}/ beside "
+            f"them: leave it out, or use a checkpoint that has one."
+        )
+    for name in ("speculative-num-steps", "speculative-eagle-topk"):
+        if (value := request.value(name)) not in (None, 1):
+            raise LaunchError(f"--{name} is {value}, and SGLang runs DSpark with 1: leave it out.")
+    if (path := request.value("speculative-draft-model-path")) is not None:
+        raise LaunchError(
+            f"--speculative-draft-model-path is {path}, and the drafter is the model's own: leave it out."
+        )
+    return replace(request, dspark=True)
 
 
 def _fraction(request: Request, name: str) -> float | None:

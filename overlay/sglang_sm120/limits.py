@@ -32,6 +32,8 @@ def drafts_kept(ratio: int, slots: int) -> int:
 MAX_DRAFT_TOKENS = min(drafts_kept(ratio, slots) for ratio, slots in RING.items())
 EAGLE = ("EAGLE", "NEXTN")
 """SGLang's two names for drafts by the MTP layer."""
+DSPARK = "DSPARK"
+"""And for drafts in blocks, by a drafter of its own."""
 CPU_SERVER: dict[str, Any] = {
     "max_total_tokens": 32768,
     "max_running_requests": 8,

@@ -22,6 +22,7 @@ from .step import loading, modules
 from .step.passes import Passes
 from .step.reasons import (
     DRAFT_MODES,
+    DSPARK_MODES,
     MODEL_TYPE,
     TARGET_MODES,
     config_reasons,
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 TARGET = "DeepseekV4ForCausalLM"
 DRAFT = "DeepseekV4ForCausalLMNextN"
+DSPARK = "DeepseekV4ForCausalLMDSpark"
 
 
 def register() -> None:
@@ -130,6 +132,8 @@ def build(model: torch.nn.Module, hf_config: Any, context: spec.BuildContext) ->
     check_graphs(get_exec().graph.cuda_graph_config, context.tokens_per_request, alone)
     if drafts():
         spec.register(architecture=DRAFT, path=f"{__name__}:DRAFT_SPEC")
+    # Its experts lie as the target's: SGLang builds it without asking for the draft's own runner.
+    spec.register(architecture=DSPARK, path=f"{__name__}:DSPARK_SPEC")
     parallel = get_parallel()
     built = Built(Target(model), context.widths, TARGET_MODES, counts=parallel.tp_rank == 0, alone=alone)
     longest = get_model().context_length or hf_config.max_position_embeddings
@@ -195,6 +199,13 @@ def build_draft(model: torch.nn.Module, hf_config: Any, context: spec.BuildConte
     return Built(Draft(model), context.widths, DRAFT_MODES, alone=why_alone(hf_config))
 
 
+def build_dspark(model: torch.nn.Module, hf_config: Any, context: spec.BuildContext) -> Built:
+    """The stages of a DSpark drafter; `build` has compiled for them."""
+    from .step.draft import Stages
+
+    return Built(Stages(model), context.widths, DSPARK_MODES, alone=why_alone(hf_config))
+
+
 SPEC = spec.MegakernelSpec(
     name="sglang-sm120",
     api_version=1,
@@ -229,6 +240,7 @@ DRAFT_SPEC = msgspec.structs.replace(
     SPEC, name="sglang-sm120-draft", build=build_draft, config_disable_reasons=None
 )
 """Registered when the target is built, where the draft's experts have the target's layout. Else SGLang drafts."""
+DSPARK_SPEC = msgspec.structs.replace(DRAFT_SPEC, name="sglang-sm120-dspark", build=build_dspark)
 
 
 def install_on_cpu(model: torch.nn.Module, hf_config: Any) -> None:

@@ -58,11 +58,8 @@ class Attention:
         """x [T, H], the normed input, to the output [T, H] and the indexer's margins [T]."""
         tokens = x.shape[0]
         turn = rotation(self.config, self.ratio, tokens, self.real)
-        qr = self.rounding(rms_norm(self._linear(x, "wq_a"), self._w("q_norm.weight"), self.config.rms_norm_eps))
-        q = self._linear(qr, "wq_b").unflatten(-1, (self.config.num_attention_heads, HEAD_DIM))
-        q = self.rounding(self._rope(rms_norm(q, None, self.config.rms_norm_eps), turn.unsqueeze(1)))
-        kv = rms_norm(self._linear(x, "wkv"), self._w("kv_norm.weight"), self.config.rms_norm_eps)
-        keys = self._cached(self._rope(kv, turn))
+        qr, q = self.queries(x, turn)
+        keys = self.keys(x, turn)
         entries = self._cached(self._compress(x, "compressor.", HEAD_DIM)) if self.ratio else keys[:0]
         margin = IndexMargin(torch.full((tokens,), math.inf), torch.zeros(tokens))
         scores = self._index(x, qr) if self.ratio == 4 and len(entries) > self.config.index_topk else None
@@ -70,13 +67,34 @@ class Attention:
         for start in range(0, tokens, ROWS):
             rows = torch.arange(start, min(start + ROWS, tokens))
             out[rows] = self._attend(rows, q[rows], keys, entries, scores, margin)
+        return self.output(out, turn), margin
+
+    def queries(self, x: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, H] at positions turned by `turn` [T, 32] to the low rank [T, R] and the queries [T, h, 512]."""
+        qr = self.rounding(rms_norm(self._linear(x, "wq_a"), self._w("q_norm.weight"), self.config.rms_norm_eps))
+        q = self._linear(qr, "wq_b").unflatten(-1, (self.config.num_attention_heads, HEAD_DIM))
+        return qr, self.rounding(self._rope(rms_norm(q, None, self.config.rms_norm_eps), turn.unsqueeze(1)))
+
+    def keys(self, x: Tensor, turn: Tensor) -> Tensor:
+        """The window's keys [T, 512] as read back from a page; they are the values too."""
+        kv = rms_norm(self._linear(x, "wkv"), self._w("kv_norm.weight"), self.config.rms_norm_eps)
+        return self._cached(self._rope(kv, turn))
+
+    def output(self, out: Tensor, turn: Tensor) -> Tensor:
+        """The heads' sums [T, h, 512], turned back and projected [T, H]."""
         if self.defect is not Defect.NO_INVERSE_ROPE:
             out = self._rope(out, turn.conj().unsqueeze(1))
         out = self.rounding(out)
         out = out.unflatten(1, (self.config.o_groups, -1)).flatten(2)
         wo_a = self._w("wo_a.weight").unflatten(0, (self.config.o_groups, self.config.o_lora_rank))
         low = self.rounding(torch.einsum("tgd,grd->tgr", out, wo_a))
-        return self._linear(low.flatten(1), "wo_b"), margin
+        return self._linear(low.flatten(1), "wo_b")
+
+    @property
+    def sink(self) -> Tensor:
+        """What each head's softmax has beside the keys [h]."""
+        sink = self._w("attn_sink")
+        return torch.full_like(sink, -math.inf) if self.defect is Defect.SINK_DROPPED else sink
 
     def _attend(
         self,
@@ -103,9 +121,7 @@ class Attention:
         values = torch.cat((keys[near], entries[far]))
         logits = (q @ values.T) * HEAD_DIM**-0.5
         masked = logits.masked_fill(~allowed, -math.inf)
-        sink = self._w("attn_sink").expand(len(rows), -1).unsqueeze(-1)
-        if self.defect is Defect.SINK_DROPPED:
-            sink = torch.full_like(sink, -math.inf)
+        sink = self.sink.expand(len(rows), -1).unsqueeze(-1)
         peak = torch.maximum(masked.amax(-1, keepdim=True), sink)
         weights = (masked - peak).exp()
         total = weights.sum(-1, keepdim=True) + (sink - peak).exp()

@@ -7,18 +7,35 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sglang_sm120.checkpoint.config import FIXED, FP8_BLOCK, NVFP4_GROUP, ReferenceConfig
+from sglang_sm120.checkpoint.config import DSPARK, FIXED, FP8_BLOCK, NVFP4_GROUP, DSparkConfig, ReferenceConfig
 
 _NVFP4 = {"quant_algo": "MIXED_PRECISION", "moe_quant_algo": "NVFP4", "group_size": NVFP4_GROUP, "ignore": []}
 
 
 def load_config(checkpoint: str | Path) -> ReferenceConfig:
     """Read `config.json` of a checkpoint directory."""
-    return ReferenceConfig.from_json(json.loads((Path(checkpoint) / "config.json").read_text()))
+    return ReferenceConfig.from_json(_read(checkpoint))
 
 
-def config_json(config: ReferenceConfig) -> dict[str, Any]:
-    """The `config.json` of this model, with exactly the keys of the published one, or of one with NVFP4 experts."""
+def load_dspark(checkpoint: str | Path, target: ReferenceConfig) -> DSparkConfig:
+    """Read `config.json` of a DSpark drafter's directory. Raises ValueError when it is none for `target`."""
+    return DSparkConfig.from_json(_read(checkpoint), target)
+
+
+def _read(checkpoint: str | Path) -> Any:
+    return json.loads((Path(checkpoint) / "config.json").read_text())
+
+
+def config_json(config: ReferenceConfig, dspark: DSparkConfig | None = None) -> dict[str, Any]:
+    """The `config.json` of this model, with exactly the keys of the published one, or of one with NVFP4 experts.
+
+    With `dspark` that of its drafter, which has the target's keys beside its own.
+    """
+    if dspark is not None:
+        same = {name for name in vars(dspark) if getattr(config, name, None) == getattr(dspark, name)}
+        keys = {f"{DSPARK}{name}": value for name, value in vars(dspark).items() if name not in {*same, "confidence"}}
+        keys[f"{DSPARK}target_layer_ids"] = list(dspark.target_layer_ids)
+        return config_json(config) | keys | {"enable_confidence_head": dspark.confidence}
     own = {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)

@@ -307,6 +307,12 @@ _DRAW: dict[str, Callable[[_Draw], Tensor]] = {
     "norm.weight": _near_one,
     "enorm.weight": _near_one,
     "hnorm.weight": _near_one,
+    "main_proj.weight": _matrix(1.0),
+    "main_norm.weight": _near_one,
+    # A bias about half as large as the logits that it is added to.
+    "markov_head.markov_w1.weight": _scaled(1.0),
+    "markov_head.markov_w2.weight": _matrix(0.3),
+    "confidence_head.proj.weight": _matrix(1.0),
     "e_proj.weight": _matrix(1.0),
     "h_proj.weight": _matrix(1.0),
     "hc_head_fn": _mix_fn,

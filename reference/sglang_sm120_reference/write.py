@@ -9,14 +9,15 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sglang_sm120.checkpoint.config import ReferenceConfig
-from sglang_sm120.checkpoint.layout import parameters
+from sglang_sm120.checkpoint.config import DSPARK_FOLDER, DSparkConfig, ReferenceConfig
+from sglang_sm120.checkpoint.layout import Parameter, parameters
 
 from . import tokenizer, weights
 from .config_file import config_json
@@ -63,13 +64,17 @@ class _Shards:
 
 
 def write_checkpoint(
-    out: str | Path, config: ReferenceConfig | None = None, seed: int = 0, shard_bytes: int = SHARD_BYTES
+    out: str | Path,
+    config: ReferenceConfig | None = None,
+    seed: int = 0,
+    shard_bytes: int = SHARD_BYTES,
+    dspark: DSparkConfig | None = None,
 ) -> Path:
     """Write a checkpoint into the new or empty directory `out` and return it.
 
-    `config` defaults to the small model. Equal (config, seed) give equal bytes. One shard (`shard_bytes`, 1 GiB
-    by default) and one tensor in fp32 are in memory at a time. Raises FileExistsError when `out` holds files,
-    ValueError where the config is none we can fill with values.
+    `config` defaults to the small model; `dspark` puts a drafter beside it, into `out/dspark`. Equal arguments give
+    equal bytes. One shard (`shard_bytes`, 1 GiB by default) and one tensor in fp32 are in memory at a time. Raises
+    FileExistsError when `out` holds files, ValueError where the config is none we can fill with values.
     """
     config = config or ReferenceConfig()
     weights.check(config)
@@ -77,15 +82,26 @@ def write_checkpoint(
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty, a checkpoint needs its own directory: choose another one")
-    shards = _Shards(out, shard_bytes)
-    for parameter in parameters(config):
-        shards.add(weights.draw(parameter, config, seed))
-    index = {"metadata": {"total_size": shards.total_bytes}, "weight_map": shards.close()}
+    _write_weights(out, parameters(config), config, seed, shard_bytes)
     tokenizer.write(out, config.vocab_size, config.max_position_embeddings)
     _write_json(out / "generation_config.json", _GENERATION)
-    _write_json(out / "model.safetensors.index.json", index)
     _write_json(out / "config.json", config_json(config))
+    if dspark is not None:
+        (folder := out / DSPARK_FOLDER).mkdir()
+        # Or the stages would have the MTP layer's values, whose names they share.
+        _write_weights(folder, parameters(config, dspark), dspark.stage(config), seed + 1, shard_bytes)
+        _write_json(folder / "config.json", config_json(config, dspark))
     return out
+
+
+def _write_weights(
+    out: Path, listed: Iterable[Parameter], config: ReferenceConfig, seed: int, shard_bytes: int
+) -> None:
+    shards = _Shards(out, shard_bytes)
+    for parameter in listed:
+        shards.add(weights.draw(parameter, config, seed))
+    index = {"metadata": {"total_size": shards.total_bytes}, "weight_map": shards.close()}
+    _write_json(out / "model.safetensors.index.json", index)
 
 
 _GENERATION = {
@@ -102,8 +118,15 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def _ratios(text: str) -> tuple[int, ...]:
-    return tuple(int(r) for r in text.split(","))
+def drafter_of(config: ReferenceConfig, layers: Sequence[int], **changes: Any) -> DSparkConfig:
+    """A drafter with the experts of `config` that sees these of its layers. Raises ValueError where it lacks one."""
+    experts = {name: getattr(config, name) for name in ("n_routed_experts", "num_experts_per_tok")}
+    dspark = DSparkConfig(target_layer_ids=tuple(layers), **experts, **changes)
+    return DSparkConfig.from_json(config_json(config, dspark), config)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in text.split(","))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -122,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--ratios",
-        type=_ratios,
+        type=_numbers,
         metavar="R,R,...",
         help="compress ratio of each layer (0, 4 or 128), the MTP layer's 0 left out; sets the number of layers",
     )
@@ -130,6 +153,12 @@ def main(argv: list[str] | None = None) -> int:
         "--mtp",
         action=argparse.BooleanOptionalAction,
         help="with or without an MTP layer; otherwise as the config says (the small one has it)",
+    )
+    parser.add_argument(
+        "--dspark",
+        type=_numbers,
+        metavar="L,L,...",
+        help=f"a DSpark drafter in OUT/{DSPARK_FOLDER}, which sees the streams after these layers of the target",
     )
     parser.add_argument("--nvfp4-experts", action="store_true", help="the layers' routed experts in NVFP4")
     names = ("hidden_size", "vocab_size", "num_attention_heads", "n_routed_experts", "max_position_embeddings")
@@ -148,10 +177,11 @@ def main(argv: list[str] | None = None) -> int:
             "nvfp4_experts": args.nvfp4_experts or config.nvfp4_experts,
         }
         config = dataclasses.replace(config, **changed)
+        dspark = args.dspark and drafter_of(config, args.dspark)
     except (OSError, KeyError, ValueError) as error:
         parser.error(str(error))
     try:
-        write_checkpoint(args.out, config, args.seed)
+        write_checkpoint(args.out, config, args.seed, dspark=dspark)
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,8 @@ HERE = Path(__file__).parent
 if __name__ == "__main__":
     sys.path[:0] = [str(HERE.parents[1] / "launch"), str(HERE.parents[1] / "overlay")]
 
-from sglang_sm120.checkpoint.config import FLASH, PRO  # noqa: E402
+from sglang_sm120.checkpoint.config import FLASH, PRO, DSparkConfig, ReferenceConfig  # noqa: E402
+from sglang_sm120.checkpoint.layout import stored  # noqa: E402
 from sglang_sm120_launch import show  # noqa: E402
 from sglang_sm120_launch.errors import LaunchError  # noqa: E402
 from sglang_sm120_launch.machine import Machine  # noqa: E402
@@ -31,6 +33,7 @@ MORE: dict[str, tuple[str, int, int]] = {
 CASES: dict[str, dict[str, Any]] = {name: {} for name in MACHINES} | {
     "2x-h200+force": {"env": {"SGLANG_SM120_FORCE": "1"}},
     "2x-rtx-pro-6000+mtp": {"mtp": True},
+    "2x-rtx-pro-6000+dspark": {"dspark": True},
     "mixed-cards+gpus": {"gpus": (0, 2)},
     "2x-rtx-pro-6000+pro": {},
     "8x-h200+pro": {},
@@ -39,8 +42,22 @@ CASES: dict[str, dict[str, Any]] = {name: {} for name in MACHINES} | {
     "16x-rtx-pro-6000+pro+mtp": {"mtp": True},
 }
 """Golden file -> what the user asks for; the machine is the part before `+`, the model V4-Pro where `pro` follows."""
+DSPARK = {"block_size": 5, "noise_token_id": 128799, "target_layer_ids": [40, 41, 42], "markov_rank": 256}
+"""Of Flash's drafter, as reported in kvcache-ai/ktransformers#2118."""
 
 load = functools.cache(Model.load)
+
+
+def drafted() -> Model:
+    """Flash with its drafter, whose stages have the MTP layer's place."""
+    model = load(FLASH)
+    keys = {f"dspark_{name}": value for name, value in DSPARK.items()}
+    config = {**model.config, **keys}
+    target = ReferenceConfig.from_json(config)
+    dspark = DSparkConfig.from_json(config, target)
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in stored(target, dspark).items()}
+    rest = {name: size for name, size in model.tensors.items() if not name.startswith("mtp.")}
+    return replace(model, config=config, tensors=rest | sizes, dspark=dspark)
 
 
 def machine(name: str) -> Machine:
@@ -56,7 +73,8 @@ def planned(case: str) -> dict[str, Any]:
     """The plan of a case as JSON keeps it, or the refusal."""
     name, *words = case.split("+")
     try:
-        plan = make_plan(machine(name), load(PRO if "pro" in words else FLASH), Request(**CASES[case]))
+        model = drafted() if "dspark" in words else load(PRO if "pro" in words else FLASH)
+        plan = make_plan(machine(name), model, Request(**CASES[case]))
     except LaunchError as refusal:
         return {"refused": str(refusal)}
     return json.loads(show.as_json(plan))

@@ -299,5 +299,5 @@ def test_drafts_that_cannot_be_served():
     with pytest.raises(LaunchError, match="is 11, and the compressor can take back 10 tokens"):
         make_plan(TWO, MODEL, Request(mtp=True, flags={"speculative-num-draft-tokens": 11}))
     dspark = replace(MODEL, config={**MODEL.config, "dspark_block_size": 5})
-    with pytest.raises(LaunchError, match="DSPARK"):
+    with pytest.raises(LaunchError, match="DSpark.s stages in place of the MTP layer: give --dspark instead"):
         make_plan(TWO, dspark, Request(mtp=True))

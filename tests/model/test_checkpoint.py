@@ -269,7 +269,7 @@ def test_command_line_mtp(tmp_path: Path, has: bool, option: str | None) -> None
 def test_few_layers_of_the_real_model_with_mtp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The command that the GPU tests write their checkpoint with, up to the writing."""
     written: list[ReferenceConfig] = []
-    monkeypatch.setattr(write, "write_checkpoint", lambda out, config, seed: written.append(config))
+    monkeypatch.setattr(write, "write_checkpoint", lambda out, config, seed, **_: written.append(config))
     options = ["--ratios", "0,0,4,128,4,128", "--n-routed-experts", "16", "--vocab-size", "4096", "--mtp"]
     assert main([str(tmp_path), "--like", str(REAL_CONFIG), *options]) == 0
     (config,) = written

@@ -26,6 +26,8 @@ def test_modes_of_a_draft(mode: ForwardMode) -> None:
     taken = mode in (ForwardMode.DECODE, ForwardMode.DRAFT_EXTEND_V2)
     said = f"the step takes decode and what a draft keeps of a verification, not {name}"
     assert reasons.why_left(reasons.DRAFT_MODES, name, 256, {}) == (None if taken else said)
+    said = None if mode is ForwardMode.TARGET_VERIFY else f"the step takes blocks of drafts, not {name}"
+    assert reasons.why_left(reasons.DSPARK_MODES, name, 256, {}) == said
 
 
 def test_a_rounded_head_follows_the_targets(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
@@ -70,3 +72,6 @@ def test_the_step_drafts_where_it_can_read_the_experts(
     with pytest.raises(LookupError, match="what comes next"):
         plugin.build(None, None, SimpleNamespace(tokens_per_request=1))
     assert spec.spec_registered([plugin.DRAFT]) == drafts
+    # SGLang builds DSpark's stages with the target's experts' runner, whatever the draft's is.
+    assert spec.spec_registered([plugin.DSPARK])
+    assert plugin.DSPARK_SPEC.build is plugin.build_dspark and plugin.DSPARK_SPEC.max_rows == plugin.SPEC.max_rows

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from sglang_sm120.checkpoint.config import ReferenceConfig
 from sglang_sm120_reference.attention import rotation
+from sglang_sm120_reference.blocks import sinkhorn
 from sglang_sm120_reference.checkpoint import Checkpoint
-from sglang_sm120_reference.oracle import INDEX_BAND, INDEX_STAKE, ROUTER_GAP, Oracle, Result, sinkhorn
+from sglang_sm120_reference.oracle import INDEX_BAND, INDEX_STAKE, ROUTER_GAP, Oracle, Result
 from sglang_sm120_reference.write import write_checkpoint
 
 # So narrow that the indexer chooses within a prompt of 140 tokens.

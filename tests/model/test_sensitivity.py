@@ -13,8 +13,9 @@ import torch
 from serving import MAX_EXCLUDED, CachedOracle
 
 from sglang_sm120_reference.attention import Rounding
+from sglang_sm120_reference.blocks import to_bf16
 from sglang_sm120_reference.defects import Defect
-from sglang_sm120_reference.oracle import LOGPROB_TOLERANCE, Oracle, to_bf16
+from sglang_sm120_reference.oracle import LOGPROB_TOLERANCE, Oracle
 
 # Far above what rounding does, so that a defect stays visible in a server that rounds in other places.
 VISIBLE = 10 * LOGPROB_TOLERANCE

@@ -96,7 +96,7 @@ _REFERENCES = (
         (("post = 2 * torch.sigmoid(", "post = torch.sigmoid("),), MIXING,
     ),
     Mutation(
-        "one Sinkhorn iteration too few", "oracle", "reference/oracle.py",
+        "one Sinkhorn iteration too few", "oracle", "reference/blocks.py",
         (("range(iterations - 1)", "range(iterations - 2)"),), ORACLE,
     ),
     Mutation(
@@ -189,7 +189,7 @@ _REFERENCES = (
         HASHED,
     ),
     Mutation(
-        "routed weight scaled twice", "oracle", "reference/oracle.py",
+        "routed weight scaled twice", "oracle", "reference/blocks.py",
         (("self._round(routed) * scale", "self._round(routed) * scale * scale"),), ORACLE,
     ),
 )  # fmt: skip

@@ -6,6 +6,7 @@ Devices are simulated, in child processes: the decision is made on the host, fro
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -30,6 +31,8 @@ REFUSED = {
     "v4.1": ([], "config.model_type 'deepseek_v41' is not 'deepseek_v4'"),
 }
 ROLES = ("prefill", "decode")
+RAGGED = ("static", "compact")
+DSPARK = {"block_size": 5, "noise_token_id": 2, "target_layer_ids": [40, 41, 42], "markov_rank": 256}
 # Where nothing of ours may be seen.
 INACTIVE = {
     "other model": ("llama", SM120, []),
@@ -58,6 +61,10 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, config in {"v4": v4, "v4.1": v4 | {"model_type": "deepseek_v41"}, "llama": LLAMA}.items():
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(config))
+    shutil.copytree(folder / "v4", folder / "drafted")
+    (folder / "drafted/dspark").mkdir()
+    drafter = v4 | {f"dspark_{key}": value for key, value in DSPARK.items()}
+    (folder / "drafted/dspark/config.json").write_text(json.dumps(drafter))
 
     def case(
         name: str, model: str, capability: list[int] | None, *arguments: str, declared: Any = None, **env: str
@@ -68,6 +75,8 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     made = [case("sm120", "v4", SM120), case("sm121", "v4", SM121), case("flag", "v4", SM120, FLAG)]
     made += [case(role, "v4", SM120, "--disaggregation-mode", role) for role in ROLES]
+    drafts = ("--speculative-algorithm", "DSPARK")
+    made += [case(mode, "drafted", SM120, *drafts, SGLANG_RAGGED_VERIFY_MODE=mode) for mode in RAGGED]
     made += [
         case(name, "v4.1" if name == "v4.1" else "v4", SM120, *arguments) for name, (arguments, _) in REFUSED.items()
     ]
@@ -127,6 +136,14 @@ def patched(answers: Answers) -> dict[str, Any]:
 @pytest.fixture
 def zero_patch(answers: Answers) -> dict[str, Any]:
     return answers.zero_patch
+
+
+@pytest.mark.parametrize("mode", RAGGED)
+def test_dspark_keeps_it_on(patched: dict[str, Any], mode: str):
+    """With the drafter of the folder beside the target, and a token more than its block to verify."""
+    resolved = patched[mode]["resolved"]
+    assert resolved[FLAG_FIELD] == "True" and resolved["speculative_draft_model_path"].endswith("drafted/dspark'")
+    assert resolved["speculative_num_draft_tokens"] == "6"
 
 
 @pytest.mark.parametrize("name", ["sm120", "sm121", "flag"])

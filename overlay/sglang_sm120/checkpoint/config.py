@@ -15,6 +15,10 @@ INDEX_HEAD_DIM = 128
 WINDOW = 128
 FP8_BLOCK = 128
 NVFP4_GROUP = 16
+DSPARK = "dspark_"
+"""What the keys of a DSpark drafter begin with."""
+DSPARK_FOLDER = "dspark"
+"""Where SGLang looks for a drafter beside a target that has none in its own files."""
 
 FIXED = {
     "head_dim": HEAD_DIM,
@@ -149,6 +153,67 @@ class ReferenceConfig:
             if source[key] != fixed:
                 raise ValueError(f"config.json has {key}={source[key]}, this model needs {fixed}")
         return cls(**values)
+
+
+@dataclass(frozen=True)
+class DSparkConfig:
+    """A DSpark drafter's constants, under the names of `config.json` without their `dspark_`.
+
+    It has a stage for each of `target_layer_ids`, the target's layers after which it sees the streams, and proposes
+    `block_size` tokens a pass, whose unknown ones are `noise_token_id`. `confidence`: whether it has a confidence head.
+    """
+
+    block_size: int = 5
+    noise_token_id: int = 2
+    target_layer_ids: tuple[int, ...] = (0, 1)
+    markov_rank: int = 64
+    n_routed_experts: int = 16
+    num_experts_per_tok: int = 6
+    confidence: bool = True
+
+    @property
+    def stages(self) -> int:
+        return len(self.target_layer_ids)
+
+    def stage(self, target: ReferenceConfig) -> ReferenceConfig:
+        """A stage's dimensions: a scored layer of the target's with the drafter's experts."""
+        return dataclasses.replace(
+            target, n_routed_experts=self.n_routed_experts, num_experts_per_tok=self.num_experts_per_tok,
+            num_hash_layers=0,
+        )  # fmt: skip
+
+    @classmethod
+    def from_json(cls, source: Mapping[str, Any], target: ReferenceConfig) -> DSparkConfig:
+        """Read a drafter's parsed `config.json`. Raises ValueError where it is none of a drafter for `target`."""
+        needed = ("block_size", "noise_token_id", "target_layer_ids", "markov_rank")
+        if missing := [f"{DSPARK}{key}" for key in needed if source.get(DSPARK + key) is None]:
+            raise ValueError(f"config.json lacks {', '.join(missing)}")
+        for name in ("hidden_size", "vocab_size"):
+            if (found := source.get(name)) != (has := getattr(target, name)):
+                raise ValueError(f"config.json has {name}={found}, its target {has}")
+        layers = source[f"{DSPARK}target_layer_ids"]
+        if not isinstance(layers, list) or not layers or any(type(layer) is not int for layer in layers):
+            raise ValueError(f"config.json has {DSPARK}target_layer_ids={layers!r}, needed a list of layers")
+        if sorted(set(layers)) != layers or layers[0] < 0 or layers[-1] >= target.num_hidden_layers:
+            raise ValueError(
+                f"config.json has {DSPARK}target_layer_ids={layers}, and the target has layers 0 to "
+                f"{target.num_hidden_layers - 1}, each asked for once and in order"
+            )
+        values: dict[str, Any] = {
+            "block_size": source[f"{DSPARK}block_size"],
+            "markov_rank": source[f"{DSPARK}markov_rank"],
+            "n_routed_experts": source.get(f"{DSPARK}n_routed_experts") or target.n_routed_experts,
+            "num_experts_per_tok": source.get(f"{DSPARK}num_experts_per_tok") or target.num_experts_per_tok,
+            "noise_token_id": source[f"{DSPARK}noise_token_id"],
+        }
+        for name, value in values.items():
+            least, most = (0, target.vocab_size - 1) if name == "noise_token_id" else (1, 1 << 31)
+            if type(value) is not int or not least <= value <= most:
+                raise ValueError(f"config.json has {DSPARK}{name}={value!r}, needed an integer of {least} to {most}")
+        if source.get("sample_from_anchor", True) is not True:
+            raise ValueError("config.json has sample_from_anchor=false, a block that starts behind the anchor")
+        confidence = source.get("enable_confidence_head", True) is True
+        return cls(**values, target_layer_ids=tuple(layers), confidence=confidence)
 
 
 def nvfp4_experts(config: Mapping[str, Any]) -> bool:

@@ -12,7 +12,7 @@ from enum import Enum
 
 import torch
 
-from .config import FP8_BLOCK, HEAD_DIM, INDEX_HEAD_DIM, NVFP4_GROUP, ReferenceConfig
+from .config import FP8_BLOCK, HEAD_DIM, INDEX_HEAD_DIM, NVFP4_GROUP, DSparkConfig, ReferenceConfig
 
 MXFP4_GROUP = 32
 
@@ -68,8 +68,11 @@ class Parameter:
         return self.name.removesuffix(".weight") + ".scale"
 
 
-def parameters(config: ReferenceConfig) -> Iterator[Parameter]:
-    """Every weight of the model, in the order in which the writer stores them."""
+def parameters(config: ReferenceConfig, dspark: DSparkConfig | None = None) -> Iterator[Parameter]:
+    """Every weight of the model, or of its DSpark drafter, in the order in which the writer stores them."""
+    if dspark is not None:
+        yield from _dspark(config, dspark)
+        return
     hidden, vocab = config.hidden_size, config.vocab_size
     yield Parameter("embed.weight", (vocab, hidden), Storage.BF16)
     for layer in range(config.num_hidden_layers):
@@ -89,9 +92,26 @@ def parameters(config: ReferenceConfig) -> Iterator[Parameter]:
         yield from _hc_head(config, prefix)
 
 
-def stored(config: ReferenceConfig) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Every tensor of the checkpoint files: name -> (shape, dtype)."""
-    return {name: entry for p in parameters(config) for name, entry in p.stored().items()}
+def stored(
+    config: ReferenceConfig, dspark: DSparkConfig | None = None
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Every tensor of the checkpoint files, or of the drafter's: name -> (shape, dtype)."""
+    return {name: entry for p in parameters(config, dspark) for name, entry in p.stored().items()}
+
+
+def _dspark(config: ReferenceConfig, dspark: DSparkConfig) -> Iterator[Parameter]:
+    """Embedding and head are the target's."""
+    hidden, rank, last = config.hidden_size, dspark.markov_rank, f"mtp.{dspark.stages - 1}."
+    yield Parameter("mtp.0.main_proj.weight", (hidden, dspark.stages * hidden), Storage.FP8)
+    yield Parameter("mtp.0.main_norm.weight", (hidden,), Storage.BF16)
+    for stage in range(dspark.stages):
+        yield from _layer(dspark.stage(config), f"mtp.{stage}.", 0, False)
+    yield Parameter(last + "norm.weight", (hidden,), Storage.BF16)
+    yield from _hc_head(config, last)
+    yield Parameter(last + "markov_head.markov_w1.weight", (config.vocab_size, rank), Storage.BF16)
+    yield Parameter(last + "markov_head.markov_w2.weight", (config.vocab_size, rank), Storage.BF16)
+    if dspark.confidence:
+        yield Parameter(last + "confidence_head.proj.weight", (1, hidden + rank), Storage.FP32)
 
 
 def _hc_head(config: ReferenceConfig, prefix: str) -> Iterator[Parameter]:

@@ -1,4 +1,4 @@
-"""The MTP layer that proposes tokens: the next token's embedding joined with the target's streams, then one layer.
+"""What proposes tokens: the MTP layer, the next token's embedding joined with the target's streams, or DSpark's stages.
 
 Each proposal is verified by the target, so that its head may be rounded: it has the target's in FP8, half the bytes of
 the largest weight that a proposal reads.
@@ -15,7 +15,7 @@ from ..formats import e8m0, fp8_block
 from . import weights
 from .metadata import Pass
 from .prepare import prepare
-from .target import head, through
+from .target import STREAMS, head, through
 
 ROWS = 8 * fp8_block.BLOCK
 
@@ -82,3 +82,22 @@ class Draft:
             forward_batch,
             hidden_states_before_norm=x.flatten(1),
         )
+
+
+class Stages:
+    """The forward of one loaded `DeepseekV4ForCausalLMDSpark`; the target's states, head and chain are SGLang's."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._layers = prepare(model)
+
+    def __call__(self, view: Any, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: Any) -> Any:
+        """SGLang's `LogitsProcessorOutput` with the streams bf16 [T, 4, H] of blocks of T rows together.
+
+        The pass's window has the context and all rows of a row's own block, whose keys are stored before attention.
+        """
+        from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+
+        x = self._model.embed_tokens(input_ids).unsqueeze(1).repeat(1, STREAMS, 1)
+        x, _ = through(self._layers, x, Pass(view, forward_batch, positions), input_ids)
+        return LogitsProcessorOutput(next_token_logits=None, hidden_states=x)

@@ -18,6 +18,7 @@ MODEL_TYPE = "deepseek_v4"
 
 TARGET_MODES = {"decode": "decode", "target_verify": "verification"}
 DRAFT_MODES = {"decode": "decode", "draft_extend_v2": "what a draft keeps of a verification"}
+DSPARK_MODES = {"target_verify": "blocks of drafts"}
 """Passes of few rows a request, by SGLang's names and by ours."""
 
 

@@ -100,7 +100,9 @@ class Layer(NamedTuple):
 
 
 def layers_of(model: Any) -> list[Any]:
-    """SGLang's decoder layers of a target model or of an MTP model."""
+    """SGLang's decoder layers of a target model, of an MTP model or of a DSpark drafter."""
+    if hasattr(model, "stages"):
+        return list(model.stages)
     return [model.model.decoder] if hasattr(model.model, "decoder") else list(model.model.layers)
 
 
@@ -140,9 +142,18 @@ def _attention(m: Any) -> Attention:
     compressor = _compressor(m.compressor) if m.compress_ratio else None
     return Attention(
         m.layer_id, m.compress_ratio, m.n_local_heads, m.n_local_groups, m.q_lora_rank, m.eps, m.softmax_scale,
-        m.freqs_cis, linear_of(m.wqkv_a), m.q_norm.weight, linear_of(m.wq_b), m.kv_norm.weight,
-        m._local_attn_sink(m.n_local_heads), m.wo_a.weight, linear_of(m.wo_b), compressor, _indexer(m.indexer),
+        m.freqs_cis, _wqkv_a(m), m.q_norm.weight, linear_of(m.wq_b), m.kv_norm.weight,
+        m._local_attn_sink(m.n_local_heads), m.wo_a.weight, linear_of(m.wo_b), compressor,
+        _indexer(getattr(m, "indexer", None)),
     )  # fmt: skip
+
+
+def _wqkv_a(m: Any) -> Linear:
+    """A drafter's stage has its two apart, and SGLang projects the target's states by the second alone."""
+    if hasattr(m, "wqkv_a"):
+        return linear_of(m.wqkv_a)
+    weight, scale = map(torch.cat, zip(linear_of(m.wq_a), linear_of(m.wkv), strict=True))
+    return Linear(weight, scale)
 
 
 def _indexer(m: Any) -> Indexer | None:
