@@ -16,8 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from test_recall import CONCURRENCY, EVALS, EXACT, PACKED, scores
-from test_recall import FLAGS as TRAINED_FLAGS
 from test_recall import many as many
 from test_server import (
     FLAGS,
@@ -38,6 +36,8 @@ from test_server import logs as logs
 from test_server import prompts as prompts
 
 from local_server import LocalServer
+from recall import CONCURRENCY, EXACT, PACKED, scores
+from recall import FLAGS as TRAINED_FLAGS
 from report import table
 from sglang_sm120.checkpoint.config import DSPARK_FOLDER, model_config
 from sglang_sm120_reference.drafter import Drafter
@@ -46,12 +46,14 @@ from sglang_sm120_reference.packed import unpack
 from sglang_sm120_reference.write import main as write_checkpoint
 from training import data
 
-DRAFTER = EVALS / "small-deepseek-v4-dspark.xz"
+DRAFTER = PACKED.with_name("small-deepseek-v4-dspark.xz")
 MODES = ("static", "compact")
 DSPARK = ("--speculative-algorithm", "DSPARK")
 LENGTH, COUNT, LONGEST = 512, 64, 96
 DIFFERENT = 1
 """Of COUNT answers: one may differ where two tokens are as likely, since a verification's rows round otherwise."""
+WORTH = 3.38
+"""Tokens that a verification of COUNT answers commits, by the reference."""
 OFF = 0.1
 """Share by which a server's verifications may differ from the oracle's: near ties among its proposals."""
 
@@ -133,8 +135,6 @@ def assert_drafted(server: LocalServer) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if not DRAFTER.exists():
-        pytest.skip(f"{DRAFTER.name} is not there: docs/training.md says how it is made")
     folder = unpack(PACKED, tmp_path_factory.mktemp("trained") / "DeepSeek-V4-small")
     unpack(DRAFTER, folder / DSPARK_FOLDER)
     return folder
@@ -152,9 +152,7 @@ def drafting(request: pytest.FixtureRequest, trained: Path, plain: list[Answered
     """A server with the trained drafter; `plain` first, as two servers may not fit one card."""
     env = environment() | {"SGLANG_RAGGED_VERIFY_MODE": request.param}
     log = logs / f"dspark-{request.param}.log"
-    with LocalServer(
-        trained, *TRAINED_FLAGS, *flags(*DSPARK), log=log, env=env, ready_seconds=600
-    ) as server:
+    with LocalServer(trained, *TRAINED_FLAGS, *flags(*DSPARK), log=log, env=env, ready_seconds=600) as server:
         yield server
 
 
@@ -209,6 +207,16 @@ def test_random_weights_of_full_width(
         assert server.alive()
         assert_drafted(server)
         assert_nothing_compiled_late(server)
+
+
+@pytest.mark.needs_no_gpu
+def test_what_the_trained_drafter_is_worth(trained: Path) -> None:
+    """By the reference, over right answers that were not trained on: as docs/training.md says, a tenth off at most."""
+    asked = questions(24)
+    answered = [Answered(question.answer, 0) for question in asked]
+    verified = sum(replayed(Drafter(Oracle(trained)), asked, answered))
+    worth = sum(len(question.answer) - 1 for question in asked) / verified
+    assert worth >= 0.9 * WORTH, f"{worth:.2f} tokens a verification"
 
 
 @pytest.mark.needs_no_gpu
