@@ -321,12 +321,18 @@ def measure(source: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         for i, turn in enumerate(turns):
             if time.monotonic() > args.deadline:
                 break
-            if not servers:
+            if i % args.ahead == 0:
                 servers |= {one: Server(one, model, args) for one in turns[i : i + args.ahead]}
-            try:
                 # One that still imports would take cores from the one that loads.
-                for one in servers.values():
-                    one.wait_at_gate()
+                for one in [*servers]:
+                    try:
+                        servers[one].wait_at_gate()
+                    except ServerError as error:
+                        result["problems"].append(f"{one}: {error}")
+                        servers.pop(one).stop()
+            if turn not in servers:
+                continue
+            try:
                 load = loaded(turn, servers[turn], files)
                 result["loaders"][turn.loader].append(asdict(load))
                 print(f"{turn}: {load.seconds:.2f} s", flush=True)

@@ -163,6 +163,34 @@ def test_a_server_loads_the_checkpoint(
     assert "SGLang's best, prefetch, has" in capsys.readouterr().out
 
 
+def test_a_server_that_dies_while_another_loads_costs_its_own_turn_alone(
+    source: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped: list[str] = []
+
+    class Server:
+        def __init__(self, turn: loading.Turn, *_: Any) -> None:
+            self.turn = turn
+
+        def wait_at_gate(self) -> None:
+            if self.turn.loader == "prefetch":
+                raise loading.ServerError("it ended")
+
+        def stop(self) -> None:
+            stopped.append(str(self.turn))
+
+    monkeypatch.setattr(loading, "Server", Server)
+    monkeypatch.setattr(loading, "loaded", lambda *_: loading.Load(1.0, 0.0, 1, 1, 1))
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(source))
+    words = ("--out", tmp_path / "out", "--folder", tmp_path / "new", "--config", config, "--runs", 2, "--ahead", 3)
+    assert run(monkeypatch, *words, "--loader", "default", "prefetch", "warm", "--disk-seconds", 0.1) == 1
+    kept = json.loads((tmp_path / "out/loading.json").read_text())
+    assert {name: len(loads) for name, loads in kept["loaders"].items()} == {"default": 2, "prefetch": 0, "warm": 2}
+    assert kept["problems"] == ["prefetch-0: it ended", "prefetch-1: it ended"]
+    assert sorted(stopped) == ["default-0", "default-1", "prefetch-0", "prefetch-1", "warm-0", "warm-1"]
+
+
 def test_a_server_that_ends_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "Child", lambda *_, **__: argparse.Namespace(status=lambda: 1, stop=lambda _: None))
     args = argparse.Namespace(tp=1, ready=60.0, out=tmp_path, folder=tmp_path)

@@ -45,7 +45,7 @@ def sheet(columns: int) -> list[list[str]]:
     """Rows of the one table of docs/launcher.md that is of cards and has so many columns."""
     rows = [line for line in SHEET.read_text().splitlines() if re.match(r"\| \d × ", line)]
     found = [cells for row in rows if len(cells := [cell.strip() for cell in row.strip("|").split("|")]) == columns]
-    assert len(found) >= 3
+    assert len(found) >= 2
     return found
 
 

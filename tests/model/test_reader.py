@@ -84,6 +84,11 @@ def test_every_tensor_is_read_once(
     assert f"{sum(sizes) / 1e9:.2f} GB of weights read in " in caplog.text
 
 
+def test_files_of_other_names_are_refused(reader: None, checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match="by its published name: unset SGLANG_SM120_LOADER"):
+        next(loading.tensors(files(checkpoint), lambda _: False, CUDA))
+
+
 def test_a_consumer_that_fails_leaves_nothing_open(reader: None, checkpoint: Path) -> None:
     pairs = loading.tensors(files(checkpoint), lambda _: True, CUDA)
     next(pairs)
@@ -118,6 +123,8 @@ def test_a_rank_reads_what_its_model_takes(checkpoint: Path, monkeypatch: pytest
     assert halves[0] | halves[1] == names - draft
     assert "layers.1.ffn.experts.7.w1.weight" in halves[0] - halves[1]
     assert "layers.1.ffn.experts.8.w2.scale" in halves[1] - halves[0]
+    scale = "layers.1.ffn.experts.8.w2.input_scale"
+    assert loading.taken_by(rank(monkeypatch, held=0), False)(scale), "SGLang takes the largest of all experts'"
     shared = {name for name in names - draft if ".experts." not in name}
     assert halves[0] & halves[1] == shared and any("shared_experts" in name for name in shared)
     for moves in ({"enable_eplb": True}, {"ep_num_redundant_experts": 2}, {"init_expert_location": "x.json"}):

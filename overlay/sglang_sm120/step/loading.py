@@ -2,7 +2,7 @@
 
 SGLang's default loader maps the files, and whoever copies a tensor to the card waits for the disk, page by page. Here
 threads of safetensors read ahead of that into pinned memory and on to the card (`safe_open.prefetch`), and SGLang's
-`load_weights` takes its parts there, device to device. A rank reads what its model takes and nothing else.
+`load_weights` takes its parts there, device to device. Tensors are read whole: of one that ranks share each reads all.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def wanted() -> bool:
     """Whether the variable asks for it.
 
     Raises:
-        ValueError: it has another value than 0 and 1.
+        ValueError: it has another value than 0 and 1. SGLang logs what a plugin raises, and reads by itself.
     """
     value = os.environ.get(SWITCH, "0")
     if value not in ("0", "1"):
@@ -70,7 +70,8 @@ def weights(original: Callable[..., Any], loader: Any, model_config: Any, model:
 def taken_by(model: torch.nn.Module, drafts: bool) -> Callable[[str], bool]:
     """Whether a rank's model takes the tensor of a name; of an MTP layer's tensors, the draft's alone.
 
-    With expert parallelism the tensors of other ranks' experts are left out, unless SGLang may move experts.
+    With expert parallelism the tensors of other ranks' experts are left out, unless SGLang may move experts; but for
+    input scales, which it wants of all.
     """
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
     from sglang.srt.runtime_context import get_exec
@@ -82,7 +83,7 @@ def taken_by(model: torch.nn.Module, drafts: bool) -> Callable[[str], bool]:
     def takes(name: str) -> bool:
         if name.startswith("mtp.") != drafts:
             return False
-        found = _EXPERT.search(name)
+        found = None if name.endswith("input_scale") else _EXPERT.search(name)
         return not (found and experts) or experts._map_global_expert_id_to_local_expert_id(int(found[1])) >= 0
 
     return takes
@@ -92,8 +93,13 @@ def tensors(files: Sequence[str], takes: Callable[[str], bool], device: torch.de
     """Name and tensor, on `device`, of everything in these files that is taken; in no certain order.
 
     At most IN_FLIGHT portions lie on the device, and what the consumer keeps.
+
+    Raises:
+        ValueError: nothing in the files is taken.
     """
     portions = [(handle, names, size) for file in files for handle, names, size in _portions(file, takes)]
+    if not portions:
+        raise ValueError(f"{len(files)} files hold no tensor of this model by its published name: unset {SWITCH}.")
     total, began = sum(size for _, _, size in portions), time.monotonic()
     todo = iter(portions)
     flying: deque[Any] = deque()
@@ -110,6 +116,7 @@ def tensors(files: Sequence[str], takes: Callable[[str], bool], device: torch.de
                 for name, tensor in flying[0]:
                     bar.update(tensor.nbytes)
                     yield name, tensor
+                    del tensor  # or it would keep its portion's memory
                 flying.popleft().close()
     finally:
         for one in flying:
