@@ -34,6 +34,7 @@ from test_server import (
 )
 from test_server import logs as logs
 from test_server import prompts as prompts
+from test_server import tp as tp
 
 from local_server import LocalServer
 from recall import CONCURRENCY, EXACT, PACKED, scores
@@ -127,9 +128,10 @@ def flags(*more: str) -> tuple[str, ...]:
 
 
 def assert_drafted(server: LocalServer) -> None:
-    """The step's stages, in graphs, and its verification."""
+    """The step's stages and its verification, both in graphs; both have passes of the same name."""
     text = server.log.read_text(errors="replace")
-    assert "active (sglang-sm120-dspark" in text and "sglang-sm120-dspark runs the decode graphs" in text
+    for name in ("sglang-sm120", "sglang-sm120-dspark"):
+        assert f"active ({name}:" in text and f"{name} runs the decode graphs" in text
     assert_step_served(server, "target_verify")
 
 
@@ -148,11 +150,15 @@ def plain(trained: Path, logs: Path) -> list[Answered]:
 
 
 @pytest.fixture(params=MODES)
-def drafting(request: pytest.FixtureRequest, trained: Path, plain: list[Answered], logs: Path) -> Iterator[LocalServer]:
+def drafting(
+    request: pytest.FixtureRequest, trained: Path, plain: list[Answered], logs: Path, tp: int
+) -> Iterator[LocalServer]:
     """A server with the trained drafter; `plain` first, as two servers may not fit one card."""
     env = environment() | {"SGLANG_RAGGED_VERIFY_MODE": request.param}
-    log = logs / f"dspark-{request.param}.log"
-    with LocalServer(trained, *TRAINED_FLAGS, *flags(*DSPARK), log=log, env=env, ready_seconds=600) as server:
+    log = logs / f"dspark-{request.param}-tp{tp}.log"
+    with LocalServer(
+        trained, *TRAINED_FLAGS, *flags(*DSPARK), "--tp", str(tp), log=log, env=env, ready_seconds=600
+    ) as server:
         yield server
 
 
@@ -195,12 +201,12 @@ def expected(wide: Path, logs: Path, prompts: list[list[int]]) -> list[Greedy]:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_random_weights_of_full_width(
-    mode: str, wide: Path, logs: Path, prompts: list[list[int]], expected: list[Greedy], seed: int
+    mode: str, wide: Path, logs: Path, tp: int, prompts: list[list[int]], expected: list[Greedy], seed: int
 ) -> None:
     """Answers as without, whatever is drafted, and sampled requests are answered in full."""
     env = environment() | {"SGLANG_RAGGED_VERIFY_MODE": mode}
-    log = logs / f"dspark-wide-{mode}.log"
-    arguments = (*FLAGS, *GRAPHS, *flags(*DSPARK))
+    log = logs / f"dspark-wide-{mode}-tp{tp}.log"
+    arguments = (*FLAGS, *GRAPHS, *flags(*DSPARK), "--tp", str(tp))
     with LocalServer(wide, *arguments, log=log, env=env, ready_seconds=600) as server:
         assert_agree(greedy(server, prompts), expected)
         sampled(server, 50, seed)
@@ -212,7 +218,7 @@ def test_random_weights_of_full_width(
 @pytest.mark.needs_no_gpu
 def test_what_the_trained_drafter_is_worth(trained: Path) -> None:
     """By the reference, over right answers that were not trained on: as docs/training.md says, a tenth off at most."""
-    asked = questions(24)
+    asked = questions()
     answered = [Answered(question.answer, 0) for question in asked]
     verified = sum(replayed(Drafter(Oracle(trained)), asked, answered))
     worth = sum(len(question.answer) - 1 for question in asked) / verified

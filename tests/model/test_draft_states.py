@@ -15,6 +15,8 @@ from sglang.srt.mem_cache.deepseek_v4_memory_pool import DeepSeekV4TokenToKVPool
 from torch import Tensor
 
 from sglang_sm120 import ops, registry
+from sglang_sm120.formats.compress_plan import CompressPlan
+from sglang_sm120.limits import MAX_DRAFT_TOKENS
 from sglang_sm120.ops.clear_draft_states import Layers
 from sglang_sm120.step import draft_states
 
@@ -143,3 +145,54 @@ def test_rings_of_several_sizes_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
     pool = pool_of(poisoned(0, 2), (128, 128), (16, 32))
     with pytest.raises(ValueError, match=r"^The rings of ratio 128 have 16, 32 slots and need equally many\.$"):
         pool.clear_unaccepted_c128_draft_states(*VERIFIED)
+
+
+@pytest.mark.parametrize("is_ragged", [False, True], ids=["uniform", "ragged"])
+@pytest.mark.parametrize("most", [2, 6, MAX_DRAFT_TOKENS])
+def test_what_was_refused_is_never_read(most: int, is_ragged: bool, seed: int) -> None:
+    """SGLang's DSpark clears nothing: a verification reads of a ring what was committed before it, and nothing else.
+
+    Refused states are NaN here; every entry whose block is committed has to be that of its tokens.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    ratio, ring, width, requests, length = 128, 256, 4, 3, 1500
+    states = torch.full((requests * ring // ratio, ratio, 2 * width), torch.nan)
+    rings = states.view(requests, ring, 2 * width)
+    tokens = torch.randn(requests, length, 2 * width, generator=rng)
+    ape = torch.randn(ratio, width, generator=rng)
+    pages = torch.zeros(requests, length, dtype=torch.int32), torch.zeros(16, dtype=torch.int64)
+
+    def up_to(most: int | Tensor, least: int = 1) -> Tensor:
+        """Lengths least … most of each request."""
+        return least + (torch.rand(requests, generator=rng) * (most - least + 1)).long()
+
+    def run(done: Tensor, lengths: Tensor, rows: Tensor) -> tuple[CompressPlan, Tensor]:
+        plans = ops.compress_prefill_plan.reference(
+            ratio, torch.arange(requests), done + lengths, lengths, *pages, 256, ring
+        )
+        made = ops.compress.reference(states, rows, ape, plans, False, width, ratio)
+        return CompressPlan.unpack(plans[0]), made
+
+    done, checked = up_to(400), 0
+    run(torch.zeros_like(done), done, torch.cat([row[:n] for row, n in zip(tokens, done, strict=True)]))
+    while done.max() < length - most:
+        lengths = up_to(most) if is_ragged else torch.full((requests,), most)
+        taken = up_to(lengths)
+        rows = [torch.randn(int(n), 2 * width, generator=rng) for n in lengths]
+        for row, all_, begin, n in zip(rows, tokens, done, taken, strict=True):
+            row[:n] = all_[begin : begin + n]
+        plan, made = run(done, lengths, torch.cat(rows))
+        owner = torch.arange(requests).repeat_interleave(lengths)
+        for at in range(len(made)):
+            request, end = int(owner[plan.ragged_id[at]]), int(plan.seq_len[at])
+            if end <= done[request] + taken[request]:
+                block = tokens[request, end - ratio : end]
+                expected = ((block[:, width:] + ape).softmax(0) * block[:, :width]).sum(0)
+                torch.testing.assert_close(made[at], expected)
+                checked += 1
+        for request in range(requests):
+            begin = done[request]
+            refused = torch.arange(begin + taken[request], begin + lengths[request]) % ring
+            rings[request, refused] = torch.nan
+        done += taken
+    assert checked >= requests * (length - 400 - 2 * most) // ratio - requests
