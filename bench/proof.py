@@ -15,10 +15,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import random
 import re
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,7 +43,7 @@ from decode_step import step_ms, write_model
 from local_server import LocalServer, ServerError
 from sglang_sm120 import ops, registry
 from sglang_sm120.limits import SM12X
-from sglang_sm120_launch import predict, request
+from sglang_sm120_launch import predict, proved, request, tuned
 from sglang_sm120_launch.commands.doctor import visible
 from sglang_sm120_launch.commands.serve import prebuild
 from sglang_sm120_launch.errors import LaunchError
@@ -58,11 +60,13 @@ FLAGS = (
     "--load-format", "dummy", "--context-length", str(max(PREFILL) + 1024), "--max-running-requests",
     str(max(predict.TOLD)), "--cuda-graph-bs-decode", *map(str, predict.TOLD),
 )  # fmt: skip
-OVERLAY = {"SGLANG_SM120_PREFILL": "overlay"}
-CHOSEN = ("SGLANG_SM120", "SGLANG_SM120_PREFILL", "SGLANG_SM120_PROVIDER")
-"""What the servers are told here: the user's own values are dropped."""
+OVERLAY, MXFP8 = tuned.PREFILLS["overlay"], tuned.PREFILLS["mxfp8"]
+DROPPED = ("SGLANG_SM120", *tuned.VARIABLES, *request.KEYS)
+"""The user's own values of what the servers are told here, and keys, which no request here has."""
 SERVER_SECONDS = 1800
 """A server that takes longer, with what is asked of it, hangs."""
+READY_SECONDS = SERVER_SECONDS + 60
+"""Later than that, so that one limit is met alone."""
 BUILD_SECONDS = 3600
 """For the modules of a first start."""
 SHORTEST = 20
@@ -85,8 +89,10 @@ SERVERS = {
     "recall": Served(OVERLAY, small=True),
     "recall, EAGLE": Served(OVERLAY, speculation(3), small=True),
     "recall, prefill=sglang": Served(small=True, needs="SM12x"),
-    "model, prefill=overlay": Served(OVERLAY, needs="SM12x"),
-    "model, prefill=mxfp8": Served(OVERLAY | {"SGLANG_SM120_PROVIDER": "mxfp8"}, needs="SM12x"),
+    "recall, prefill=mxfp8": Served(MXFP8, small=True, needs="SM12x"),
+    # Decode once more, for where SGLang's own prefill fails.
+    "model, prefill=overlay": Served(OVERLAY, decodes=True, needs="SM12x"),
+    "model, prefill=mxfp8": Served(MXFP8, needs="SM12x"),
     "model, prefill=sglang": Served(
         {"SGLANG_SM120": "0", "SGLANG_SM120_FORCE": "0", "SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0"},
         ("--moe-runner-backend", "marlin"), needs="Hopper",
@@ -107,7 +113,13 @@ def point(
     what: str, value: float, unit: str, *, requests: int | None = None, tokens: int | None = None,
     of: int | None = None, predicted: float | None = None, problem: str | None = None,
 ) -> None:  # fmt: skip
-    """Say a figure of the server that was named last."""
+    """Say a figure of the server that was named last.
+
+    Raises:
+        ValueError: it is no finite number.
+    """
+    if not math.isfinite(value):
+        raise ValueError(f"{what} gave {value} {unit}, needed a finite number")
     sizes = {"requests": requests, "tokens": tokens, "of": of}
     figures = {"value": round(value, 3), "unit": unit, "predicted": predicted and round(predicted, 3)}
     say(what=what, **figures, **sizes, problem=problem)
@@ -173,17 +185,19 @@ class Kit:
         if served.decodes and plan.prediction is not None:
             tp = plan.value("tp-size")
             assert isinstance(tp, int)
-            self.predicted = predict.step_ms(wanted.model, self._machine.gpus[0].name, tp)
+            # As in the plan, the poorest of cards that are nearly alike.
+            card = min(self._machine.gpus, key=lambda gpu: gpu.memory_mib)
+            self.predicted = predict.step_ms(wanted.model, card.name, tp)
         return plan
 
     def log(self, name: str) -> Path:
         """The log of a server."""
-        return self._scratch / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.log"
+        return self._scratch / proved.log_name(name)
 
-    def start(self, name: str, seconds: float) -> tuple[LocalServer, Future[LocalServer]]:
+    def start(self, name: str) -> tuple[LocalServer, Future[LocalServer]]:
         """A server that is started in the background, or was before, and what comes when it is ready."""
         if name not in self._started:
-            server = self._server(name, seconds)
+            server = self._server(name)
             self._started[name] = server, self._pool.submit(server.__enter__)
         return self._started[name]
 
@@ -193,7 +207,9 @@ class Kit:
 
     def stop(self, name: str) -> None:
         """Stop a server; returns when all of it is gone."""
-        self._started.pop(name)[0].stop()
+        # It is forgotten last: a signal inside leaves it to `close`.
+        self._started[name][0].stop()
+        del self._started[name]
 
     def close(self) -> None:
         """Stop what still runs."""
@@ -208,7 +224,7 @@ class Kit:
         plan = self.plan(name)
         return f"{self.experts} experts a layer, random weights, TP {plan.value('tp-size')}"
 
-    def _server(self, name: str, seconds: float) -> LocalServer:
+    def _server(self, name: str) -> LocalServer:
         served, log = SERVERS[name], self.log(name)
         if served.small:
             self._packed = self._packed or unpack(recall.PACKED, self._scratch / "DeepSeek-V4-small")
@@ -217,13 +233,13 @@ class Kit:
             if "SGLANG_SM120_PREFILL" in served.env and not hopper:
                 flags += ("--disable-prefill-cuda-graph",)
             env = {**(sm120_lowering.SERVER_ENVIRONMENT if hopper else {}), **served.env}
-            return LocalServer(self._packed, *flags, log=log, env=env, ready_seconds=seconds)
+            return LocalServer(self._packed, *flags, log=log, env=env, ready_seconds=READY_SECONDS)
         plan = self.plan(name)
         weights = str(Path(__file__).parent / "random_weights")
         path = os.pathsep.join(filter(None, (weights, os.environ.get("PYTHONPATH"))))
         env = {**served.env, **plan.environment(), "PYTHONPATH": path}
         folder = self._scratch / f"model-{self.experts}"
-        return LocalServer(folder, *plan.arguments(), log=log, env=env, ready_seconds=seconds)
+        return LocalServer(folder, *plan.arguments(), log=log, env=env, ready_seconds=READY_SECONDS)
 
     def asked(self) -> Path:
         """The recall questions of a GPU."""
@@ -256,18 +272,20 @@ def measure(url: str, name: str, kit: Kit) -> None:
         ms = step_ms(url, requests, CONTEXT, rng)
         point("decode", ms, "ms", requests=requests, tokens=CONTEXT, predicted=kit.predicted.get(requests))
     for length in PREFILL:
-        # The first one may compile kernels of its length.
-        _, second = (ask(url, [drawn(length, rng)], 1)[0][0].seconds for _ in range(2))
-        point("prefill", length / second, "tokens/s", tokens=length)
+        # The first one may compile kernels of its length. One short prompt's time differs much from the next one's.
+        _, *times = (ask(url, [drawn(length, rng)], 1)[0][0].seconds for _ in range(2 if length >= proved.LONG else 4))
+        point("prefill", length / statistics.median(times), "tokens/s", tokens=length)
 
 
 def why_ended(error: Exception, log: Path) -> str:
-    """An error in a sentence: of a server that ended, what its log says last of it."""
-    if isinstance(error, ServerError) and log.exists():
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
-        return f"{str(error).splitlines()[0]} {(named or lines or ['nothing'])[-1]}"[:400]
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
+    """An error in a sentence, with the first one that the server's log names: SGLang's processes repeat others'."""
+    text = log.read_text(errors="replace") if log.exists() else ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)][:1]
+    if isinstance(error, ServerError):
+        return f"{str(error).splitlines()[0]} {(named or lines[-1:] or ['nothing'])[0]}"[:400]
+    said = f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
+    return f"{said}; its log: {named[0]}"[:800] if named else said
 
 
 @contextlib.contextmanager
@@ -298,14 +316,15 @@ def run(name: str, kit: Kit, seconds: float, then: str | None) -> None:
     """
     say(about=kit.about(name))
     began, is_ahead = time.monotonic(), kit.is_started(name)
-    server, started = kit.start(name, seconds)
+    say(doing=f"{kit.about(name)}; a server {'is started already' if is_ahead else 'starts'}, which may take minutes")
+    server, started = kit.start(name)
     try:
         with limited(seconds, server.stop):
             started.result()
             if not is_ahead:
                 point("ready", time.monotonic() - began, "s")
             if then is not None:
-                kit.start(then, SERVER_SECONDS)
+                kit.start(then)
             measure(server.url, name, kit)
     finally:
         kit.stop(name)
@@ -314,11 +333,14 @@ def run(name: str, kit: Kit, seconds: float, then: str | None) -> None:
 
 def serve(names: Sequence[str], kit: Kit, deadline: float) -> None:
     """Run the servers that are named."""
+    slow = None
     for number, name in enumerate(names):
         left = deadline - time.monotonic()
         why = kit.why_not(name)
         if why is None and left < SHORTEST:
             why = "the time of --seconds was up"
+        if why is None and not SERVERS[name].small:
+            why = slow
         say(server=name, not_run=why, about=None, modes=[])
         if why is not None:
             continue
@@ -331,7 +353,9 @@ def serve(names: Sequence[str], kit: Kit, deadline: float) -> None:
             if left < SERVER_SECONDS:
                 say(not_run="the time of --seconds was up before its end")
             else:
-                say(ended=f"it took more than {SERVER_SECONDS} s")
+                took = f"took more than {SERVER_SECONDS} s"
+                say(ended=why_ended(TimeoutError(f"it {took}"), kit.log(name)))
+                slow = slow if SERVERS[name].small else f"{name} {took}"
         except (ServerError, LaunchError, Misuse, ServerGone, RuntimeError, ValueError, OSError, httpx.HTTPError) as e:
             say(ended=why_ended(e, kit.log(name)))
 
@@ -345,7 +369,7 @@ def main() -> int:
     deadline = time.monotonic() + arguments.seconds
     # An exception, unlike the signal itself, stops the server on its way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    for name in CHOSEN:
+    for name in DROPPED:
         os.environ.pop(name, None)
     machine = visible(Machine.detect(), os.environ.get("CUDA_VISIBLE_DEVICES"))
     if not machine.gpus:
@@ -356,6 +380,7 @@ def main() -> int:
     say(servers=names)
     try:
         with contextlib.suppress(Late), limited(min(arguments.seconds, BUILD_SECONDS), lambda: None):
+            say(doing="SGLang's modules are built where they are not, which takes many minutes at a first start")
             prebuild({}, kit.sm)
         serve(names, kit, deadline)
     finally:

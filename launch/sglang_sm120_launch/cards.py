@@ -20,12 +20,13 @@ ALIKE = 0.97
 
 @dataclass(frozen=True)
 class Cards:
-    """The chosen cards: one of them, how much memory the poorest has, ranks over all nodes, and why.
+    """The chosen cards: the poorest, all their names, the least memory, ranks over all nodes, and why.
 
     ep is how many of the ranks divide the experts by number, as `experts_by` says.
     """
 
     gpu: Gpu
+    names: tuple[str, ...]
     memory_mib: int
     used_mib: int
     tp: int
@@ -88,6 +89,7 @@ def choose(machine: Machine, model: Model, wanted: tuple[int, ...] | None, tp: i
         notes.append(f"Not used: {others}.")
     return Cards(
         gpu=min(gpus, key=lambda gpu: gpu.memory_mib),
+        names=tuple(kinds),
         memory_mib=min(gpu.memory_mib for gpu in gpus),
         used_mib=max(gpu.used_mib for gpu in gpus),
         tp=ranks,

@@ -113,6 +113,8 @@ def _on_cuda(machine: Machine, model: Model, request: Request) -> _Decided:
     _require_driver(machine)
     cards = choose(machine, model, request.gpus, values.number(request, "tp-size"))
     gpu, tp = cards.gpu, cards.tp
+    best = request.best(cards.names)
+    request = replace(request, config_env={**best, **request.config_env})
     sm12x, forced = gpu.sm in SM12X, request.variable("SGLANG_SM120_FORCE") == "1"
     emulated = forced and not sm12x
     nvfp4 = nvfp4_experts(model.config) and (sm12x or forced)
@@ -146,7 +148,7 @@ def _on_cuda(machine: Machine, model: Model, request: Request) -> _Decided:
         *rank_settings(machine, cards),
         *memory_settings(model, room, found, preferred),
         *graph_settings(found, room),
-        *step_settings(room, request),
+        *step_settings(room, request, best),
         *(nvfp4_settings() if nvfp4 else ()),
         *(mtp_settings(draft) if request.mtp else ()),
         *(dspark_settings(model) if request.dspark else ()),

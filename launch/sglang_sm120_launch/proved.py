@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,16 +30,22 @@ def line(kind: str, entry: Report, wrong: Sequence[Report]) -> str:
     what = f"{entry['verdict']}  {len(figures) - len(wrong)} of {len(figures)} {kind} in {entry['seconds']:.0f} s"
     if entry["verdict"] == "not run":
         what = f"not run: {entry['not_run']}"
-    timed = [figure for figure in figures if figure.get("us")]
-    if timed:
-        what += "; µs beside the default's: "
-        what += ", ".join(f"{f['rows']} rows {f['us']:.0f} / {f['default_us']:.0f}" for f in timed)
-    told = [_point(figure) for figure in figures if "what" in figure]
-    what += "".join(f"; {one}" for one in told)
-    for one in wrong[:1]:
-        if kind == "calls":
-            what += f"; {one['call']}, {one['rows']} rows, context {one['context']}: {one['problem'] or one['replay']}"
-    return what + (f"; {entry['ended']}" if entry["ended"] else "")
+    if kind == "points":
+        told = [_point(figure) for figure in figures]
+    else:
+        told = [f"µs beside the default's: {timed}"] if (timed := _beside(figures)) else []
+        told += [f"{one['call']}, {one['rows']} rows, context {one['context']}: {_wrong(one)}" for one in wrong[:1]]
+    return "; ".join([what, *told, *filter(None, [entry["ended"]])])
+
+
+def _beside(calls: Sequence[Report]) -> str:
+    """Times beside the default's of the calls that have some."""
+    return ", ".join(f"{c['rows']} rows {c['us']:.0f} / {c['default_us']:.0f}" for c in calls if c["us"])
+
+
+def _wrong(call: Report) -> str | None:
+    """How a call is wrong, or None."""
+    return call["problem"] or call["replay"]
 
 
 def _name(point: Report) -> str:
@@ -55,32 +63,50 @@ def _point(point: Report) -> str:
     return text + (f", {point['problem']}" if point["problem"] else "")
 
 
+def _side(server: Report) -> str:
+    """Whose prefill a server of `model` has."""
+    return server["server"].partition("prefill=")[2] or ("overlay" if "extend" in server["modes"] else "sglang")
+
+
 def prefills(report: Report) -> dict[str, dict[int, float]]:
     """Tokens a second by whose prefill and by the prompt's length."""
     found: dict[str, dict[int, float]] = {}
     for server in report["servers"]:
         rates = {p["tokens"]: p["value"] for p in server["points"] if p["what"] == "prefill"}
         if rates and server["verdict"] == "pass":
-            named = server["server"].partition("prefill=")[2]
-            found[named or ("overlay" if "extend" in server["modes"] else "sglang")] = rates
+            found[_side(server)] = rates
     return {side: found[side] for side in tuned.PREFILLS if side in found}
 
 
-def choice(report: Report) -> dict[str, Any] | None:
-    """Whose prefill is the fastest, and the variables for it; None where SGLang's own has nothing beside it.
+def right(report: Report, side: str) -> bool:
+    """Whether nothing was found wrong with a prefill: with the step's, every op by default and `recall` had to pass.
 
-    Another one is chosen when it is faster than SGLang's at each length from LONG on; decode is never chosen otherwise,
-    since what has arithmetic of its own takes no pass of up to 64 rows.
+    With a provider its ops, and recall with it, besides. SGLang's own is not judged: it may refuse the small model.
+    """
+    if side == "sglang":
+        return True
+    needed = {"recall"} if side == "overlay" else {"recall", f"recall, prefill={side}"}
+    passed = {one["server"] for one in report["servers"] if one["verdict"] == "pass"}
+    ops = [one for one in report["ops"] if one["op"].partition("=")[2] in ("", side)]
+    return needed <= passed and all(one["verdict"] == "pass" for one in ops)
+
+
+def choice(report: Report) -> dict[str, Any] | None:
+    """Whose prefill is the fastest of the right ones, and the variables for it; None where there was nothing to choose.
+
+    Another one than SGLang's is chosen when it is faster at each length from LONG on, or when SGLang's failed. Decode
+    is not chosen, but a provider with arithmetic of its own takes decode and verification of 65 rows or more too.
     """
     rates = prefills(report)
-    wrong = {one["op"].partition("=")[2] for one in report["ops"] if one["verdict"] != "pass"}
-    able = {side: by for side, by in rates.items() if side not in wrong}
-    own = able.get("sglang", {})
-    lengths = [length for length in own if length >= LONG and all(length in by for by in able.values())]
-    if len(able) < 2 or not lengths:
+    able = {side: by for side, by in rates.items() if right(report, side)}
+    lengths = sorted(set.intersection(*map(set, able.values()))) if able else []
+    lengths = [length for length in lengths if length >= LONG]
+    failed = {_side(s) for s in report["servers"] if s["server"].startswith("model") and s["verdict"] == "fail"}
+    if not lengths or len(rates) < 2 and "sglang" not in failed:
         return None
-    faster = [side for side, by in able.items() if all(by[length] > GAIN * own[length] for length in lengths)]
-    best = max(faster, key=lambda side: able[side][max(lengths)], default="sglang")
+    least = {length: GAIN * able["sglang"][length] if "sglang" in able else 0.0 for length in lengths}
+    faster = [side for side, by in able.items() if all(by[length] > least[length] for length in lengths)]
+    best = max(faster, key=lambda side: able[side][lengths[-1]], default="sglang")
     lowered = "" if report["gpu"]["kernels"] == native(report) else report["gpu"]["kernels"]
     told = {side: {str(length): rate for length, rate in by.items()} for side, by in rates.items()}
     file = limits.tuned_table(report["gpu"]["name"], lowered)
@@ -112,19 +138,25 @@ def advice(report: Report, path: Path | str) -> str:
     )
 
 
-def page(report: Report) -> str:
-    """The file as a page for people."""
+def log_name(server: str) -> str:
+    """The file of a server's log."""
+    return f"{re.sub(r'[^a-z0-9]+', '-', server.lower())}.log"
+
+
+def page(report: Report, logs: Sequence[str] = ()) -> str:
+    """The file as a page for people; `logs` are files beside it."""
     gpu, versions = report["gpu"], report["versions"]
-    cards = [card["name"] for card in report["cards"]]
+    names = Counter(card["name"] for card in report["cards"]) or {gpu["name"]: 1}
+    cards = " and ".join(f"{count} × {name}" for name, count in names.items())
     emulated = f"**Emulated**: no SM12x card; kernels compiled for {gpu['kernels']} on {gpu['name']}. Nothing here was "
     emulated += "measured on SM120."
     software = ", ".join(f"{name} {value}" for name, value in versions.items() if value)
     parts = [
         f"# sglang-sm120 prove: {report['verdict']}", "",
         "Measured." if report["evidence"] == "measured" else emulated, "",
-        f"{len(cards)} × {cards[0] if cards else gpu['name']}, link {report['link'] or 'none'}; {software}; commit "
+        f"{cards}, link {report['link'] or 'none'}; {software}; commit "
         f"{report['commit'] or 'unknown'}; {report['seconds']:.0f} s. Doctor: {report['doctor']['status']}.", "",
-        *_ops(report), *_decode(report), *_prefill(report), *_recall(report), *_servers(report),
+        *_ops(report), *_decode(report), *_prefill(report), *_recall(report), *_servers(report, logs),
     ]  # fmt: skip
     return "\n".join(parts)
 
@@ -142,11 +174,10 @@ def _ops(report: Report) -> Iterator[str]:
     yield from _head("op", "verdict", "calls", "largest RMS error", "µs beside the default's")
     for op in report["ops"]:
         rms = max((call["rms"] for call in op["calls"] if call["rms"] is not None), default=None)
-        times = [f"{c['rows']} rows {c['us']:.0f} / {c['default_us']:.0f}" for c in op["calls"] if c["us"]]
-        wrong = [call["problem"] or call["replay"] for call in op["calls"] if call["problem"] or call["replay"]]
+        wrong = list(filter(None, map(_wrong, op["calls"])))
         why = "".join(f": {one}" for one in [op["not_run"], op["ended"], *wrong[:1]] if one)
         error = "" if rms is None else f"{rms:.1e}"
-        yield _row(f"`{op['op']}`", op["verdict"] + why, len(op["calls"]), error, ", ".join(times))
+        yield _row(f"`{op['op']}`", op["verdict"] + why, len(op["calls"]), error, _beside(op["calls"]))
     yield ""
 
 
@@ -160,14 +191,14 @@ def _decode(report: Report) -> Iterator[str]:
         return
     off, formula = report["prediction"]["off"], report["prediction"]["formula"]
     yield from ("## A decode step beside its prediction", "", f"`ms(b) = {formula}`, ± {off:.0%}", "")
-    yield from _head("requests", "tokens of context", "ms", "predicted", "ratio", "within")
-    for _, p in points:
+    yield from _head("server", "requests", "tokens of context", "ms", "predicted", "ratio", "within")
+    for server, p in points:
         told: tuple[str, ...] = ("none", "", "")
         if predicted := p["predicted"]:
             ratio = p["value"] / predicted
             bars = f"{predicted:.2f} ({predicted * (1 - off):.2f} to {predicted * (1 + off):.2f})"
             told = (bars, f"{ratio:.2f}", "yes" if abs(ratio - 1) <= off else "no")
-        yield _row(p["requests"], f"{p['tokens']:,}", f"{p['value']:.2f}", *told)
+        yield _row(server, p["requests"], f"{p['tokens']:,}", f"{p['value']:.2f}", *told)
     yield ""
 
 
@@ -194,7 +225,7 @@ def _recall(report: Report) -> Iterator[str]:
     yield ""
 
 
-def _servers(report: Report) -> Iterator[str]:
+def _servers(report: Report, logs: Sequence[str]) -> Iterator[str]:
     yield from ("## Servers", "")
     if report["left_out"]:
         yield f"Left out: {report['left_out']}."
@@ -204,6 +235,8 @@ def _servers(report: Report) -> Iterator[str]:
         ready = next((f"{p['value']:.0f}" for p in s["points"] if p["what"] == "ready"), "")
         why = "".join(f": {one}" for one in (s["not_run"], s["ended"]) if one)
         yield _row(s["server"], s["verdict"] + why, s["about"] or "", ", ".join(s["modes"]), ready, s["seconds"])
+    if logs:
+        yield f"\nLogs of servers that failed, **private**, not to be sent unread: {', '.join(f'`{n}`' for n in logs)}."
     yield ""
 
 

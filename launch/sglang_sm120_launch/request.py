@@ -22,7 +22,7 @@ from .values import Request, asks_dspark
 
 VARIABLES = (
     "CUDA_DEVICE_ORDER", "GLOO_SOCKET_IFNAME", "NCCL_IB_HCA", "NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE",
-    "NCCL_SOCKET_IFNAME", "SGLANG_SM120", "SGLANG_SM120_FORCE", "SGLANG_SM120_PREFILL", "SGLANG_SM120_PROVIDER",
+    "NCCL_SOCKET_IFNAME", "SGLANG_SM120", "SGLANG_SM120_FORCE", *tuned.VARIABLES,
     *contract.VARIABLES, *EMULATION_VARIABLES,
 )  # fmt: skip
 """Variables that change a plan or that it may set: the user's own value of one of them stays."""
@@ -92,7 +92,7 @@ def read(arguments: argparse.Namespace, environment: Mapping[str, str] = os.envi
         flags=given,
         keys=keys,
         env={name: present[name] for name in VARIABLES if name in present},
-        measured={} if arguments.machine else tuned.prefill(gpu.name for gpu in machine.gpus),
+        measured={} if arguments.machine else {gpu.name: tuned.prefill(gpu.name) for gpu in machine.gpus},
         mtp=arguments.mtp,
         dspark=arguments.dspark,
         gpus=gpus,

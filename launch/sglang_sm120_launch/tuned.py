@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ PREFILLS: Mapping[str, Mapping[str, str]] = {
     "mxfp8": {"SGLANG_SM120_PREFILL": "overlay", "SGLANG_SM120_PROVIDER": "mxfp8"},
 }
 """By whose prefill: the variables that choose it. SGLang's own is what serves without any."""
+VARIABLES = tuple({name: None for chosen in PREFILLS.values() for name in chosen})
+"""All of them."""
 
 
 def read(name: str) -> dict[str, Any]:
@@ -39,16 +41,13 @@ def read(name: str) -> dict[str, Any]:
     return found
 
 
-def prefill(cards: Iterable[str]) -> Mapping[str, str]:
-    """The variables of the prefill that the table of these cards, all alike, names; none without such a table.
+def prefill(card: str) -> Mapping[str, str]:
+    """The variables of the prefill that a card's table names; none without such a table.
 
     Raises:
         LaunchError: it names one that is not known.
     """
-    names = set(cards)
-    if len(names) != 1:
-        return {}
-    name = tuned_table(names.pop())
+    name = tuned_table(card)
     found = read(name).get("prefill")
     by = found.get("by") if isinstance(found, dict) else "sglang"
     if not isinstance(by, str) or by not in PREFILLS:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from sglang_sm120.checkpoint.config import DSPARK_FOLDER
 from sglang_sm120.limits import DSPARK, EAGLE, MAX_DRAFT_TOKENS, PAGE
 
+from . import tuned
 from .address import PORT, grpc, port_problem
 from .errors import LaunchError
 from .fit import Given
@@ -39,7 +40,7 @@ class Request:
         flags, env: values from the command line and the process's environment; they win over the config's.
         keys: flags from variables of the environment; the command line wins over them, they win over the config.
         auto: flags that the config leaves to the plan; None for all.
-        measured: variables that were the best on these cards; whatever the user gives wins over them.
+        measured: variables that were the best on a card, by its name.
         mtp: speculative decoding with the checkpoint's MTP layer.
         dspark: with its DSpark drafter.
         gpus: indices of the cards to use; None for the best set.
@@ -53,7 +54,7 @@ class Request:
     flags: Mapping[str, Value] = field(default_factory=dict)
     keys: Mapping[str, Value] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
-    measured: Mapping[str, str] = field(default_factory=dict)
+    measured: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     auto: tuple[str, ...] | None = None
     mtp: bool = False
     dspark: bool = False
@@ -66,8 +67,13 @@ class Request:
         return {**self.config_flags, **self.keys, **self.flags}.get(name)
 
     def variable(self, name: str) -> str | None:
-        """What the user gave for a variable, or what was measured."""
-        return {**self.measured, **self.config_env, **self.env}.get(name)
+        """What the user gave for a variable."""
+        return {**self.config_env, **self.env}.get(name)
+
+    def best(self, cards: Sequence[str]) -> Mapping[str, str]:
+        """What was measured on cards of these names; nothing where they differ, or the user gave a part of it."""
+        given = any(self.variable(name) is not None for name in tuned.VARIABLES)
+        return {} if given or len(cards) != 1 else self.measured.get(cards[0], {})
 
 
 def checked(request: Request, model: Model) -> Request:

@@ -212,6 +212,37 @@ def test_nothing_private_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert checks["nccl"].endswith("NCCL_COMM_ID=… NCCL_DEBUG_SUBSYS=7 NCCL_TOPO_FILE=…")
 
 
+@pytest.mark.parametrize(
+    "text",
+    ("GPU-1a2b3c4d", "MIG-1a2b3c4d-0000-1111-2222-333344445555", "MIG-GPU-1a2b3c4d-0000-1111-2222-333344445555/1/2",
+     "1A2B3C4D-0000-1111-2222-333344445555", "10.0.0.5", "192.168.10.255", "fe80::1", "2001:db8:0:1:2:3:4:5",
+     "::ffff:10.1.2.3"),
+)  # fmt: skip
+def test_addresses_and_uuids_are_not_written(text: str):
+    for before, after in (("", ""), ("to ", "."), ("[", "]:5000"), ("(", ", 3)")):
+        said = prove.public(before + text + after)
+        assert "…" in said and not set(re.findall("[0-9a-f]{4}", said)) & {"1a2b", "2222", "2001", "fe80"}
+        assert not re.search(r"\d\.\d|::\d|db8", said) and said.endswith(after) | ("/" in text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ("127.0.0.1:30000 is taken", "0.0.0.0", "at ::1 and ::", "PCI 0000:01:00.0", "12:30:45", "c10::Error: torch::add",
+     "NCCL 2.27.7, driver 580.65.06", "commit 1a2b3c4d5e6f-dirty", "a GPU-accelerated op", "std::bad_alloc"),
+)  # fmt: skip
+def test_what_is_none_stays(text: str):
+    assert prove.public(text) == text
+
+
+def test_a_uuid_for_a_card(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Refused before anything runs, as a number that is not there is."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1a2b3c4d")
+    assert "CUDA_VISIBLE_DEVICES is 'GPU-1a2b3c4d': give card numbers" in refused(["prove"], capsys)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,7")
+    assert "CUDA_VISIBLE_DEVICES is 0,7 and NVML sees not so many cards" in refused(["prove"], capsys)
+    assert list(Path().iterdir()) == []
+
+
 def test_host_and_user_are_not_written(monkeypatch: pytest.MonkeyPatch):
     """As words of their own: what only begins like them stays, and so do names that say nothing."""
     monkeypatch.setattr(prove.platform, "node", lambda: "anns-host.example")
@@ -229,9 +260,10 @@ def test_a_file_that_cannot_be_written(out: str, monkeypatch: pytest.MonkeyPatch
     assert Path("there.json").read_text() == "mine" and len(list(Path().iterdir())) == 1
 
 
-def test_a_page_stays(capsys: pytest.CaptureFixture[str]):
-    Path("prove.md").write_text("mine")
-    assert "prove.md is there already" in refused(["prove"], capsys) and Path("prove.md").read_text() == "mine"
+@pytest.mark.parametrize("name", ("prove.md", "prove.model.log"))
+def test_a_page_stays(name: str, capsys: pytest.CaptureFixture[str]):
+    Path(name).write_text("mine")
+    assert f"{name} is there already" in refused(["prove"], capsys) and Path(name).read_text() == "mine"
 
 
 def test_no_time(capsys: pytest.CaptureFixture[str]):
@@ -274,6 +306,36 @@ def test_an_interrupted_run_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     found = written("began")
     assert [(op["op"], len(op["calls"])) for op in found["ops"]] == [("a", 1), ("b", 1), ("c", 1)]
     assert Path("began").read_text() == "bc" and found["gpu"]["name"] == "A card"
+
+
+@pytest.mark.parametrize("at", ("prove.md", "prove.json"))
+def test_an_end_that_is_interrupted_goes_on(at: str, monkeypatch: pytest.MonkeyPatch):
+    write = prove._write
+
+    def interrupted(path: Path, text: str) -> None:
+        write(path, text)
+        if path.name == at:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prove, "KERNELS", ("-c", fake("", "a")))
+        patch.setattr(prove, "_write", interrupted)
+        assert cli.main(["prove"]) == 130
+    monkeypatch.setattr(prove, "KERNELS", ("-c", "raise SystemExit(3)"))
+    assert Path(at).exists() and cli.main(["prove"]) == 0
+    assert [op["op"] for op in written()["ops"]] == ["a"]
+
+
+def test_a_figure_that_json_has_not(monkeypatch: pytest.MonkeyPatch):
+    found = proved(fake("call['rms'], call['largest'] = float('nan'), float('inf')", "a"), 0, monkeypatch)
+    assert (found["ops"][0]["calls"][0]["rms"], found["ops"][0]["calls"][0]["largest"]) == (None, None)
+
+
+def test_changed_files_do_not_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(prove, "commit", lambda: "abc-dirty")
+    killed(monkeypatch)
+    assert "goes on" not in capsys.readouterr().err
+    assert "begun with commit abc-dirty, with changed files that may have changed" in refused(["prove"], capsys)
 
 
 @pytest.mark.parametrize("what", ("cards", "versions", "commit", "variables"))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +48,16 @@ def op(name: str, verdict: str = "pass", us: float | None = None) -> dict[str, A
 
 
 def report(**changes: Any) -> dict[str, Any]:
-    """Two cards on which the step prefills faster than SGLang, and mxfp8 faster still."""
+    """Two cards on which the step prefills faster than SGLang, and mxfp8 faster still; all that decides is right."""
     gpu = {"name": CARD, "compute_capability": "12.0", "sms": 188, "memory_mib": 97887, "kernels": "sm120"}
     card = {"name": CARD, "memory_mib": 97887, "compute_capability": "12.0", "used_mib": 0, "power_limit_w": 600}
     decode = [
         point("decode", 7.7, "ms", requests=1, tokens=1024, predicted=7.0),
         point("decode", 20.0, "ms", requests=8, tokens=1024, predicted=12.0),
     ]
-    recall = point("recall: far recall", 415, "answers", requests=16, of=418, problem="needed 99.5%")
+    recall = point("recall: far recall", 415, "answers", requests=16, of=418)
     found = {
-        "schema": proved.SCHEMA, "verdict": "fail", "evidence": "measured", "seconds": 600.0, "commit": "abc",
+        "schema": proved.SCHEMA, "verdict": "pass", "evidence": "measured", "seconds": 600.0, "commit": "abc",
         "cards": [card | {"unified": False}] * 2, "link": "switch", "p2p": True,
         "gpu": gpu | {"dependent_launches": True}, "doctor": {"schema": 1, "status": "ok", "checks": []},
         "versions": dict.fromkeys(("sglang-sm120", "sglang", "driver", "torch", "cuda", "triton"), "1"),
@@ -65,9 +65,10 @@ def report(**changes: Any) -> dict[str, Any]:
         "ops": [op("mxfp4_moe"), op("mxfp4_moe=mxfp8", us=12.0)],
         "servers": [
             server("model", *decode, *prefill(100, 1000, 1000)),
-            server("recall", recall, verdict="fail"),
+            server("recall", recall),
             server("recall, EAGLE", point("accepted", 3.84, "tokens")),
             server("recall, prefill=sglang", verdict="fail", ended="ValueError: so | narrow", about=None, modes=[]),
+            server("recall, prefill=mxfp8", recall),
             server("model, prefill=overlay", *prefill(90, 1100, 1040)),
             server("model, prefill=mxfp8", *prefill(80, 1200, 1200)),
         ],
@@ -84,6 +85,16 @@ def with_prefill(side: str, *rates: float, without: str = "", **more: Any) -> di
     return report(servers=[*servers, server(f"model, prefill={side}", *prefill(*rates), **more)])
 
 
+def but(*changed: str, **changes: Any) -> dict[str, Any]:
+    """The report in which these servers and ops are otherwise."""
+    found = report()
+    entries = [
+        [one | (changes if (one.get("op") or one["server"]) in changed else {}) for one in found[many]]
+        for many in ("ops", "servers")
+    ]
+    return report(ops=entries[0], servers=entries[1])
+
+
 def test_the_sample_is_what_prove_writes():
     jsonschema.validate(report(), schema())
 
@@ -96,7 +107,14 @@ def test_the_sample_is_what_prove_writes():
         "a hair faster": (with_prefill("overlay", 90, 1020, 1020, without="mxfp8"), "sglang"),
         "faster where it is short": (with_prefill("overlay", 900, 900, 900), "mxfp8"),
         "a server that failed": (with_prefill("mxfp8", 80, 1200, 1200, verdict="fail"), "overlay"),
-        "an op that is wrong": (report(ops=[op("mxfp4_moe"), op("mxfp4_moe=mxfp8", "fail")]), "overlay"),
+        "a provider's op that is wrong": (but("mxfp4_moe=mxfp8", verdict="fail"), "overlay"),
+        "an op that is wrong": (but("mxfp4_moe", verdict="fail"), "sglang"),
+        "recall that is wrong": (but("recall", verdict="fail"), "sglang"),
+        "recall that was not run": (but("recall", verdict="not run"), "sglang"),
+        "recall that is wrong with mxfp8": (but("recall, prefill=mxfp8", verdict="fail"), "overlay"),
+        "recall that is wrong without the step": (but("recall, prefill=sglang", verdict="fail"), "mxfp8"),
+        "SGLang's own fails": (but("model", verdict="fail", points=[]), "mxfp8"),
+        "SGLang's own fails, and mxfp8": (but("model", "model, prefill=mxfp8", verdict="fail", points=[]), "overlay"),
         "SGLang's own": (with_prefill("overlay", 90, 900, 900, without="mxfp8"), "sglang"),
     }.values(),
 )  # fmt: skip
@@ -110,7 +128,8 @@ def test_nothing_to_choose():
     alone = server("model", *prefill(1, 2, 3), modes=["decode", "extend"])
     assert proved.prefills(report(servers=[alone])) == {"overlay": {1024: 1, 8192: 2, 32768: 3}}
     assert report(servers=[alone])["choice"] is None
-    assert report(servers=[alone, server("model, prefill=mxfp8", *prefill(1, 2, 3))])["choice"] is None
+    assert but("model", "model, prefill=mxfp8", verdict="not run", points=[])["choice"] is None
+    assert but("model", "recall", verdict="fail", points=[])["choice"] is None
     assert "Nothing to choose between." in proved.page(report(servers=[alone]))
 
 
@@ -136,25 +155,41 @@ def test_the_table_keeps_what_was_tuned(folder: Path):
     (folder / TABLE).write_text(text)
     assert len(overlay_tuned.load(folder / TABLE)) == 1 and json.loads(text)["copy_bytes_per_s"] == 5
     assert json.loads(text)["prefill"]["evidence"] == "measured"
-    assert tuned.prefill([CARD, CARD]) == tuned.PREFILLS["mxfp8"]
-    assert tuned.prefill([CARD, "another"]) == tuned.prefill(["another"]) == tuned.prefill([]) == {}
+    assert tuned.prefill(CARD) == tuned.PREFILLS["mxfp8"] and tuned.prefill("another") == {}
     (folder / TABLE).unlink()
     (folder / TABLE).write_text(proved.table(report()))
-    assert overlay_tuned.load(folder / TABLE) == {} and tuned.prefill([CARD]) == tuned.PREFILLS["mxfp8"]
+    assert overlay_tuned.load(folder / TABLE) == {} and tuned.prefill(CARD) == tuned.PREFILLS["mxfp8"]
 
 
 def test_a_plan_takes_it(folder: Path):
-    """With its reason, with room for the step's prefill; the user's own values win."""
+    """With its reason, with room for the step's prefill; with one of its variables the user has all in hand."""
     two, flash = machine("2x-rtx-pro-6000"), load(FLASH)
-    plan = make_plan(two, flash, Request(measured=tuned.PREFILLS["mxfp8"]))
+    overlay, mxfp8 = ({CARD: tuned.PREFILLS[side]} for side in ("overlay", "mxfp8"))
+    plan = make_plan(two, flash, Request(measured=mxfp8))
     asked = make_plan(two, flash, Request(env={"SGLANG_SM120_PREFILL": "overlay"}))
     assert plan.environment() == tuned.PREFILLS["mxfp8"] and plan.fit == asked.fit
     assert plan.value("disable-prefill-cuda-graph") is True
     assert all("which `prove` wrote" in one.reason for one in plan.settings if one.kind == "env")
-    own = make_plan(two, flash, Request(measured=tuned.PREFILLS["overlay"], env={"SGLANG_SM120_PREFILL": "sglang"}))
-    assert own.environment() == {"SGLANG_SM120_PREFILL": "sglang"} and own.fit != asked.fit
-    absent = make_plan(two, flash, Request(measured=tuned.PREFILLS["overlay"], env={"SGLANG_SM120": "0"}))
+    reasons = {one.name: one.reason for one in plan.settings if one.kind == "env"}
+    assert "65 rows" in reasons["SGLANG_SM120_PROVIDER"] and "65 rows" not in reasons["SGLANG_SM120_PREFILL"]
+    for given in ({"SGLANG_SM120_PREFILL": "sglang"}, {"SGLANG_SM120_PROVIDER": "mxfp8"}):
+        for request in (Request(measured=mxfp8, env=given), Request(measured=overlay, config_env=given)):
+            own = make_plan(two, flash, request)
+            assert own.environment() == given and own.fit != asked.fit
+    absent = make_plan(two, flash, Request(measured=overlay, env={"SGLANG_SM120": "0"}))
     assert absent.environment() == {"SGLANG_SM120": "0"}
+
+
+def test_the_cards_that_are_chosen_decide(folder: Path):
+    """On a machine with another too; where their names differ nothing is taken."""
+    flash, mixed, two = load(FLASH), machine("mixed-cards"), machine("2x-rtx-pro-6000")
+    measured = {gpu.name: tuned.PREFILLS["overlay"] for gpu in mixed.gpus}
+    three = replace(two, gpus=(mixed.gpus[1], *two.gpus))
+    for known, taken in ((measured, True), ({three.gpus[0].name: measured[CARD]}, False)):
+        chosen = make_plan(three, flash, Request(measured=known)).environment()
+        assert chosen["CUDA_VISIBLE_DEVICES"] == "1,2" and ("SGLANG_SM120_PREFILL" in chosen) == taken
+    differ = make_plan(mixed, flash, Request(measured=measured)).environment()
+    assert differ["CUDA_VISIBLE_DEVICES"] == "0,2" and "SGLANG_SM120_PREFILL" not in differ
 
 
 @pytest.mark.parametrize("command", ("plan", "serve"))
@@ -179,16 +214,21 @@ def test_both_commands_read_it(
 def test_a_table_that_is_damaged(text: str, said: str, folder: Path):
     (folder / TABLE).write_text(text)
     with pytest.raises(LaunchError) as refusal:
-        tuned.prefill([CARD])
+        tuned.prefill(CARD)
     assert said in str(refusal.value) and str(refusal.value).count(". ") == 0
 
 
 def test_the_page():
-    """Ratios, error bars, what failed and why, in tables that nothing breaks."""
-    text = proved.page(report())
-    assert text.startswith("# sglang-sm120 prove: fail\n\nMeasured.\n")
-    assert "| 1 | 1,024 | 7.70 | 7.00 (5.95 to 8.05) | 1.10 | yes |" in text
-    assert "| 8 | 1,024 | 20.00 | 12.00 (10.20 to 13.80) | 1.67 | no |" in text
+    """Cards, ratios, error bars, what failed and why, in tables that nothing breaks, and the logs that stay here."""
+    recall = point("recall: far recall", 415, "answers", requests=16, of=418, problem="needed 99.5%")
+    failed = but("recall", verdict="fail", points=[recall]) | {"verdict": "fail"}
+    failed["choice"] = report()["choice"]
+    text = proved.page(failed, ["prove.recall.log"])
+    assert text.startswith("# sglang-sm120 prove: fail\n\nMeasured.\n") and f"\n2 × {CARD}, link switch" in text
+    assert "**private**, not to be sent unread: `prove.recall.log`." in text
+    assert "private" not in proved.page(report())
+    assert "| model | 1 | 1,024 | 7.70 | 7.00 (5.95 to 8.05) | 1.10 | yes |" in text
+    assert "| model | 8 | 1,024 | 20.00 | 12.00 (10.20 to 13.80) | 1.67 | no |" in text
     assert "| mxfp8 | 80 | 1,200 | 1,200 |" in text and "fastest prefill: mxfp8" in text
     assert "| recall | far recall | 16 | 415 of 418 | needed 99.5% |" in text
     assert "recall, EAGLE: 3.84 tokens a verification" in text
@@ -196,6 +236,11 @@ def test_the_page():
     assert "| recall, prefill=sglang | fail: ValueError: so / narrow |" in text
     widths = {line.count("|") for line in text.splitlines() if line.startswith("| recall") and "fail" in line}
     assert widths == {7}
+
+
+def test_the_page_of_cards_that_differ():
+    one, two = report()["cards"]
+    assert f"\n1 × {CARD} and 1 × another, link" in proved.page(report(cards=[one, two | {"name": "another"}]))
 
 
 def test_the_page_of_another_card_says_so_first():
@@ -214,7 +259,7 @@ def compared(a: Any, b: Any, tmp_path: Path) -> list[str]:
 
 
 def test_two_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    a, b = report(), copy.deepcopy(report(commit="def"))
+    a, b = (but("recall", verdict="fail") | {"verdict": "fail", "commit": commit} for commit in ("abc", "def"))
     b["servers"][0]["points"][0]["value"] = 3.85
     b["servers"][0]["about"] = "64 experts"
     b["ops"][1]["calls"][0]["us"] = 24.0
