@@ -52,7 +52,6 @@ class Room:
         device: `cuda` or `cpu`.
         sm12x: SGLang's own passes run its SM120 kernels.
         patched: SGLang's own passes take the step's `wo_a`, so that its bf16 one goes when the step is built.
-        dspark: the drafts are DSpark's.
     """
 
     whose: str
@@ -65,7 +64,6 @@ class Room:
     device: str = "cuda"
     sm12x: bool = False
     patched: bool = True
-    dspark: bool = False
 
     def loaded(self, model: Model) -> dict[str, int]:
         """Bytes of one rank that are taken before SGLang sizes the cache, by what takes them."""
@@ -208,9 +206,9 @@ class _Try:
     @property
     def drafts(self) -> int:
         """Layers of what drafts, each with a window pool."""
-        if self.room.dspark and self.model.dspark is not None:
-            return self.model.dspark.stages
-        return int(self.room.draft_tokens > 0)
+        if not self.room.draft_tokens:
+            return 0
+        return self.model.dspark.stages if self.model.dspark else 1
 
     @cached_property
     def graphs(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -225,7 +223,7 @@ class _Try:
             "activations": memory.activations(config, room.tp, chunk, self.requests),
             "allowance": memory.SLACK,
         }
-        if room.dspark:
+        if room.draft_tokens and self.model.dspark:
             block, largest = room.draft_tokens - 1, max(self.graphs[0], default=self.requests)
             taken["logits of drafts (SGLang's)"] = memory.block_logits(config, block, largest)
         if room.device == "cuda" and room.step != "all":
@@ -246,8 +244,9 @@ class _Try:
     def pools(self, context: int) -> tuple[float, int, Pools]:
         """The memory fraction, SGLang's `available_bytes` and the pools."""
         room, loaded, beside = self.room, sum(self.loaded.values()), sum(self.beside(context).values())
-        # Part of the pools, but not of what SGLang counts for them.
-        beside += memory.pool_padding(self.model.config, self.requests, self.drafts)
+        # Part of the pools, but not of what SGLang counts for them; of no more tokens than would fit without it.
+        most = self._tokens(room.usable - loaded - beside)
+        beside += memory.pool_padding(self.model.config, most, self.ratio, self.requests, self.drafts)
         fraction = min(MOST_STATIC, int((1 - beside / room.usable) * 1000) / 1000)
         static = self.given.static or max(0.0, fraction)
         available = int(room.usable * static) - loaded

@@ -7,11 +7,12 @@ and the captured graphs take is an allowance, and says so. Bytes throughout.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_sm120.checkpoint.config import nvfp4_experts
+from sglang_sm120.checkpoint.config import FP8_BLOCK, nvfp4_experts
 from sglang_sm120.limits import PAGE, RING, WINDOW, page_bytes
 
 from .machine import MIB
@@ -96,6 +97,11 @@ def step_weights(model: Model, tp: int, device: str, mtp: bool) -> dict[str, int
     scales = {True: 4, False: 1}
     output = sum(-(-size * scales[kind.role == "scale"] // tp) for kind, size in layers.items() if kind.wo_a)
     taken = {"wo_a FP8 (the step)": output}
+    if mtp and model.dspark:
+        # SGLang has a stage's two projections apart and whole on each rank; the step joins copies of them.
+        config = model.config
+        joined = model.dspark.stages * (config["q_lora_rank"] + config["head_dim"]) * config["hidden_size"]
+        taken["stages' projections joined (the step)"] = joined + joined // FP8_BLOCK**2 * 4
     if device == "cpu" or nvfp4_experts(model.config):
         # SM120's layout takes the place of SGLang's layer by layer: one is there in both.
         experts = sum(-(-size // tp) for kind, size in layers.items() if kind.expert)
@@ -116,8 +122,8 @@ def _ratios(config: Mapping[str, Any]) -> list[int]:
 def bytes_per_full_token(config: Mapping[str, Any], window_ratio: float, drafts: int) -> dict[str, float]:
     """What SGLang counts for one token of context, per pool; the sum is its log's `bytes_per_full_token`.
 
-    With drafts SGLang scales everything by (layers + 1) / layers, of however many layers the drafter is: what that is
-    for a whole layer holds the windows of three. The states of ratio 128 belong to requests: `request_state_bytes`.
+    With drafts SGLang scales everything by (layers + 1) / layers, of however many layers the drafter is; what windows
+    take beyond that is in `pool_padding`. The states of ratio 128 belong to requests: `request_state_bytes`.
     """
     ratios = _ratios(config)
     c4, c128 = ratios.count(4), ratios.count(128)
@@ -183,10 +189,16 @@ def pool_bytes(config: Mapping[str, Any], pools: Pools, drafts: int) -> dict[str
     }
 
 
-def pool_padding(config: Mapping[str, Any], requests: int, drafts: int) -> int:
-    """Bytes of the pools that SGLang allocates and does not count: a dummy page and a ring in each layer's."""
+def pool_padding(config: Mapping[str, Any], tokens: int, window_ratio: float, requests: int, drafts: int) -> int:
+    """Bytes of the pools of up to `tokens` tokens that SGLang allocates and does not count.
+
+    A dummy page and a ring in each layer's; and where the windows of `drafts` layers are larger than SGLang's reserve
+    of one whole layer, as Flash's three stages' of DSpark are at a window ratio of 0.2, the rest of them.
+    """
     empty = pool_bytes(config, pool_sizes(config, 0, 0, requests, drafts), drafts)
-    return sum(empty.values()) - request_state_bytes(config, requests, drafts)
+    reserve = sum(bytes_per_full_token(config, window_ratio, drafts).values()) / (len(_ratios(config)) + 1)
+    beyond = max(0.0, drafts * window_ratio * page_bytes(PAGE) / PAGE - reserve)
+    return sum(empty.values()) - request_state_bytes(config, requests, drafts) + math.ceil(tokens * beyond)
 
 
 def _state(slots: int, ratio: int, dim: int, drafts: int) -> int:

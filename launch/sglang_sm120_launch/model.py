@@ -103,9 +103,11 @@ class Model:
         expected = _from_config(config)
         if folder is None or not (folder / INDEX).is_file():
             return cls(path, config, expected)
-        entries = headers(folder)
-        found = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in entries.items()}
-        _compare(found, expected, config, folder)
+        found = _sizes(headers(folder))
+        # DSpark's stages take the place of the MTP layer under the same prefix.
+        bundled = bundles_dspark(config)
+        needed = {name: size for name, size in expected.items() if not (bundled and name.startswith("mtp."))}
+        _compare(found, needed, folder, " bytes")
         return cls(path, config, found)
 
     def with_dspark(self) -> Model:
@@ -122,21 +124,17 @@ class Model:
             folder /= DSPARK_FOLDER
         if folder is None or not (file := folder / "config.json").is_file():
             return self
-        source = read_json(file)
+        source, target = checked(read_json(file), str(folder), file), ReferenceConfig.from_json(dict(self.config))
         try:
-            dspark = DSparkConfig.from_json(source, ReferenceConfig.from_json(dict(self.config)))
-            expected = stored(ReferenceConfig.from_json(source), dspark)
+            dspark = DSparkConfig.from_json(source, target)
         except ValueError as error:
             raise LaunchError(f"{file} is of no drafter for {self.path} ({error}): use the model's own.") from None
-        sizes = {name: e["data_offsets"][1] - e["data_offsets"][0] for name, e in headers(folder).items()}
-        found = {name: size for name, size in sizes.items() if name.startswith("mtp.")}
-        if lost := sorted(expected.keys() - found.keys()):
-            raise LaunchError(
-                f"{folder / INDEX} lacks {lost[0]} ({len(lost)} of the {len(expected)} tensors of a drafter): download "
-                f"it again."
-            )
+        found = {name: entry for name, entry in headers(folder).items() if name.startswith("mtp.")}
+        # Shapes, as no source says in which dtype the published chain and confidence head are.
+        shapes = {name: list(shape) for name, (shape, _) in stored(target, dspark).items()}
+        _compare({name: entry.get("shape") for name, entry in found.items()}, shapes, folder, "")
         rest = {name: size for name, size in self.tensors.items() if not name.startswith("mtp.")}
-        return replace(self, tensors={**rest, **found}, dspark=dspark)
+        return replace(self, tensors={**rest, **_sizes(found)}, dspark=dspark)
 
 
 def bundles_dspark(config: Mapping[str, Any]) -> bool:
@@ -259,19 +257,20 @@ def headers(folder: Path) -> dict[str, dict[str, Any]]:
     return {name: files[file][name] for name, file in weight_map.items()}
 
 
-def _compare(found: Mapping[str, int], expected: Mapping[str, int], config: Mapping[str, Any], folder: Path) -> None:
-    """Raise LaunchError where a tensor that config.json implies is missing or has another size."""
+def _sizes(entries: Mapping[str, dict[str, Any]]) -> dict[str, int]:
+    """Bytes of every tensor of `headers`."""
+    return {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in entries.items()}
 
-    # DSpark's stages take the place of the MTP layer under the same prefix.
-    dspark = bundles_dspark(config)
-    needed = {name: size for name, size in expected.items() if not (dspark and name.startswith("mtp."))}
+
+def _compare(found: Mapping[str, object], needed: Mapping[str, object], folder: Path, unit: str) -> None:
+    """Raise LaunchError where a tensor that config.json implies is missing or has another size."""
     differing = sorted(name for name, size in needed.items() if found.get(name) != size)
     if differing:
         name = differing[0]
-        there = f"{found[name]} bytes" if name in found else "nothing"
+        there = f"{found[name]}{unit}" if name in found else "nothing"
         raise LaunchError(
             f"{folder / INDEX} differs from config.json in {len(differing)} of {len(needed)} tensors (first {name}: "
-            f"{there}, needed {needed[name]} bytes): use the published checkpoint, or download it again."
+            f"{there}, needed {needed[name]}{unit}): use the published checkpoint, or download it again."
         )
 
 

@@ -138,9 +138,8 @@ def _on_cuda(machine: Machine, model: Model, request: Request) -> _Decided:
     step: Step = "none" if absent else "all" if prefill else "decode"
     usable = sum(size for _, size in lines)
     room = Room(
-        gpu.name, tuple(lines), usable, tp, step, draft, cards.ep, sm12x=sm12x, patched=request.patched,
-        dspark=request.dspark,
-    )  # fmt: skip
+        gpu.name, tuple(lines), usable, tp, step, draft, cards.ep, sm12x=sm12x, patched=request.patched
+    )
     preferred = 4096 if sm12x else 8192
     found = fit(model, room, values.given(request, model), preferred)
     settings = [
@@ -151,7 +150,7 @@ def _on_cuda(machine: Machine, model: Model, request: Request) -> _Decided:
         *step_settings(room, request, best),
         *(nvfp4_settings() if nvfp4 else ()),
         *(mtp_settings(draft) if request.mtp else ()),
-        *(dspark_settings(model) if request.dspark else ()),
+        *(dspark_settings(model, draft - 1) if request.dspark else ()),
         *served_settings(),
         *comms(machine, tp),
     ]
@@ -183,7 +182,7 @@ def _require_step(request: Request, sm12x: bool, absent: list[str], draft: int) 
     if not sm12x:
         absent = ["SGLang loads them on Blackwell alone"]
     elif draft:
-        absent = ["SGLang 0.5.23 then puts the MTP layer's experts in a layout for SM100: leave speculation out"]
+        absent = ["SGLang 0.5.23 then puts the drafts' experts in a layout for SM100: leave speculation out"]
     elif backend not in (None, NVFP4_RUNNER):
         absent = [f"--moe-runner-backend {backend} does not leave them as they are: leave it out"]
     elif (values.number(request, "ep-size") or 1) > 1:

@@ -108,14 +108,13 @@ def mtp_settings(draft_tokens: int) -> Iterator[Setting]:
     yield flag("speculative-num-draft-tokens", draft_tokens, "the MTP layer is trained for one; later ones pay less")
 
 
-def dspark_settings(model: Model) -> Iterator[Setting]:
-    if model.dspark is not None:
-        place = "the checkpoint's own files" if bundles_dspark(model.config) else f"its folder {DSPARK_FOLDER}/"
-        yield flag(
-            "speculative-algorithm",
-            DSPARK,
-            f"--dspark: SGLang finds the drafter in {place}; blocks of {model.dspark.block_size}, as it was trained",
-        )
+def dspark_settings(model: Model, block: int) -> Iterator[Setting]:
+    assert model.dspark is not None, "`values.checked` refuses it"
+    place = "the checkpoint's own files" if bundles_dspark(model.config) else f"its folder {DSPARK_FOLDER}/"
+    trained = model.dspark.block_size
+    size = "as it was trained" if block == trained else f"as given, and it was trained for {trained}"
+    reason = f"--dspark: SGLang finds the drafter in {place}; blocks of {block}, {size}"
+    yield flag("speculative-algorithm", DSPARK, reason)
 
 
 def served_settings() -> Iterator[Setting]:

@@ -17,7 +17,11 @@ from .settings import Value
 
 DRAFT_TOKENS = 4
 BLOCK = "speculative-dspark-block-size"
-DRAFTS = ("speculative-num-steps", "speculative-eagle-topk", "speculative-num-draft-tokens", BLOCK)
+DSPARK_FLAGS = (
+    BLOCK, "speculative-dspark-sps-table-path", "speculative-dspark-confidence-sts-path",
+    "speculative-dspark-align-verify-tokens-to-graph-tier",
+)  # fmt: skip
+DRAFTS = ("speculative-num-steps", "speculative-eagle-topk", "speculative-num-draft-tokens", *DSPARK_FLAGS)
 PLANNED: Mapping[str, tuple[Value, ...]] = {
     "attention-backend": ("dsv4", "compressed"),
     "decode-attention-backend": ("dsv4", "compressed"),
@@ -154,7 +158,8 @@ def draft_tokens(request: Request, model: Model) -> int:
     Raises:
         LaunchError: steps and tokens do not belong together, or cannot be served.
     """
-    if request.dspark and model.dspark is not None:
+    if request.dspark:
+        assert model.dspark is not None, "`_with_dspark` refuses it"
         return _block(request, model.dspark.block_size) + 1
     if not request.mtp:
         return 0
@@ -198,7 +203,7 @@ def _with_drafts(request: Request, model: Model) -> Request:
             f"instead, or start SGLang without this launcher."
         )
     dspark = asks_dspark(request)
-    mtp = request.mtp or (algorithm is not None and not dspark)
+    mtp = request.mtp or str(algorithm).upper() in EAGLE
     if not mtp and not dspark:
         for name in DRAFTS:
             if request.value(name) is not None:
@@ -209,8 +214,9 @@ def _with_drafts(request: Request, model: Model) -> Request:
     asked = "--mtp" if request.mtp else "--dspark" if request.dspark else f"--speculative-algorithm {algorithm}"
     if dspark:
         return _with_dspark(request, model, asked)
-    if request.value(BLOCK) is not None:
-        raise LaunchError(f"--{BLOCK} was given and the MTP layer drafts: leave it out, or give --dspark.")
+    for name in DSPARK_FLAGS:
+        if request.value(name) is not None:
+            raise LaunchError(f"--{name} was given and the MTP layer drafts: leave it out, or give --dspark.")
     if bundles_dspark(model.config):
         raise LaunchError(
             f"{asked} was given and {model.path} has DSpark's stages in place of the MTP layer: give --dspark instead."
@@ -229,8 +235,13 @@ def _with_drafts(request: Request, model: Model) -> Request:
 def _with_dspark(request: Request, model: Model, asked: str) -> Request:
     if model.dspark is None:
         raise LaunchError(
-            f"{asked} was given and {model.path} has no DSpark drafter, in its files or in {DSPARK_FOLDER}/ beside "
-            f"them: leave it out, or use a checkpoint that has one."
+            f"{asked} was given, and of {model.path} no DSpark drafter was found here, in its files or in "
+            f"{DSPARK_FOLDER}/ beside them: download it, or leave {asked} out."
+        )
+    if (stages := number(request, "pp-size") or 1) > 1 and request.value("disaggregation-mode") != "prefill":
+        raise LaunchError(
+            f"--pp-size is {stages}, and SGLang 0.5.23 pipelines DSpark in prefill servers alone "
+            f"(--disaggregation-mode prefill): leave it out."
         )
     for name in ("speculative-num-steps", "speculative-eagle-topk"):
         if (value := request.value(name)) not in (None, 1):

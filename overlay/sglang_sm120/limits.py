@@ -107,5 +107,6 @@ def require_kept(draft_tokens: int | None) -> None:
     if draft_tokens is not None and draft_tokens > MAX_DRAFT_TOKENS:
         raise ValueError(
             f"speculative_num_draft_tokens is {draft_tokens}, but DeepSeek-V4's compressor can take back "
-            f"{MAX_DRAFT_TOKENS} tokens: use --speculative-num-steps {MAX_DRAFT_TOKENS - 1} or fewer."
+            f"{MAX_DRAFT_TOKENS} tokens: use --speculative-num-steps {MAX_DRAFT_TOKENS - 1} or fewer, with DSpark "
+            f"--speculative-dspark-block-size {MAX_DRAFT_TOKENS - 1} or less."
         )

@@ -43,3 +43,10 @@ def test_what_doctor_says_itself():
     """It runs where the overlay is not installed, so that it has a copy of its own of two of them."""
     assert checks.SERVED == limits.SM12X
     assert model.MODEL_TYPE == reasons.MODEL_TYPE
+
+
+@pytest.mark.parametrize("flag", ["--speculative-num-steps 9 or", "with DSpark --speculative-dspark-block-size 9 or"])
+def test_more_drafts_than_are_kept(flag: str):
+    """DSpark has one step whatever its block, which is a token shorter than what is verified."""
+    with pytest.raises(ValueError, match=flag):
+        limits.require_kept(limits.MAX_DRAFT_TOKENS + 1)

@@ -129,17 +129,20 @@ def test_sizes_are_sglangs(ratios: list[int], available: int, window: float, req
     available=st.integers(min_value=1 << 28, max_value=1 << 37),
     window=WINDOWS,
     requests=REQUESTS,
-    mtp=st.booleans(),
+    drafts=st.integers(0, 4),
+    bound=st.integers(0, 1 << 20),
 )
 def test_pools_take_no_more_than_counted_and_padding(
-    ratios: list[int], available: int, window: float, requests: int, mtp: bool
+    ratios: list[int], available: int, window: float, requests: int, drafts: int, bound: int
 ):
-    """SGLang fills `available` with what it counts; a dummy page and a ring of each layer come on top."""
+    """SGLang fills `available` with what it counts; on top come a dummy page and a ring of each layer, and windows of
+    more drafting layers than it reserves for. `bound`: the padding of more tokens is enough too."""
     config = made(ratios)
-    tokens = memory.tokens_that_fit(config, available, window, requests, mtp)
-    taken = sum(memory.pool_bytes(config, memory.pool_sizes(config, tokens, window, requests, mtp), mtp).values())
-    spent = max(available, memory.request_state_bytes(config, requests, mtp))
-    assert taken <= spent + memory.pool_padding(config, requests, mtp)
+    tokens = memory.tokens_that_fit(config, available, window, requests, drafts)
+    pools = memory.pool_sizes(config, tokens, window, requests, drafts)
+    taken = sum(memory.pool_bytes(config, pools, drafts).values())
+    spent = max(available, memory.request_state_bytes(config, requests, drafts))
+    assert taken <= spent + memory.pool_padding(config, tokens + bound, window, requests, drafts)
 
 
 @given(

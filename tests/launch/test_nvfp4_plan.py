@@ -54,7 +54,7 @@ def test_the_step_takes_every_pass(flags: Flags) -> None:
 @pytest.mark.parametrize(
     ("request_", "said"),
     [
-        (Request(mtp=True), "puts the MTP layer's experts in a layout for SM100: leave speculation out."),
+        (Request(mtp=True), "puts the drafts' experts in a layout for SM100: leave speculation out."),
         (Request(flags={"moe-runner-backend": "marlin"}), "--moe-runner-backend marlin does not leave them as they"),
         (Request(flags={"ep-size": 2}), "by the factors of a rank's own: leave EP out."),
         (Request(flags={"max-running-requests": 300}), "256 requests at once: give a --max-running-requests"),

@@ -155,6 +155,15 @@ class ReferenceConfig:
         return cls(**values)
 
 
+_ARCHITECTURES = (["DeepseekV4ForCausalLM"], ["DeepseekV4ForCausalLMDSpark"])
+"""Of a drafter: SGLang makes the second of the first where the `dspark_` keys are."""
+_ANY_DRAFTERS = frozenset((
+    "n_routed_experts", "num_experts_per_tok", "compress_ratios", "num_hidden_layers", "num_nextn_predict_layers",
+    "num_hash_layers", "nvfp4_experts",
+))  # fmt: skip
+"""Fields that may differ between a drafter and its target: experts it has of its own, layers it has none of."""
+
+
 @dataclass(frozen=True)
 class DSparkConfig:
     """A DSpark drafter's constants, under the names of `config.json` without their `dspark_`.
@@ -188,8 +197,11 @@ class DSparkConfig:
         needed = ("block_size", "noise_token_id", "target_layer_ids", "markov_rank")
         if missing := [f"{DSPARK}{key}" for key in needed if source.get(DSPARK + key) is None]:
             raise ValueError(f"config.json lacks {', '.join(missing)}")
-        for name in ("hidden_size", "vocab_size"):
-            if (found := source.get(name)) != (has := getattr(target, name)):
+        if (found := source.get("architectures")) not in _ARCHITECTURES:
+            raise ValueError(f"config.json has architectures={found}, needed one of {_ARCHITECTURES}")
+        same = ReferenceConfig.from_json(dict(source))
+        for name, has in vars(target).items():
+            if name not in _ANY_DRAFTERS and (found := getattr(same, name)) != has:
                 raise ValueError(f"config.json has {name}={found}, its target {has}")
         layers = source[f"{DSPARK}target_layer_ids"]
         if not isinstance(layers, list) or not layers or any(type(layer) is not int for layer in layers):
