@@ -151,6 +151,7 @@ def test_a_server_loads_the_checkpoint(
     config = tmp_path / "config.json"
     config.write_text(json.dumps(source))
     words = ("--out", tmp_path / "out", "--folder", tmp_path / "new", "--config", config, "--runs", 1, "--ahead", 2)
+    others = set(psutil.Process().children())
     assert run(monkeypatch, *words, "--loader", "prefetch", "warm") == 0
     kept = json.loads((tmp_path / "out/loading.json").read_text())
     (cold,), (warm,) = kept["loaders"].values()
@@ -159,7 +160,7 @@ def test_a_server_loads_the_checkpoint(
     assert warm["device"] < kept["bytes"] <= cold["device"]
     assert all(one["seconds"] > 0 and one["peak"] > kept["bytes"] for one in (cold, warm))
     assert "Some weights are not initialized" not in (tmp_path / "out/warm-0.log").read_text()
-    assert not (tmp_path / "new").exists() and not psutil.Process().children()
+    assert not (tmp_path / "new").exists() and set(psutil.Process().children()) <= others
     assert "SGLang's best, prefetch, has" in capsys.readouterr().out
 
 
