@@ -33,7 +33,7 @@ from sglang_sm120_reference.write import drafter_of
 from training import data, state
 from training.model import Mode, Model, Weights, served, stack_name, stacked
 from training.start import random
-from training.train import BALANCE_RATE, EVAL_SEED, LOG_EVERY, RESERVE, Feed, Recipe, Stage
+from training.train import EVAL_SEED, LOG_EVERY, RESERVE, Feed, Learner, Recipe, Stage
 
 TARGET = Path(__file__).parents[1] / "small-deepseek-v4.xz"
 SIZE = "dspark"
@@ -144,32 +144,14 @@ class Target:
         return Model(self.config, self._weights, self._tables, self.mode)(tokens, capture=layers).captured
 
 
-class Trainer:
-    """The drafter's weights, their optimiser and how far they are."""
+class Trainer(Learner):
+    """Of the drafter, for a target that stays as it is."""
 
     def __init__(self, target: Target, dspark: DSparkConfig, recipe: Recipe, progress: state.Progress) -> None:
-        self.target, self.dspark, self.recipe, self.progress = target, dspark, recipe, progress
-        device, config = target.device, target.config
-        self.weights = {
-            name: random(name, p.shape, config, progress.seed).to(device).contiguous()
-            for name, p in stacked(config, dspark).items()
-        }
-        self._trained = [name for name in self.weights if not name.endswith("gate.bias")]
-        for name in self._trained:
-            self.weights[name].requires_grad_()
-        self.optimiser = torch.optim.AdamW(
-            [self.weights[name] for name in self._trained], lr=0.0, betas=(0.9, 0.98), eps=1e-10, weight_decay=0.0,
-            fused=device.type == "cuda",
-        )  # fmt: skip
+        self.target, self.dspark, config = target, dspark, target.config
+        weights = {name: random(name, p.shape, config, progress.seed) for name, p in stacked(config, dspark).items()}
+        super().__init__(weights, recipe, progress, target.device)
         self._rng = torch.Generator().manual_seed(progress.seed + progress.step)
-        self._since_resume = recipe.rewarm
-
-    def restore(self, weights: Weights) -> None:
-        """Go on from saved weights; the optimiser starts again and is warmed up."""
-        with torch.no_grad():
-            for name, w in self.weights.items():
-                w.copy_(weights[name])
-        self._since_resume = 0
 
     def drafter(self) -> Drafter:
         mode = self.target.mode._replace(levels=LEVELS, exact=True)
@@ -193,17 +175,7 @@ class Trainer:
             drafter.confidence(x.detach(), latent.detach()), right, reduction="none"
         )
         answer, confidence = ((part * fade).sum() / fade.sum() for part in (loss, unsure))
-        self.optimiser.zero_grad(set_to_none=True)
-        (answer + confidence).backward()
-        norm = torch.nn.utils.clip_grad_norm_([self.weights[name] for name in self._trained], 1.0)
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.recipe.rate(done, self.progress.step, self._since_resume)
-        self.optimiser.step()
-        with torch.no_grad():
-            for prefix, load in drafter._loads.items():
-                self.weights[prefix + "gate.bias"] += BALANCE_RATE * (load.float().mean() - load).sign()
-        self.progress.step += 1
-        self._since_resume += 1
+        norm = self.update(answer + confidence, drafter._loads, done)
         first, all_ = ((right * at.counts)[:, :n].sum() / at.counts[:, :n].sum() for n in (1, None))
         return {"loss": answer, "confidence": confidence, "first right": first, "right": all_, "norm": norm}
 
@@ -338,7 +310,7 @@ def main(argv: list[str] | None = None) -> int:
         recipe = Recipe(target.config, (), peak=args.rate)
         trainer = Trainer(target, dspark, recipe, progress)
         if args.resume:
-            trainer.restore(weights)
+            trainer.go_on(weights)
         seconds = args.minutes * 60 - RESERVE - (time.monotonic() - began)
         budget = args.budget * 60 if args.budget else progress.seconds + max(seconds, 1.0)
         workers = 4 if device.type == "cuda" else 0

@@ -213,28 +213,60 @@ def loss_of(model: Model, batch: data.Batch, device: torch.device) -> Loss:
     return Loss(total, answer, mtp, out.index_loss, right.mean(), recall, out.loads)
 
 
-class Trainer:
-    """Weights, optimiser and how far they are."""
+class Learner:
+    """Weights, their optimiser and how far they are."""
 
-    def __init__(self, recipe: Recipe, progress: state.Progress, device: torch.device) -> None:
+    def __init__(self, weights: Weights, recipe: Recipe, progress: state.Progress, device: torch.device) -> None:
         self.recipe, self.progress, self.device = recipe, progress, device
         # One layout for weights, gradients and restored moments: the fused optimiser wants it.
-        self.weights = {n: w.to(device).contiguous() for n, w in initial(recipe.config, progress.seed).items()}
-        self.tables = {n: t.to(device) for n, t in tables(recipe.config, progress.seed).items()}
-        self._trained = [n for n in self.weights if not n.endswith("gate.bias")]
+        self.weights = {name: w.to(device).contiguous() for name, w in weights.items()}
+        self._trained = [name for name in self.weights if not name.endswith("gate.bias")]
         for name in self._trained:
             self.weights[name].requires_grad_()
         self.optimiser = torch.optim.AdamW(
-            [self.weights[n] for n in self._trained], lr=0.0, betas=(0.9, 0.98), eps=1e-10, weight_decay=0.0,
+            [self.weights[name] for name in self._trained], lr=0.0, betas=(0.9, 0.98), eps=1e-10, weight_decay=0.0,
             fused=device.type == "cuda",
         )  # fmt: skip
         self._since_resume = recipe.rewarm
 
-    def restore(self, weights: Weights, second: Weights) -> None:
-        """Go on from a saved state of the same size."""
+    def go_on(self, weights: Weights) -> None:
+        """From saved weights; the optimiser starts again and is warmed up."""
         with torch.no_grad():
             for name, w in self.weights.items():
                 w.copy_(weights[name])
+        self._since_resume = 0
+
+    def update(self, loss: Tensor, loads: dict[str, Tensor], done: float) -> Tensor:
+        """One at `done` 0 … 1 of the run; the gradient's norm. loads: tokens of each expert, by a router's prefix."""
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_([self.weights[name] for name in self._trained], 1.0)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.recipe.rate(done, self.progress.step, self._since_resume)
+        self.optimiser.step()
+        self._balance(loads)
+        self.progress.step += 1
+        self._since_resume += 1
+        return norm
+
+    @torch.no_grad()
+    def _balance(self, loads: dict[str, Tensor]) -> None:
+        """Experts with less than their share of tokens become likelier: the router's bias has no other training."""
+        for prefix, load in loads.items():
+            if (bias := self.weights.get(prefix + "gate.bias")) is not None:
+                bias += BALANCE_RATE * (load.float().mean() - load).sign()
+
+
+class Trainer(Learner):
+    """Of the whole model."""
+
+    def __init__(self, recipe: Recipe, progress: state.Progress, device: torch.device) -> None:
+        super().__init__(initial(recipe.config, progress.seed), recipe, progress, device)
+        self.tables = {n: t.to(device) for n, t in tables(recipe.config, progress.seed).items()}
+
+    def restore(self, weights: Weights, second: Weights) -> None:
+        """Go on from a saved state of the same size."""
+        self.go_on(weights)
         for name in self._trained:
             w = self.weights[name]
             # `step` only corrects the moments' start at zero: the second one is whole, the first is warmed up.
@@ -243,7 +275,6 @@ class Trainer:
                 "exp_avg": torch.zeros_like(w),
                 "exp_avg_sq": second[name].to(w.device).view_as(w).clone(),
             }
-        self._since_resume = 0
 
     def second_moments(self) -> Weights:
         return {n: self.optimiser.state[self.weights[n]]["exp_avg_sq"] for n in self._trained}
@@ -255,23 +286,7 @@ class Trainer:
         """One update at `done` 0 … 1 of the run; the loss and the gradient's norm."""
         select = stage.select and self.progress.step % 2 == 1
         loss = loss_of(self.model(mode(self.recipe, self.device, select=select)), batch, self.device)
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.total.backward()
-        norm = torch.nn.utils.clip_grad_norm_([self.weights[n] for n in self._trained], 1.0)
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.recipe.rate(done, self.progress.step, self._since_resume)
-        self.optimiser.step()
-        self._balance(loss.loads)
-        self.progress.step += 1
-        self._since_resume += 1
-        return loss, norm
-
-    @torch.no_grad()
-    def _balance(self, loads: dict[str, Tensor]) -> None:
-        """Experts with less than their share of tokens become likelier: the router's bias has no other training."""
-        for prefix, load in loads.items():
-            if (bias := self.weights.get(prefix + "gate.bias")) is not None:
-                bias += BALANCE_RATE * (load.float().mean() - load).sign()
+        return loss, self.update(loss.total, loss.loads, done)
 
 
 DISTANCES = (128, 1024, 2176, 4096, 1 << 30)
