@@ -140,6 +140,7 @@ def test_every_row_of_a_block_sees_every_other(
 def test_blocks_do_not_see_each_other(drafter: Drafter, tokens: list[int], context: list[torch.Tensor]) -> None:
     together = drafter.drafts(context, tokens, ANCHORS)
     alone = [drafter.drafts(context, tokens, [anchor]) for anchor in ANCHORS]
+    # Sums of other lengths differ in fp32 (3e-8, 2-core x86-64); one rounded to the next bf16 moves a logit by 2^-7.
     for name, part in vars(together).items():
         torch.testing.assert_close(part, torch.cat([vars(one)[name] for one in alone]), rtol=0, atol=1e-2)
     assert torch.equal(together.tokens, together.logits.argmax(-1))
