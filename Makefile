@@ -143,7 +143,7 @@ bench: setup
 
 profile: setup
 	@$(VENV) patches/patchset.py apply
-	exec $(VENV) bench/decode_step.py --eagle --batch 1 8 --context 1024 --out "$${OUT:-profile}" $${ARGS:-}
+	exec $(VENV) bench/decode_step.py --serve plain eagle --batch 1 8 --context 1024 --out "$${OUT:-profile}" $${ARGS:-}
 
 # Sweeps what the checkout says, and places the table that it wrote.
 tune: setup

@@ -1,8 +1,8 @@
 """Where the time of a decode cycle goes, by a torch profiler trace: graph replays, kernels between them, waiting.
 
 A cycle begins with a replay of the graph that has the most kernels, the target's decode or verification, and ends with
-the next one. With speculation other graphs follow in it: the draft's. Streams overlap inside a replay, so that what
-kernels take together is more than the time in which any of them runs.
+the next one. With speculation other graphs follow in it: the draft's, and what prepares it. Streams overlap inside a
+replay, so that what kernels take together is more than the time in which any of them runs.
 """
 
 from __future__ import annotations
@@ -121,10 +121,10 @@ def read(trace: Path) -> list[Cycle]:
     return cycles(traces.kernels_of(events, calls), spans)
 
 
-def account(found: Sequence[Cycle], known: Mapping[str, Mapping[Any, str]], eagle: bool) -> dict[str, Any]:
+def account(found: Sequence[Cycle], known: Mapping[str, Mapping[Any, str]], speculates: bool) -> dict[str, Any]:
     """The mean cycle in µs: its replays in order, what runs between and beside them, idle GPU, and the host.
 
-    known: as `traces.ranges` gives it. eagle: whether the server speculates.
+    known: as `traces.ranges` gives it. speculates: whether the server does.
     """
     times = len(found)
 
@@ -138,7 +138,7 @@ def account(found: Sequence[Cycle], known: Mapping[str, Mapping[Any, str]], eagl
         for kernel in (kernel for replay in same for kernel in replay.kernels):
             ops[traces.op_of(kernel, known)] += kernel.us / times
         parts.append({
-            "graph": name_of(place, eagle), "launches": len(first.kernels),
+            "graph": name_of(place, speculates), "launches": len(first.kernels),
             "us": mean(replay.span.us for replay in same), "busy_us": mean(busy(replay.kernels) for replay in same),
             "kernels_us": mean(sum(kernel.us for kernel in replay.kernels) for replay in same),
             "ops": {op: round(us, 1) for op, us in sorted(ops.items(), key=lambda item: -item[1])},
@@ -164,11 +164,11 @@ def account(found: Sequence[Cycle], known: Mapping[str, Mapping[Any, str]], eagl
     }
 
 
-def name_of(place: int, eagle: bool) -> str:
+def name_of(place: int, speculates: bool) -> str:
     """A graph of a cycle in words."""
     if place == 0:
-        return "verify" if eagle else "decode"
-    return f"{'draft' if eagle else 'other'} {place}"
+        return "verify" if speculates else "decode"
+    return f"{'draft' if speculates else 'other'} {place}"
 
 
 def table(told: Mapping[str, Any]) -> str:
@@ -194,7 +194,7 @@ WIDTH, ROW, LEFT, TOP = 1600, 22, 110, 56
 
 
 def timeline(
-    cycle: Cycle, heading: str, known: Mapping[str, Mapping[Any, str]], eagle: bool, path: Path
+    cycle: Cycle, heading: str, known: Mapping[str, Mapping[Any, str]], speculates: bool, path: Path
 ) -> None:
     """Draw one cycle as an SVG: a row for each stream and one for the host's calls, kernels coloured by op."""
     kernels = [kernel for replay in cycle.replays for kernel in replay.kernels] + [*cycle.others]
@@ -229,7 +229,7 @@ def timeline(
     for place, replay in enumerate(cycle.replays):
         parts.append(box(*replay.span, 0, "#DDDDDD", f"{replay.span.us:.1f} us"))
         at = LEFT + (replay.span.start - cycle.span.start) * scale
-        parts.append(label(at + 2, TOP + ROW - 9, name_of(place, eagle)))
+        parts.append(label(at + 2, TOP + ROW - 9, name_of(place, speculates)))
     for row, stream in enumerate(streams, 1):
         parts.append(label(10, TOP + row * ROW + 13, f"stream {stream}"))
         for kernel in (kernel for kernel in kernels if kernel.stream == stream):

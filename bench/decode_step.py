@@ -5,9 +5,12 @@ All layers at full width with the experts cut to what fits one card (128 of 256 
 random weights (`random_weights`).
 
 Per batch and context it sends that many prompts of random tokens, and takes the median time between streamed tokens
-from the moment all of them decode; with `--eagle` a second server speculates, and the time is a cycle's. One profiled
-pass per batch tells, for the mean cycle: kernel time by op in each graph, the kernels between graphs, when the GPU is
-idle, where the host waits (`cycles`). It fails when a kernel of DeepGEMM, TileLang, FlashMLA or FA3 ran.
+from the moment all of them decode; with EAGLE or DSpark the time is a cycle's. One profiled pass per batch tells, for
+the mean cycle: kernel time by op in each graph, the kernels between graphs, when the GPU is idle, where the host waits
+(`cycles`). It fails when a kernel of DeepGEMM, TileLang, FlashMLA or FA3 ran.
+
+DSpark's requests are greedy, the others' sampled: `compact` accepts in the verification's graph for greedy ones alone,
+whose cycle commits one token where a random drafter is not right by chance.
 Writes DIR/decode_step.json, the servers' logs, the traces and a picture of one cycle of each; prints a table last.
 """
 
@@ -21,6 +24,9 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +42,10 @@ import traces
 from bench import lower
 from local_server import LocalServer, ServerError
 from sglang_sm120 import ops, registry
-from sglang_sm120.checkpoint.config import ReferenceConfig, model_config
+from sglang_sm120.checkpoint.config import DSPARK, DSPARK_FOLDER, ReferenceConfig, model_config
 from sglang_sm120.parity import calls_of
 from sglang_sm120_reference import tokenizer
+from sglang_sm120_reference.config_file import FLASH_DRAFTER
 from streamed import INTERVAL, ask, cycle, drawn, pace, speculation
 
 TARGET_MS = 5.0
@@ -50,6 +57,42 @@ Known = dict[str, dict[Any, str]]
 STEP_SERVES = "the step takes its first {} pass"
 
 
+@dataclass(frozen=True)
+class Served:
+    """How a server differs from the plain one.
+
+    rows: of a request in the passes of a cycle. passes: modes of which the log is to name the step's first pass, one
+    word for each model. on_hopper: flags for such a card alone.
+    """
+
+    flags: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    rows: tuple[int, ...] = (1,)
+    passes: tuple[str, ...] = ("decode",)
+    temperature: float = 1.0
+    on_hopper: tuple[str, ...] = ()
+
+    @property
+    def speculates(self) -> bool:
+        return "target_verify" in self.passes
+
+
+def _dspark(mode: str) -> Served:
+    block = FLASH_DRAFTER[f"{DSPARK}block_size"]
+    return Served(
+        ("--speculative-algorithm", "DSPARK"), {"SGLANG_RAGGED_VERIFY_MODE": mode}, (block, block + 1),
+        # The stages' passes have the name of the target's.
+        ("target_verify", "target_verify"), 0.0, sm120_lowering.DRAFTER_FLAGS,
+    )  # fmt: skip
+
+
+SERVERS = {
+    "plain": Served(),
+    "eagle": Served(speculation(3), rows=(1, 4), passes=("target_verify",)),
+    **{f"dspark-{mode}": _dspark(mode) for mode in ("static", "compact")},
+}
+
+
 def write_model(folder: Path, experts: int) -> ReferenceConfig:
     """A directory that SGLang takes for the model: configuration and tokenizer."""
     source = {**model_config(), "n_routed_experts": experts}
@@ -59,19 +102,31 @@ def write_model(folder: Path, experts: int) -> ReferenceConfig:
     return ReferenceConfig.from_json(source)
 
 
-def step_ms(url: str, batch: int, context: int, rng: random.Random, eagle: bool = False) -> float:
-    """Median milliseconds per decode step, or cycle, while `batch` requests of `context` random tokens decode."""
-    return (cycle if eagle else pace)(ask(url, [drawn(context, rng) for _ in range(batch)], ANSWER))
+def write_drafter(folder: Path) -> None:
+    """Beside a model of `write_model` the DSpark drafter published for it, with as many experts as the model has."""
+    source = json.loads((folder / "config.json").read_text())
+    (folder / DSPARK_FOLDER).mkdir()
+    (folder / DSPARK_FOLDER / "config.json").write_text(json.dumps(source | FLASH_DRAFTER, indent=1))
 
 
-def profile(url: str, folder: Path, batch: int, context: int, rng: random.Random) -> dict[str, Path]:
+def step_ms(url: str, batch: int, context: int, rng: random.Random, server: str = "plain") -> float:
+    """Median milliseconds per decode step, or cycle, while `batch` requests of `context` random tokens decode.
+
+    server: which of SERVERS it is.
+    """
+    served = SERVERS[server]
+    chunks = ask(url, [drawn(context, rng) for _ in range(batch)], ANSWER, served.temperature)
+    return (cycle if served.speculates else pace)(chunks)
+
+
+def profile(url: str, folder: Path, batch: int, context: int, rng: random.Random, server: str) -> dict[str, Path]:
     """The traces of the prefill and of the decode steps of one batch, by stage."""
     shutil.rmtree(folder, ignore_errors=True)  # of a run before
     folder.mkdir(parents=True)
     order = {"output_dir": str(folder), "num_steps": PROFILED_STEPS, "profile_by_stage": True}
     order |= {"activities": ["CPU", "GPU"], "with_stack": False, "record_shapes": False}
     httpx.post(f"{url}/start_profile", json=order, timeout=60).raise_for_status()
-    step_ms(url, batch, context, rng)
+    step_ms(url, batch, context, rng, server)
     deadline = time.monotonic() + 60
     while len(files := sorted(folder.glob("*.trace.json.gz"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.5)
@@ -101,7 +156,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--context", type=int, nargs="+", default=[1024, 16_384])
-    parser.add_argument("--eagle", action="store_true", help="then a server with 3 draft steps, 4 tokens to verify")
+    parser.add_argument(
+        "--serve", choices=SERVERS, nargs="+", default=["plain"], metavar="NAME",
+        help=f"servers, one after another: of {', '.join(SERVERS)}; EAGLE with 3 draft steps, 4 tokens to verify, "
+        "DSpark with the published drafter's sizes and the mode of SGLANG_RAGGED_VERIFY_MODE (default: plain)",
+    )  # fmt: skip
     parser.add_argument("--experts", type=int, default=128)
     parser.add_argument("--lowering", choices=("sm120", "native"), default="sm120", help="on a Hopper card")
     parser.add_argument("--ready", type=float, default=1200, help="seconds that a server may take to be ready")
@@ -118,17 +177,17 @@ def main() -> int:
     result |= {"torch": torch.__version__, "ready_seconds": {}}
     known: Known = {"exact": {}, "compiled": {}, "name": {}}
     try:
-        # A verification has four rows a request.
-        rows = sorted({b * tokens for b in args.batch for tokens in ((1, 4) if args.eagle else (1,))})
+        rows = sorted({batch * rows for batch in args.batch for name in args.serve for rows in SERVERS[name].rows})
         known |= known_kernels(rows, max(args.context) + 1024, args.out)
     except RuntimeError as error:
         result["problems"].append(f"kernels keep their own names in the tables, their ops did not run here: {error}")
     torch.cuda.empty_cache()
     with tempfile.TemporaryDirectory() as folder:
         result["layers"] = write_model(Path(folder), args.experts).num_hidden_layers
-        for eagle in (False, True) if args.eagle else (False,):
+        write_drafter(Path(folder))
+        for name in dict.fromkeys(args.serve):
             try:
-                serve(Path(folder), args, eagle, known, result)
+                serve(Path(folder), args, name, known, result)
             except ServerError as error:
                 result["problems"].append(f"{error}"[-2000:])
     save(result, args.out)
@@ -141,57 +200,58 @@ def save(result: dict[str, Any], out: Path) -> None:
     (out / "decode_step.json").write_text(json.dumps(result, indent=1))
 
 
-def serve(model: Path, args: argparse.Namespace, eagle: bool, known: Known, result: dict[str, Any]) -> None:
+def serve(model: Path, args: argparse.Namespace, name: str, known: Known, result: dict[str, Any]) -> None:
     """One server's figures, added to `result`.
 
     Raises:
         ServerError: it does not start.
     """
+    served, hopper = SERVERS[name], torch.cuda.get_device_capability()[0] == 9
     flags = [
         "--load-format", "dummy", "--mem-fraction-static", "0.8", "--grammar-backend", "none",
         "--max-running-requests", str(max(args.batch)), "--cuda-graph-bs-decode", *map(str, sorted(args.batch)),
         "--context-length", str(max(args.context) + 1024), "--chunked-prefill-size", "8192",
-        *(sm120_lowering.SERVER_FLAGS if torch.cuda.get_device_capability()[0] == 9 else ()),
-        *(speculation(3) if eagle else ()), *(f"--{flag}" for flag in args.flag),
+        *((*sm120_lowering.SERVER_FLAGS, *served.on_hopper) if hopper else ()),
+        *served.flags, *(f"--{flag}" for flag in args.flag),
     ]  # fmt: skip
-    name = "eagle" if eagle else "plain"
     path = os.pathsep.join((str(Path(__file__).parent / "random_weights"), os.environ.get("PYTHONPATH", "")))
-    env = {**sm120_lowering.SERVER_ENVIRONMENT, "PYTHONPATH": path}
+    env = {**sm120_lowering.SERVER_ENVIRONMENT, **served.env, "PYTHONPATH": path}
     began = time.monotonic()
     with LocalServer(model, *flags, log=args.out / f"{name}.log", env=env, ready_seconds=args.ready) as server:
         args.deadline = time.monotonic() + args.seconds
         result["ready_seconds"][name] = round(time.monotonic() - began)
         print(f"{name} ready after {result['ready_seconds'][name]} s", flush=True)
-        measure(server.url, args, eagle, known, result)
-        if STEP_SERVES.format("target_verify" if eagle else "decode") not in server.log.read_text(errors="replace"):
-            result["problems"].append(f"the step served no pass of {name}: its log says why")
+        measure(server.url, args, name, known, result)
+        log = server.log.read_text(errors="replace")
+        if any(log.count(STEP_SERVES.format(mode)) < count for mode, count in Counter(served.passes).items()):
+            result["problems"].append(f"the step served no pass of a model of {name}: its log says why")
         if not server.alive():
             result["problems"].append(f"the server died, its log ends in: {server.log_tail()[-1500:]}")
 
 
-def measure(url: str, args: argparse.Namespace, eagle: bool, known: Known, result: dict[str, Any]) -> None:
+def measure(url: str, args: argparse.Namespace, server: str, known: Known, result: dict[str, Any]) -> None:
     """Times of every batch and context, and the profile of every batch at the shortest context, into `result`."""
     rng = random.Random(0)
     for context in sorted(args.context):
         for batch in sorted(args.batch):
-            about = {"batch": batch, "context": context, "eagle": eagle, "weights": "random"}
+            about = {"batch": batch, "context": context, "server": server, "weights": "random"}
             if time.monotonic() > args.deadline:
                 result["problems"].append(f"batch {batch} at {context} tokens was not measured: out of time")
                 continue
             try:
-                ms = step_ms(url, batch, context, rng, eagle)
+                ms = step_ms(url, batch, context, rng, server)
                 result["steps"].append({**about, "ms": round(ms, 3)})
                 print(json.dumps(result["steps"][-1]), flush=True)
                 if context == min(args.context):
-                    name = f"{'eagle' if eagle else 'plain'}-{batch}"
-                    stages = profile(url, args.out / name, batch, context, rng)
+                    name, speculates = f"{server}-{batch}", SERVERS[server].speculates
+                    stages = profile(url, args.out / name, batch, context, rng, server)
                     for stage, trace in stages.items():
                         for kernel in traces.foreign(traces.read(trace)):
                             result["foreign"].append(f"{stage} at batch {batch}: {kernel}")
                     found = cycles.read(stages["DECODE"])
-                    result["profiles"].append({**about, **cycles.account(found, known, eagle)})
+                    result["profiles"].append({**about, **cycles.account(found, known, speculates)})
                     heading = f"{result['gpu']}, {name}, {context} tokens"
-                    cycles.timeline(found[len(found) // 2], heading, known, eagle, args.out / f"{name}.svg")
+                    cycles.timeline(found[len(found) // 2], heading, known, speculates, args.out / f"{name}.svg")
             except (RuntimeError, LookupError, ValueError, OSError, httpx.HTTPError) as error:
                 result["problems"].append(f"batch {batch} at {context} tokens: {type(error).__name__}: {error}")
             # A run that is cut off leaves what it has.
@@ -202,17 +262,17 @@ def report(result: dict[str, Any]) -> str:
     """The result for reading; the accounts first, the times last."""
     lines = []
     for profiled in result["profiles"]:
-        kind = "EAGLE" if profiled["eagle"] else "plain"
         a_layer = profiled["replays"][0]["launches"] / result["layers"]
-        about = f"{kind}, batch {profiled['batch']} at {profiled['context']} tokens"
+        about = f"{profiled['server']}, batch {profiled['batch']} at {profiled['context']} tokens"
         lines += [f"{about}: {a_layer:.1f} kernels a layer", cycles.table(profiled)]
     for row in result["steps"]:
         aim = ""
-        if row["batch"] == 1 and not row["eagle"]:
+        if row["batch"] == 1 and row["server"] == "plain":
             over = row["ms"] - TARGET_MS
             aim = f"  target {TARGET_MS:g} ms missed by {over:.2f}" if over > 0 else f"  target {TARGET_MS:g} ms met"
-        kind = "cycle" if row["eagle"] else "step"
-        lines.append(f"batch {row['batch']:3d} context {row['context']:6d}: {row['ms']:7.2f} ms a {kind}{aim}")
+        kind = "cycle" if SERVERS[row["server"]].speculates else "step"
+        about = f"{row['server']}, batch {row['batch']:3d} context {row['context']:6d}"
+        lines.append(f"{about}: {row['ms']:7.2f} ms a {kind}{aim}")
     foreign = result["foreign"] or ["none"]
     lines.append(f"kernels of DeepGEMM, TileLang, FlashMLA or FA3: {'; '.join(foreign)[:600]}")
     lines += [f"problem: {problem[-1500:]}" for problem in result["problems"]]

@@ -17,6 +17,8 @@ NO_FUSED_ALL_REDUCE = "--enforce-disable-flashinfer-allreduce-fusion"
 SERVER_FLAGS = ("--moe-runner-backend", "triton", "--disable-prefill-cuda-graph", NO_FUSED_ALL_REDUCE)
 """Of a server with the step on a Hopper card: plain experts for the step to take over, of the target and its draft, and
 no graphs of SGLang's prefill."""
+DRAFTER_FLAGS = ("--fp8-gemm-backend", "triton")
+"""Beside them with DSpark: SGLang's own FP8 products of the drafter are Triton's, not DeepGEMM's."""
 SERVER_ENVIRONMENT = {
     "SGLANG_SM120_FORCE": "1", "SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0", "SGLANG_OPT_USE_TILELANG_MHC_PRE": "0",
     "SGLANG_OPT_DEEPGEMM_HC_PRENORM": "0", "SGLANG_OPT_FP8_WO_A_GEMM": "0",

@@ -53,13 +53,15 @@ def events(answer: httpx.Response) -> Iterator[dict[str, Any]]:
         yield chunk
 
 
-def ask(url: str, prompts: list[list[int]], tokens: int) -> list[list[Chunk]]:
+def ask(url: str, prompts: list[list[int]], tokens: int, temperature: float = 1.0) -> list[list[Chunk]]:
     """The chunks of each prompt's answer of so many tokens, sampled, so that requests and their experts stay different.
+
+    temperature: 0 for greedy answers.
 
     Raises:
         RuntimeError: the server answers with an error, or ends an answer early.
     """
-    sampling = {"max_new_tokens": tokens, "ignore_eos": True, "temperature": 1.0, "stream_interval": INTERVAL}
+    sampling = {"max_new_tokens": tokens, "ignore_eos": True, "temperature": temperature, "stream_interval": INTERVAL}
     chunks: list[list[Chunk]] = [[] for _ in prompts]
     body = {"input_ids": prompts, "sampling_params": sampling, "stream": True}
     began = time.perf_counter()

@@ -56,15 +56,15 @@ def decode_step(result: dict[str, Any]) -> str:
     """Times of steps and cycles, then of each batch where the mean cycle goes, and kernel time by op in its graphs.
 
     Raises:
-        KeyError: it is of another form; that of before 2026-11-30 has no cycles.
+        KeyError: it is of another form: of before `--serve`, which says what each server was.
     """
-    lines = _head("batch", "context", "weights", "EAGLE", "ms")
+    lines = _head("batch", "context", "weights", "server", "ms")
     lines += [
-        _line(row["batch"], row["context"], row["weights"], "yes" if row["eagle"] else "no", f"{row['ms']:.2f}")
+        _line(row["batch"], row["context"], row["weights"], row["server"], f"{row['ms']:.2f}")
         for row in result["steps"]
     ]
     for told in result["profiles"]:
-        lines += ["", f"{'EAGLE, ' if told['eagle'] else ''}batch {told['batch']}, {told['context']} tokens:", ""]
+        lines += ["", f"{told['server']}, batch {told['batch']}, {told['context']} tokens:", ""]
         lines += _head("part", "µs", "kernels", "their µs")
         for part in told["replays"]:
             lines.append(_line(part["graph"], part["us"], part["launches"], part["kernels_us"]))

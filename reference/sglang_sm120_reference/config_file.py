@@ -9,6 +9,12 @@ from typing import Any
 
 from sglang_sm120.checkpoint.config import DSPARK, FIXED, FP8_BLOCK, NVFP4_GROUP, DSparkConfig, ReferenceConfig
 
+FLASH_DRAFTER: dict[str, Any] = {
+    f"{DSPARK}block_size": 5, f"{DSPARK}noise_token_id": 128799, f"{DSPARK}target_layer_ids": [40, 41, 42],
+    f"{DSPARK}markov_rank": 256,
+}  # fmt: skip
+"""What the `config.json` of the drafter published for Flash has beside Flash's: kvcache-ai/ktransformers#2118."""
+
 _NVFP4 = {"quant_algo": "MIXED_PRECISION", "moe_quant_algo": "NVFP4", "group_size": NVFP4_GROUP, "ignore": []}
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import httpx
 import pytest
 import torch
 
 import cycles
 import decode_step
+import streamed
 import tables
 import traces
 
@@ -165,52 +168,116 @@ def test_an_op_is_told_by_its_name_grid_or_code(tmp_path: Path) -> None:
     assert traces.op_of(first, known) == "fp8_linear" and traces.op_of(second, known) == "[other]"
 
 
-def test_decode_step_tells_both_kinds(
+class Tool:
+    """`decode_step` with made-up servers, profiler and answers: two tokens a verification, 4.5 ms a token."""
+
+    def __init__(self, out: Path, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+        self.out, self.dspark_passes = out, 2
+        self.started: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {}
+        self.rows: list[int] = []
+        self.temperatures: dict[str, set[float]] = {}
+        self._patch = monkeypatch
+        tool = self
+
+        class Server:
+            url = "http://127.0.0.1:1"
+
+            def __init__(self, model: Path, *flags: str, log: Path, env: dict[str, str], **_: Any) -> None:
+                target, drafter = (json.loads((model / name / "config.json").read_text()) for name in ("", "dspark"))
+                assert target == {key: drafter[key] for key in target} and target["n_routed_experts"] == 128
+                tool.started[log.stem] = flags, env
+                count = tool.dspark_passes if "DSPARK" in flags else 1
+                mode = "target_verify" if "--speculative-algorithm" in flags else "decode"
+                log.write_text(f"the step takes its first {mode} pass (1 rows).\n" * count)
+                self.log = log
+
+            def __enter__(self) -> Server:
+                return self
+
+            def __exit__(self, *_: object) -> None:
+                pass
+
+            def alive(self) -> bool:
+                return True
+
+        def post(url: str, json: dict[str, Any], **_: Any) -> httpx.Response:
+            speculating().read(folder := Path(json["output_dir"]))
+            shutil.copy(folder / "x-DECODE.trace.json.gz", folder / "x-EXTEND.trace.json.gz")
+            return httpx.Response(200, request=httpx.Request("POST", url))
+
+        def ask(url: str, prompts: list[list[int]], tokens: int, temperature: float) -> list[list[streamed.Chunk]]:
+            tool.temperatures.setdefault([*tool.started][-1], set()).add(temperature)
+            return [[streamed.Chunk(0, 1, 0), streamed.Chunk(0.045, 11, 5)] for _ in prompts]
+
+        def known(rows: list[int], *_: Any) -> dict[str, dict[Any, str]]:
+            self.rows = rows
+            return NOTHING_KNOWN
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        monkeypatch.setattr(decode_step, "lower", lambda _: None)
+        monkeypatch.setattr(decode_step, "LocalServer", Server)
+        monkeypatch.setattr(decode_step.httpx, "post", post)
+        monkeypatch.setattr(decode_step, "ask", ask)
+        monkeypatch.setattr(decode_step, "known_kernels", known)
+
+    def main(self, *words: str) -> int:
+        self._patch.setattr(sys, "argv", ["decode_step", "--out", str(self.out), "--context", "1024", "2048", *words])
+        return decode_step.main()
+
+    def told(self) -> dict[str, Any]:
+        return json.loads((self.out / "decode_step.json").read_text())
+
+
+def test_decode_step_tells_steps_and_cycles(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The tool from its arguments to its table, with a server and a profiler that are made up."""
-    started: list[tuple[str, ...]] = []
-
-    class Server:
-        url = "http://127.0.0.1:1"
-
-        def __init__(self, model: Path, *flags: str, log: Path, **_: Any) -> None:
-            assert (model / "config.json").exists()
-            started.append(flags)
-            mode = "target_verify" if "EAGLE" in flags else "decode"
-            log.write_text(f"the step takes its first {mode} pass (1 rows).")
-            self.log = log
-
-        def __enter__(self) -> Server:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        def alive(self) -> bool:
-            return True
-
-    def profiled(url: str, folder: Path, *_: Any) -> dict[str, Path]:
-        folder.mkdir(parents=True)
-        speculating().read(folder)
-        return {"DECODE": next(folder.iterdir()), "EXTEND": next(folder.iterdir())}
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (12, 0))
-    monkeypatch.setattr(decode_step, "LocalServer", Server)
-    monkeypatch.setattr(decode_step, "profile", profiled)
-    monkeypatch.setattr(decode_step, "known_kernels", lambda *_: NOTHING_KNOWN)
-    monkeypatch.setattr(decode_step, "step_ms", lambda url, batch, context, rng, eagle: 9.0 if eagle else 4.5)
-    words = ["decode_step", "--out", str(tmp_path), "--eagle", "--batch", "1", "--context", "1024", "2048"]
-    monkeypatch.setattr(sys, "argv", words)
-    assert decode_step.main() == 0
-    assert ["EAGLE" in flags for flags in started] == [False, True]
+    """The tool from its arguments to its table."""
+    tool = Tool(tmp_path, monkeypatch, (12, 0))
+    assert tool.main("--serve", "plain", "eagle", "--batch", "1") == 0
+    assert ["EAGLE" in flags for flags, _ in tool.started.values()] == [False, True] and tool.rows == [1, 4]
     out = capsys.readouterr().out
-    assert "target 5 ms met" in out and "9.00 ms a cycle" in out and "EAGLE, batch 1 at 1024 tokens" in out
-    written = json.loads((tmp_path / "decode_step.json").read_text())
+    assert "target 5 ms met" in out and "9.00 ms a cycle" in out and "eagle, batch 1 at 1024 tokens" in out
+    written = tool.told()
     assert written["problems"] == [] and written["ready_seconds"].keys() == {"plain", "eagle"}
-    assert [(row["eagle"], row["ms"]) for row in written["steps"]] == [(False, 4.5)] * 2 + [(True, 9.0)] * 2
+    assert [(row["server"], row["ms"]) for row in written["steps"]] == [("plain", 4.5)] * 2 + [("eagle", 9.0)] * 2
+    assert [told["replays"][0]["graph"] for told in written["profiles"]] == ["decode", "verify"]
     assert {path.name for path in tmp_path.glob("*.svg")} == {"plain-1.svg", "eagle-1.svg"}
     told = tables.decode_step(written)
-    assert "| 1 | 1024 | random | yes | 9.00 |" in told and "| `fp8_linear` | 60.0 | 54.5% |" in told
+    assert "| 1 | 1024 | random | eagle | 9.00 |" in told and "| `fp8_linear` | 60.0 | 54.5% |" in told
+    assert tool.temperatures == {"plain": {1.0}, "eagle": {1.0}}
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (12, 0)])
+def test_dspark_has_a_server_for_each_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:
+    """Asked greedily when it is timed and when it is profiled; 5 rows of a block and 6 to verify for a request."""
+    tool = Tool(tmp_path, monkeypatch, capability)
+    assert tool.main("--serve", "dspark-static", "dspark-compact", "--batch", "1", "8") == 0
+    assert tool.rows == [5, 6, 40, 48]
+    for mode in ("static", "compact"):
+        flags, env = tool.started[f"dspark-{mode}"]
+        assert env["SGLANG_RAGGED_VERIFY_MODE"] == mode and "DSPARK" in flags
+        triton = "--fp8-gemm-backend" in flags and flags[flags.index("--fp8-gemm-backend") + 1] == "triton"
+        assert triton == (capability == (9, 0)) and tool.temperatures[f"dspark-{mode}"] == {0.0}
+    written = tool.told()
+    assert [*tool.started] == ["dspark-static", "dspark-compact"] and written["problems"] == []
+    assert {row["ms"] for row in written["steps"]} == {9.0} and len(written["profiles"]) == 4
+    assert {tuple(part["graph"] for part in told["replays"]) for told in written["profiles"]} == {("verify", "draft 1")}
+
+
+def test_a_drafter_that_the_step_does_not_serve_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = Tool(tmp_path, monkeypatch, (12, 0))
+    tool.dspark_passes = 1
+    assert tool.main("--serve", "dspark-static", "--batch", "1") == 1
+    assert tool.told()["problems"] == ["the step served no pass of a model of dspark-static: its log says why"]
+
+
+def test_an_unknown_server_is_misuse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        Tool(tmp_path, monkeypatch, (12, 0)).main("--serve", "dspark")
+    assert stopped.value.code == 2 and "dspark-compact" in capsys.readouterr().err

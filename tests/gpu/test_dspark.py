@@ -36,6 +36,7 @@ from test_server import logs as logs
 from test_server import prompts as prompts
 from test_server import tp as tp
 
+import sm120_lowering
 from local_server import LocalServer
 from recall import CONCURRENCY, EXACT, PACKED, scores
 from recall import FLAGS as TRAINED_FLAGS
@@ -124,7 +125,7 @@ def by_task(asked: list[Asked], found: list[Answered], oracle: list[int]) -> str
 
 def flags(*more: str) -> tuple[str, ...]:
     hopper = torch.cuda.get_device_capability()[0] == 9
-    return (*flags_of_card(), *(("--fp8-gemm-backend", "triton") if hopper else ()), *more)
+    return (*flags_of_card(), *(sm120_lowering.DRAFTER_FLAGS if hopper else ()), *more)
 
 
 def assert_drafted(server: LocalServer) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 if __name__ == "__main__":
-    sys.path[:0] = [str(HERE.parents[1] / "launch"), str(HERE.parents[1] / "overlay")]
+    sys.path[:0] = [str(HERE.parents[1] / folder) for folder in ("launch", "overlay", "reference")]
 
 from sglang_sm120.checkpoint.config import FLASH, PRO, DSparkConfig, ReferenceConfig  # noqa: E402
 from sglang_sm120.checkpoint.layout import stored  # noqa: E402
@@ -22,6 +22,7 @@ from sglang_sm120_launch.machine import Machine  # noqa: E402
 from sglang_sm120_launch.model import Model  # noqa: E402
 from sglang_sm120_launch.plan import make_plan  # noqa: E402
 from sglang_sm120_launch.values import Request  # noqa: E402
+from sglang_sm120_reference.config_file import FLASH_DRAFTER  # noqa: E402
 
 MACHINES = sorted(path.stem for path in (HERE / "machines").glob("*.json"))
 MORE: dict[str, tuple[str, int, int]] = {
@@ -42,8 +43,6 @@ CASES: dict[str, dict[str, Any]] = {name: {} for name in MACHINES} | {
     "16x-rtx-pro-6000+pro+mtp": {"mtp": True},
 }
 """Golden file -> what the user asks for; the machine is the part before `+`, the model V4-Pro where `pro` follows."""
-DSPARK = {"block_size": 5, "noise_token_id": 128799, "target_layer_ids": [40, 41, 42], "markov_rank": 256}
-"""Of Flash's drafter, as reported in kvcache-ai/ktransformers#2118."""
 
 load = functools.cache(Model.load)
 
@@ -51,8 +50,7 @@ load = functools.cache(Model.load)
 def drafted() -> Model:
     """Flash with its drafter, whose stages have the MTP layer's place."""
     model = load(FLASH)
-    keys = {f"dspark_{name}": value for name, value in DSPARK.items()}
-    config = {**model.config, **keys}
+    config = {**model.config, **FLASH_DRAFTER}
     target = ReferenceConfig.from_json(config)
     dspark = DSparkConfig.from_json(config, target)
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in stored(target, dspark).items()}

@@ -15,23 +15,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sglang.srt.arg_groups.speculative_hook import _target_checkpoint_dspark_subfolder
+from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.speculative.dspark_components import dspark_config
+from sglang.srt.speculative.ragged_verify import RaggedVerifyMode
 from sglang.srt.utils.hf_transformers_utils import get_config
 from test_checkpoint import TINY
 
+import decode_step
 from sglang_sm120.checkpoint.config import WINDOW, DSparkConfig, ReferenceConfig, model_config
 from sglang_sm120.checkpoint.layout import stored
 from sglang_sm120_reference import packed
-from sglang_sm120_reference.config_file import config_json
+from sglang_sm120_reference.config_file import FLASH_DRAFTER, config_json, load_dspark
 from sglang_sm120_reference.drafter import Drafted, Drafter
 from sglang_sm120_reference.oracle import Oracle
 from sglang_sm120_reference.prompts import prompt
 from sglang_sm120_reference.write import drafter_of, main, write_checkpoint
 
-REAL = {"block_size": 5, "noise_token_id": 128799, "target_layer_ids": [40, 41, 42], "markov_rank": 256}
-"""Of the published drafter, as reported in kvcache-ai/ktransformers#2118."""
 REAL_TENSORS = 4705
-"""The same."""
+"""Of the published drafter, as reported where FLASH_DRAFTER was."""
 LENGTH = 260
 TOLERANCE = 2**-5
 """Of a logit: two steps of bf16 below 4, as both round the base logits and the bias to it."""
@@ -193,7 +194,7 @@ def test_anchors_out_of_reach(
 
 def test_the_published_layout() -> None:
     real = ReferenceConfig.from_json(model_config())
-    source = model_config() | {f"dspark_{key}": value for key, value in REAL.items()}
+    source = model_config() | FLASH_DRAFTER
     dspark = DSparkConfig.from_json(source, real)
     tensors = stored(real, dspark)
     assert len(tensors) == REAL_TENSORS
@@ -222,6 +223,23 @@ def test_sglang_finds_it(target: Oracle, drafter: Drafter) -> None:
     assert (read.gamma, read.mask_token_id) == (drafter.dspark.block_size, drafter.dspark.noise_token_id)
     assert (read.target_layer_ids, read.markov_rank) == ([1, 3], drafter.dspark.markov_rank)
     assert not dspark_config.checkpoint_bundles_dspark_draft(get_config(str(target.directory), trust_remote_code=False))
+
+
+def test_sglang_finds_the_drafter_that_is_profiled(tmp_path: Path) -> None:
+    """That of `bench/decode_step.py`, without weights: three stages with the target's experts, and rows as timed."""
+    target = decode_step.write_model(tmp_path, 128)
+    decode_step.write_drafter(tmp_path)
+    found = _target_checkpoint_dspark_subfolder(str(tmp_path), None, None)
+    assert found == str(tmp_path / "dspark")
+    model = ModelConfig(found, is_draft_model=True, speculative_algorithm="DSPARK")
+    assert model.hf_config.architectures == ["DeepseekV4ForCausalLMDSpark"] and model.vocab_size == target.vocab_size
+    read = dspark_config.parse_dspark_draft_config(draft_hf_config=model.hf_config)
+    ours = load_dspark(found, target)
+    assert (read.gamma, read.mask_token_id, read.markov_rank) == (5, 128799, 256) and ours.n_routed_experts == 128
+    assert (read.gamma, read.target_layer_ids) == (ours.block_size, [40, 41, 42])
+    for mode in RaggedVerifyMode.STATIC, RaggedVerifyMode.COMPACT:
+        served = decode_step.SERVERS[f"dspark-{mode.value}"]
+        assert served.env["SGLANG_RAGGED_VERIFY_MODE"] == mode.value and served.rows == (read.gamma, read.gamma + 1)
 
 
 @pytest.mark.parametrize(

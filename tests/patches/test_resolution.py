@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 from boxes import CHECKOUT, LOAD_PLUGINS, SGLANG, Environment
 
+from sglang_sm120_reference.config_file import FLASH_DRAFTER
+
 PROBE = Path(__file__).with_name("resolution_probe.py")
 FLAG = "--enable-nvidia-megakernel"
 FLAG_FIELD = "enable_nvidia_megakernel"
@@ -32,7 +34,6 @@ REFUSED = {
 }
 ROLES = ("prefill", "decode")
 RAGGED = ("static", "compact")
-DSPARK = {"block_size": 5, "noise_token_id": 2, "target_layer_ids": [40, 41, 42], "markov_rank": 256}
 # Where nothing of ours may be seen.
 INACTIVE = {
     "other model": ("llama", SM120, []),
@@ -63,8 +64,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name / "config.json").write_text(json.dumps(config))
     shutil.copytree(folder / "v4", folder / "drafted")
     (folder / "drafted/dspark").mkdir()
-    drafter = v4 | {f"dspark_{key}": value for key, value in DSPARK.items()}
-    (folder / "drafted/dspark/config.json").write_text(json.dumps(drafter))
+    (folder / "drafted/dspark/config.json").write_text(json.dumps(v4 | FLASH_DRAFTER))
 
     def case(
         name: str, model: str, capability: list[int] | None, *arguments: str, declared: Any = None, **env: str
