@@ -116,8 +116,15 @@ def _with_label(compile: Callable[..., None], label: str, *launch: Any) -> None:
     compile(*launch, label)
 
 
-def rehearse_job(job: Job, compile: Callable[[Any, tuple[Any, ...], dict[str, Any], str], None]) -> dict[str, int]:
-    """`compile(kernel, args, options, label)` for each launch of `job`'s calls; return scratch bytes by owner."""
+def rehearse_job(
+    job: Job,
+    compile: Callable[[Any, tuple[Any, ...], dict[str, Any], str], None],
+    refused: Callable[[str], None] = lambda _: None,
+) -> dict[str, int]:
+    """`compile(kernel, args, options, label)` for each launch of `job`'s calls; return scratch bytes by owner.
+
+    `refused` is told, in words, each call that the provider does not take.
+    """
     from . import ops
 
     op = registry.ops()[job.op]
@@ -127,7 +134,9 @@ def rehearse_job(job: Job, compile: Callable[[Any, tuple[Any, ...], dict[str, An
             label = f"{call.label} tp{job.tp} rows{rows} context{context}"
             rehearsal.compile = partial(_with_label, compile, label)
             with kernels.rehearse(rehearsal), tuned.using(job.table):
-                if op.refusal(job.provider, **call.arguments) is None:
+                if why := op.refusal(job.provider, **call.arguments):
+                    refused(f"{job.op} of {rows} rows with requests of {context} tokens: {why}")
+                else:
                     op.by(job.provider, **call.arguments)
     return rehearsal.scratch
 

@@ -24,7 +24,9 @@ from .spec import Call
 from .tolerance import BF16, EXACT, FP32, Tolerance
 
 DEVICE = torch.device("cuda")
-STEPS = ((1, 8192), (4, 8192), (16, 8192), (64, 8192), (256, 8192), (1, 1_048_576))
+LONGEST = 1_048_576 + 14
+"""Tokens that SGLang's page tables have room for: a request's, four more, and ten drafts."""
+STEPS = ((1, 8192), (4, 8192), (16, 8192), (64, 8192), (256, 8192), (1, LONGEST))
 """(rows, context) of the steps that `prove` runs, of one of TP ranks."""
 OWN_STEPS = ((65, 8192), (256, 8192), (4096, 8192), (8192, 8192))
 """Those for providers with arithmetic of their own, which are for prefill, and are timed beside the default there."""

@@ -74,6 +74,10 @@ def warm_up(
         compiles: whether this rank is the one that compiles for its host.
         lent_rows: tokens of the largest pass in which SGLang's own forward calls what is lent to it.
         speculates: whether the server does.
+
+    Raises:
+        ValueError: a call of a graph is none that the chosen provider takes, and its torch reference, which SGLang's
+            eager passes then have, cannot be captured.
     """
     sizes = (tp, ep, prefill_rows, graph_rows, context)
     key = (*sizes, lent_rows, speculates, device)
@@ -85,6 +89,8 @@ def warm_up(
     ours = {(op, provider) for op, provider in called if ops.SPECS[op].where(config)}
     names = [f"{row.op}={row.provider}" for row in table if row.chosen and (row.op, row.provider) in ours]
     found = variants(config, *sizes, names, kernels.sms(device), tuned.of_device(device), lent_rows)
+    if found.refused:
+        raise ValueError(f"The step cannot serve this model here: {found.refused[0]}")
     for op, size in found.scratch.items():
         kernels.reserve(op, size, device, kernels.STREAMS + ops.SPECS[op].streams)
     mark = _mark(found.launches)
@@ -115,11 +121,15 @@ _Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 @dataclass
 class Variants:
-    """What a server can launch: by key, a launch on meta tensors; a job that compiles each; graphs' scratch bytes."""
+    """What a server can launch: by key, a launch on meta tensors; a job that compiles each; graphs' scratch bytes.
+
+    refused: calls of graphs that a provider does not take, in words.
+    """
 
     launches: dict[str, _Launch] = field(default_factory=dict)
     jobs: list[Job] = field(default_factory=list)
     scratch: dict[str, int] = field(default_factory=dict)
+    refused: list[str] = field(default_factory=list)
 
 
 def variants(
@@ -150,8 +160,10 @@ def variants(
                     found.launches[key] = (kernel, args, options)
                     found.jobs.append(replace(job, only=key))
 
-            for op, size in rehearse_job(job, collect).items():
-                if step[0] <= captured:
+            in_graph = step[0] <= captured
+            refused = found.refused.append if in_graph else lambda _: None
+            for op, size in rehearse_job(job, collect, refused).items():
+                if in_graph:
                     found.scratch[op] = max(size, found.scratch.get(op, 0))
     return found
 

@@ -7,11 +7,11 @@ import torch
 
 from sglang_sm120 import ops, registry
 from sglang_sm120.checkpoint.config import FLASH, PRO, RANKS
-from sglang_sm120.parity import calls_of, compare, replay
+from sglang_sm120.parity import LONGEST, calls_of, compare, replay
 
 ROWS = (1, 2, 4, 8, 16, 33, 64, 65, 256, 4096)
 STEPS = [(rows, 65_536 if rows < 4096 else 4096) for rows in ROWS]
-STEPS += [(1, context) for context in (100, 2047, 2600, 1_048_576)]
+STEPS += [(1, context) for context in (100, 2047, 2600, LONGEST)]
 OPS = [*ops.with_triton(), *ops.with_own()]
 
 

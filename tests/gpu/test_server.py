@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +50,15 @@ FLAGS = (
     "--mem-fraction-static", "0.5", "--max-total-tokens", "400000", "--grammar-backend", "none", "--log-level", "info",
 )  # fmt: skip
 NO_GRAPHS = ("--disable-decode-cuda-graph", "--disable-prefill-cuda-graph")
+AS_BLACKWELL = """
+from types import SimpleNamespace
+
+
+def register():
+    from sglang.srt.layers.quantization import modelopt_quant
+
+    modelopt_quant.get_platform = lambda: SimpleNamespace(is_blackwell=True)
+"""
 TPS = (1, 2)
 LOWERED = Path(__file__).parents[2] / "bench/lowered_children"
 """On PYTHONPATH: a server's processes lower their Triton kernels as for SM120."""
@@ -115,12 +124,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return wide(tmp_path_factory.mktemp("wide"), model_config(), LAYERS, 16)
 
 
-def wide(place: Path, config: dict[str, Any], layers: str, experts: int) -> Path:
+def wide(place: Path, config: dict[str, Any], layers: str, experts: int, *more: str) -> Path:
     """A checkpoint of a model's width with few layers and experts, in a folder of `place`."""
     pytest.importorskip("sglang.launch_server")
     (like := place / "like.json").write_text(json.dumps(config))
-    arguments = ("--like", like, "--ratios", layers, "--n-routed-experts", experts, "--vocab-size", VOCABULARY, "--mtp")
-    write_checkpoint([str(place / "model"), *map(str, arguments)])
+    arguments = ("--like", like, "--ratios", layers, "--n-routed-experts", experts, "--vocab-size", VOCABULARY)
+    write_checkpoint([str(place / "model"), *map(str, arguments), *(more or ("--mtp",))])
     return place / "model"
 
 
@@ -223,10 +232,16 @@ def expected(checkpoint: Path, logs: Path, prompts: list[list[int]]) -> list[Gre
     return references(checkpoint, logs / "torch.log", prompts)
 
 
-def references(checkpoint: Path, log: Path, prompts: list[list[int]]) -> list[Greedy]:
+def references(
+    checkpoint: Path,
+    log: Path,
+    prompts: list[list[int]],
+    env: Mapping[str, str] | None = None,
+    card: tuple[str, ...] | None = None,
+) -> list[Greedy]:
     """The torch provider's answers on one card, whatever the server's TP: prefill in chunks, no CUDA graph."""
-    flags = (*FLAGS, *flags_of_card(), *NO_GRAPHS, "--chunked-prefill-size", "2048")
-    env = {**environment(), "SGLANG_SM120_PROVIDER": "torch"}
+    flags = (*FLAGS, *(card or flags_of_card()), *NO_GRAPHS, "--chunked-prefill-size", "2048")
+    env = {**(env or environment()), "SGLANG_SM120_PROVIDER": "torch"}
     with LocalServer(checkpoint, *flags, log=log, env=env, ready_seconds=300) as server:
         found = greedy(server, prompts)
         assert_step_served(server, "decode")
@@ -344,6 +359,33 @@ def test_two_layers_of_v4_pro(tmp_path: Path, logs: Path, prompts: list[list[int
     expected = references(folder, logs / "pro-torch.log", prompts)
     flags = (*FLAGS, *flags_of_card(), *GRAPHS)
     with LocalServer(folder, *flags, log=logs / "pro.log", env=environment(), ready_seconds=400) as server:
+        assert_agree(greedy(server, prompts), expected)
+        assert_step_served(server, "decode")
+        assert_nothing_compiled_late(server)
+
+
+@pytest.fixture
+def nvfp4_environment(tmp_path: Path) -> dict[str, str]:
+    """`environment` of servers in which SGLang's class of NVFP4 experts takes this card for Blackwell.
+
+    It asks when it is made, before any kernel of its own; on SM12x the answer is true already.
+    """
+    (tmp_path / "as_blackwell.py").write_text(AS_BLACKWELL)
+    (told := tmp_path / "as_blackwell-1.dist-info").mkdir()
+    (told / "METADATA").write_text("Metadata-Version: 2.1\nName: as-blackwell\nVersion: 1\n")
+    (told / "entry_points.txt").write_text("[sglang.srt.plugins]\nas_blackwell = as_blackwell:register\n")
+    found = {"SGLANG_SM120_PREFILL": "overlay", **environment()}
+    return found | {"PYTHONPATH": f"{tmp_path}:{found.get('PYTHONPATH', os.environ.get('PYTHONPATH', ''))}"}
+
+
+def test_nvfp4_experts(tmp_path: Path, logs: Path, prompts: list[list[int]], nvfp4_environment: dict[str, str]) -> None:
+    """At full width on one card, a layer of each kind."""
+    folder = wide(tmp_path, model_config(), "0,4,128", 16, "--nvfp4-experts", "--no-mtp")
+    own = ("--moe-runner-backend", "flashinfer_mxfp4", "--disable-flashinfer-autotune", "--disable-prefill-cuda-graph")
+    card = flags_of_card() or own
+    expected = references(folder, logs / "nvfp4-torch.log", prompts, nvfp4_environment, card)
+    flags = (*FLAGS, *card, *GRAPHS)
+    with LocalServer(folder, *flags, log=logs / "nvfp4.log", env=nvfp4_environment, ready_seconds=400) as server:
         assert_agree(greedy(server, prompts), expected)
         assert_step_served(server, "decode")
         assert_nothing_compiled_late(server)

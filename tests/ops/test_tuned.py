@@ -90,7 +90,7 @@ def test_fields_with_a_default_may_be_left_out() -> None:
         (entry_of(("mxfp4_moe.down", MOE, 8), Moe(256, 8, 1, 128, 4, 5)), "shared memory"),
         # MXFP4's scales leave room for it.
         (entry_of(("nvfp4_moe.down", MOE, 8), Moe(128, 32, 1, 64, 4, 4)), "take 104448 bytes of shared memory"),
-        (entry_of(("topk_slots", (65536, 512), 1), TopK(1024, 4, 4)), "at most 16384 of all"),
+        (entry_of(("topk_slots", (131072, 512), 1), TopK(1024, 4, 4)), "at most 32768 of all"),
         (entry_of(("topk_slots", (4096, 2048), 1), TopK(1024, 4, 4)), "needs k of one"),
         (entry_of(("topk_slots", (16384, 2048), 1), TopK(512, 4, stream=True)), "k is 2048"),
         (entry_of(("topk_slots", (16384, 1024), 1), TopK(512, 1, stream=True)), "at least 2 warps"),

@@ -20,6 +20,7 @@ from triton.runtime.jit import JITFunction
 from sglang_sm120 import ops, registry
 from sglang_sm120.checkpoint.config import FLASH, RANKS, model_config
 from sglang_sm120.compilation import Job, Kernel, compile_jobs
+from sglang_sm120.parity import LONGEST
 from sglang_sm120.spec import Call
 
 SAMPLED = ((FLASH, 2),)
@@ -29,7 +30,7 @@ ROWS = tuple(sorted({2**i + more for i in range(14) for more in (0, 1)} - {8193}
 
 `other_steps` are between these, and no step may need a kernel of its own.
 """
-CONTEXTS = (100, 2047, 2600, *(2**i for i in range(12, 21)))
+CONTEXTS = (100, 2047, 2600, *(2**i for i in range(12, 21)), LONGEST)
 SAMPLE = ((1, 65_536),)
 MANY = ((65, 65_536), (2048, 65_536), (8192, 65_536))
 """For providers with arithmetic of their own, which are for prefill: each tile of theirs."""

@@ -21,8 +21,9 @@ from sglang_sm120 import compilation, kernels, ops, registry, tuned, warmup
 from sglang_sm120.checkpoint.config import PRO, model_config
 from sglang_sm120.limits import MAX_ROWS
 from sglang_sm120.ops._pdl_triton import SMALL_GRID
+from sglang_sm120.parity import LONGEST
 
-PREFILL_ROWS, CONTEXT = 8192, 1_048_576
+PREFILL_ROWS, CONTEXT = 8192, LONGEST
 
 
 def _trained_config() -> dict[str, Any]:
@@ -37,7 +38,7 @@ def _missing(
 ) -> tuple[int, list[str]]:
     """(variants, what `steps` launch or need beyond them); runs in a process whose Triton compiles for sm_120."""
     found = warmup.variants(config, tp, ep, PREFILL_ROWS, graph_rows, CONTEXT, list(warmup.served()), sms)
-    missing = []
+    missing = [*found.refused]
     for op in warmup.served():
         # A rank's experts: as many as there are for each of `ep`, as wide as a part among the others.
         ranks, part = (tp // ep, config["n_routed_experts"] // ep) if ops.SPECS[op].by_experts else (tp, None)
@@ -155,6 +156,18 @@ def test_no_step_launches_a_kernel_that_was_not_compiled(
         count, missing = pool.submit(_missing, config, tp, ep, graph_rows, sms, steps).result()
     assert count > 100
     assert not missing
+
+
+def _refused(context: int) -> list[str]:
+    return warmup.variants(model_config(PRO), 8, 1, 8192, 8, context, ["indexer_topk"], 188).refused
+
+
+def test_what_no_graph_could_hold_is_told_when_kernels_are_listed() -> None:
+    """Or a torch reference would wait for the GPU in a capture, which ends the server with no reason that says so."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), compilation.use_target, (120,)) as pool:
+        assert pool.submit(_refused, LONGEST).result() == []
+        (first, *_) = pool.submit(_refused, 4 * LONGEST).result()
+    assert first.startswith("indexer_topk of 1 rows with requests of 2097408 tokens: there are 524352 entries per row")
 
 
 def _own_rows(chosen: str) -> tuple[set[str], set[str]]:

@@ -79,7 +79,11 @@ def cases(kind: str) -> Iterator[Case]:
         k = model_config()["index_topk"]
         for top in (k, 2 * k):
             yield Case(f"model-{top}", EXACT, partial(build, lengths=[16384, 1, 512, 513], k=top, columns=256))
-            yield Case(f"1m-context-{top}", EXACT, partial(build, lengths=[262144, 9, 30000], k=top, columns=4096))
+            # With the page that SGLang's tables have beyond a million tokens; rows that share no search, and ties.
+            for rows, ties in ((3, False), (3, True), (70, False)):
+                lengths = [262208, 9, 30000, *(262208 - 999 * t for t in range(rows - 3))]
+                build_rows = partial(build, lengths=lengths, k=top, columns=4097, ties=ties)
+                yield Case(f"1m-context-{rows}-rows-{top}{'-ties' * ties}", EXACT, build_rows)
         for rows in (1, 2, 4, 8, 16, 33, 64, 65, 256):
             lengths = [16384 - 200 * t % 16000 for t in range(rows)]
             yield Case(f"{rows}-rows", EXACT, partial(build, lengths=lengths, k=k, columns=256))

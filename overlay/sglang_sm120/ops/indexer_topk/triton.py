@@ -1,4 +1,4 @@
-"""Score and select block of rows by block of rows, through scores that never exceed 32 MiB.
+"""Score and select block of rows by block of rows, through scores of about 32 MiB at most.
 
 A block has as many rows as fit at the page table's width (32 rows at a context of 1,048,576 tokens); both kernels stop
 at each row's length, and rows of at most k entries are not scored at all. The number of launches follows from shapes.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ... import kernels, tuned
+from ... import kernels
 from ...registry import Arguments
 from ..indexer_logits.triton import refusal as scoring_refusal
 from ..indexer_logits.triton import score
@@ -28,8 +28,10 @@ def indexer_topk_triton(a: Arguments) -> torch.Tensor:
     """Contract in `indexer_topk`."""
     rows, width = a.q.shape[0], a.page_table.shape[1] * a.page_size
     out = output(a, rows, a.q.device)
-    # By the power of two that a width belongs to, for which the selection's kernels are compiled.
-    step = max(1, min(rows, LOGITS_BYTES // (4 * tuned.bucket(width))))
+    # A power of two, for which the selection's kernels are compiled. SGLang's page tables have a page for drafts beyond
+    # the longest request, mostly a power of two of entries: for that page alone a block would be halved.
+    most = max(1, LOGITS_BYTES // (4 * max(width - a.page_size, 1)))
+    step = max(1, min(rows, 1 << (most.bit_length() - 1)))
     (logits,) = kernels.scratch("indexer_topk", a.q.device, ((step, width), torch.float32))
     for first in range(0, max(1, rows), step):
         part = slice(first, min(first + step, rows))

@@ -24,6 +24,9 @@ from .search import LOWEST, compared, fill, key_of, kth_largest, list_entries, p
 
 LARGEST_TILE = 16384
 """Keys of one program: 16 registers of each of 1,024 threads."""
+MOST_HANDED_ON = 2 * LARGEST_TILE
+"""Keys of a program of the second launch: SGLang's page tables have a page more than a million tokens need, and the 17
+tiles of that hand on more than 16 of the largest k do."""
 WARPS = {1024: 4, 2048: 4, 4096: 8, 8192: 16, 16384: 32}
 SCRATCH_BYTES = 32 << 20
 """For what the tiles of long rows hand on; more rows than fit go one block of rows after the other."""
@@ -159,6 +162,9 @@ def tile_size(rows: int, width: int, k: int, sms: int) -> int:
 
 def _parts(searches: int, size: int) -> int:
     """Programs that share each of `searches` searches of `size` entries: a power of two."""
+    if size > LARGEST_TILE:
+        # Beside so many keys a program has no registers for the places and pages of more than a part.
+        return MOST_PARTS
     return max(1, min(size // LEAST_PART, MOST_PARTS, MOST_PROGRAMS // triton.next_power_of_2(max(searches, 1))))
 
 
@@ -186,8 +192,8 @@ def _tuned_refusal(shape: tuned.Shape, rows: int, c: Config) -> str | None:
         return why or streamed.refusal(k, c.tile, c.warps)
     if why := tuned.beyond(c, tile=tuple(WARPS), warps=warps, warps_again=warps):
         return why
-    if c.tile < width and (c.tile < k or _handed_on(width, k, c.tile) > LARGEST_TILE):
-        return f"tile is {c.tile} and needs k of one and at most {LARGEST_TILE} of all to be handed on"
+    if c.tile < width and (c.tile < k or _handed_on(width, k, c.tile) > MOST_HANDED_ON):
+        return f"tile is {c.tile} and needs k of one and at most {MOST_HANDED_ON} of all to be handed on"
     return None
 
 
@@ -236,8 +242,8 @@ def choose(a: Arguments, part: slice, logits: torch.Tensor, out: torch.Tensor) -
 
 def refusal(width: int, k: int) -> str | None:
     """Why k of width entries cannot be chosen here, or None."""
-    if k < 1 or -(-width // LARGEST_TILE) * k > LARGEST_TILE:
-        most = LARGEST_TILE * (LARGEST_TILE // max(k, 1))
+    if k < 1 or -(-width // LARGEST_TILE) * k > MOST_HANDED_ON:
+        most = LARGEST_TILE * (MOST_HANDED_ON // max(k, 1))
         return f"there are {width} entries per row and k is {k}; at most {most} are supported with it."
     return None
 
