@@ -60,6 +60,9 @@ OFF = 0.1
 """Share by which a server's verifications may differ from the oracle's: near ties among its proposals."""
 
 
+SAMPLES = 800
+
+
 class Asked(NamedTuple):
     """A prompt of token ids, its right answer with the end, and the task."""
 
@@ -101,6 +104,38 @@ def answers(server: LocalServer, asked: list[Asked]) -> list[Answered]:
 
     with ThreadPoolExecutor(CONCURRENCY) as pool:
         return list(pool.map(one, asked))
+
+
+def scores_after(server: LocalServer, prompt: list[int]) -> dict[int, float]:
+    """Log-probabilities of all tokens after a prompt, by its prefill, which drafts nothing."""
+    one = {"max_new_tokens": 1, "temperature": 0}
+    body = {"input_ids": prompt, "sampling_params": one, "return_logprob": True, "top_logprobs_num": data.VOCAB}
+    entries = generate(server, body)["meta_info"]["output_top_logprobs"][0]
+    return {token: score for score, token, _ in entries}
+
+
+def assert_sampled_tokens_follow_the_distribution(server: LocalServer, prompt: list[int]) -> None:
+    """The second token of an answer, which a verification decides, comes as often as the prefill's scores say.
+
+    The temperature gives the likeliest a half; after the first token that comes most often.
+    """
+    first = max(scores := scores_after(server, prompt), key=lambda token: scores[token])
+    second = scores_after(server, [*prompt, first])
+    likeliest = max(second, key=lambda token: second[token])
+    values = torch.tensor([second[likeliest], *(score for token, score in second.items() if token != likeliest)])
+    low, high = 1e-3, 1e3
+    for _ in range(60):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if (values.double() / middle).softmax(0)[0] > 0.5 else (low, middle)
+    sampling = {"max_new_tokens": 2, "temperature": low, "ignore_eos": True}
+    replies = generate(server, {"input_ids": [prompt] * SAMPLES, "sampling_params": sampling})
+    answered = [reply["output_ids"] for reply in replies]
+    after = [b for a, b in answered if a == first]
+    hits = after.count(likeliest)
+    print(f"{hits} of {len(after)} samples are the likeliest token, expected a half, at temperature {low:.2f}")
+    # Five standard deviations, and what rounding in another batch may move.
+    assert len(after) > SAMPLES // 20
+    assert abs(hits - len(after) / 2) < 2.5 * len(after) ** 0.5 + 0.04 * len(after)
 
 
 def replayed(drafter: Drafter, asked: list[Asked], found: list[Answered]) -> list[int]:
@@ -172,6 +207,7 @@ def test_the_trained_drafter(drafting: LocalServer, trained: Path, plain: list[A
     different = [at for at in range(COUNT) if found[at].tokens != plain[at].tokens]
     right = sum(answer.tokens == question.answer for question, answer in zip(asked, found, strict=True))
     print(f"{right} of {COUNT} right, {len(different)} other than without DSpark: {different}")
+    assert_sampled_tokens_follow_the_distribution(drafting, asked[0].prompt)
     rows, accepted = scores(drafting.url, EXACT, many)
     print(f"accepted length of all {accepted}\n{table(rows)}")
     assert len(different) <= DIFFERENT and right >= 0.95 * COUNT
