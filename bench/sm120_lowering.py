@@ -30,6 +30,10 @@ HOPPER_LACKS = re.compile(
     r"kind::\w+|tcgen05|\.e2m1x2|\.ue8m0x2|ldmatrix\S*\.b8|\.tile::gather4|ld\.global\S*\.v8|\.f32x2"
 )
 SM120_LACKS = re.compile(r"\bwgmma")
+PACKED = re.compile(r"^[ \t]*(add|sub|mul|fma)((?:\.\w+)*)\.f32x2\s+([^;]+);", re.MULTILINE)
+OF_THREE = re.compile(r"^[ \t]*((?:max|min)(?:\.\w+)*\.f32)\s+" + r",".join([r"([^,;]+)"] * 4) + ";", re.MULTILINE)
+"""What SM120 does in one instruction and Hopper, with the same results, in two: arithmetic on two floats in a register,
+and the larger or smaller of three. SGLang's kernels of DSpark have both."""
 
 
 class LoweringError(RuntimeError):
@@ -37,11 +41,12 @@ class LoweringError(RuntimeError):
 
 
 def retarget(ptx: str, shared: int) -> str:
-    """PTX of the sm_120a pipeline as PTX for sm_90a.
+    """PTX of the sm_120a pipeline as PTX for sm_90a, with `PACKED` and `OF_THREE` in two instructions.
 
     Raises:
         LoweringError: it has an instruction one of the two lacks, or more than SM120's shared memory.
     """
+    ptx = OF_THREE.sub(_of_two, PACKED.sub(_apart, ptx))
     if found := SM120_LACKS.search(ptx):
         raise LoweringError(f"{found[0]} is not an SM120 instruction: TRITON_OVERRIDE_ARCH=sm120 did not take effect.")
     if found := HOPPER_LACKS.search(ptx):
@@ -49,6 +54,22 @@ def retarget(ptx: str, shared: int) -> str:
     if shared > SHARED_LIMIT:
         raise LoweringError(f"The kernel uses {shared} B of shared memory and SM120 has {SHARED_LIMIT} B a block.")
     return re.sub(r"\.target sm_120[af]?", ".target sm_90a", ptx)
+
+
+def _apart(found: re.Match[str]) -> str:
+    name, rounding, operands = found.groups()
+    out, *sources = (operand.strip() for operand in operands.split(","))
+    lines = [f".reg .f32 %low<{len(sources)}>, %high<{len(sources)}>;"]
+    lines += [f"mov.b64 {{%low{at}, %high{at}}}, {source};" for at, source in enumerate(sources)]
+    for half in ("%low", "%high"):
+        lines.append(f"{name}{rounding}.f32 {half}0, {', '.join(f'{half}{at}' for at in range(len(sources)))};")
+    return "\n".join(("{", *lines, f"mov.b64 {out}, {{%low0, %high0}};", "}"))
+
+
+def _of_two(found: re.Match[str]) -> str:
+    name, out, *sources = (part.strip() for part in found.groups())
+    a, b, c = sources
+    return "\n".join(("{", ".reg .f32 %first;", f"{name} %first, {a}, {b};", f"{name} {out}, %first, {c};", "}"))
 
 
 def install(cache: str = ".triton-sm120-on-hopper") -> None:

@@ -41,6 +41,8 @@ def config_json(config: ReferenceConfig, dspark: DSparkConfig | None = None) -> 
         same = {name for name in vars(dspark) if getattr(config, name, None) == getattr(dspark, name)}
         keys = {f"{DSPARK}{name}": value for name, value in vars(dspark).items() if name not in {*same, "confidence"}}
         keys[f"{DSPARK}target_layer_ids"] = list(dspark.target_layer_ids)
+        # SGLang 0.5.23 first takes it for a DFlash drafter, which without this key needs a target of 4 layers or more.
+        keys["target_layer_ids"] = list(dspark.target_layer_ids)
         return config_json(config) | keys | {"enable_confidence_head": dspark.confidence}
     own = {
         field.name: getattr(config, field.name)

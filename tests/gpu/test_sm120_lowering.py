@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,11 +27,51 @@ def test_target_is_replaced_and_the_rest_kept() -> None:
 @pytest.mark.needs_no_gpu
 @pytest.mark.parametrize(
     "instruction",
-    ["wgmma.mma_async.sync", "mma.sync.kind::mxf8f6f4.m16n8k32", "cvt.rn.f16x2.e2m1x2", "tcgen05.mma", "add.f32x2"],
+    ["wgmma.mma_async.sync", "mma.sync.kind::mxf8f6f4.m16n8k32", "cvt.rn.f16x2.e2m1x2", "tcgen05.mma", "@%p add.f32x2"],
 )
 def test_foreign_instructions_are_refused(instruction: str) -> None:
     with pytest.raises(LoweringError, match=r"SM120"):
         retarget(PTX + instruction + ";\n", 0)
+
+
+PACKED = """
+.version 8.7
+.target sm_120a
+.address_size 64
+.visible .entry packed(.param .u64 at) {
+	.reg .b64 %rd<5>;
+	.reg .f32 %f<5>;
+	ld.param.u64 %rd0, [at];
+	ld.global.v2.b64 {%rd1, %rd2}, [%rd0];
+	INSTRUCTION;
+	st.global.b64 [%rd0], %rd3;
+	st.global.f32 [%rd0], %f3;
+	ret;
+}
+"""
+
+
+@pytest.mark.needs_no_gpu
+@pytest.mark.parametrize(
+    ("instruction", "expected"),
+    [
+        ("add.f32x2 \t%rd3, %rd1, %rd2", ["add.f32 %low0, %low0, %low1;", "add.f32 %high0, %high0, %high1;"]),
+        ("sub.rn.ftz.f32x2 %rd3, %rd1, %rd2", ["sub.rn.ftz.f32 %low0, %low0, %low1;"]),
+        ("fma.rn.f32x2 %rd3, %rd1, %rd2, %rd1", ["fma.rn.f32 %high0, %high0, %high1, %high2;"]),
+        ("max.NaN.f32 \t%f3, %f0, %f1, %f3", ["max.NaN.f32 %first, %f0, %f1;", "max.NaN.f32 %f3, %first, %f3;"]),
+        ("min.f32 %f3, %f0, 0f00000000, %f2", ["min.f32 %first, %f0, 0f00000000;", "min.f32 %f3, %first, %f2;"]),
+        ("max.f32 %f3, %f0, %f1", ["\tmax.f32 %f3, %f0, %f1;"]),
+    ],
+)
+def test_what_hopper_does_in_two_instructions(instruction: str, expected: list[str], tmp_path: Path) -> None:
+    """The assembler takes the result for the card; a register that is read last may be the one written."""
+    found = retarget(PACKED.replace("INSTRUCTION", instruction), 0)
+    assert all(line in found.splitlines() for line in expected)
+    (tmp_path / "packed.ptx").write_text(found)
+    assembler = triton.knobs.nvidia.ptxas_blackwell.path
+    command = [assembler, "--gpu-name=sm_90a", "packed.ptx", "-o", "packed.cubin"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.needs_no_gpu

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sglang.srt.arg_groups.speculative_hook import _target_checkpoint_dspark_subfolder
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.model_executor.model_runner_components import spec_aux_hidden_state
+from sglang.srt.server_args import ServerArgs
 from sglang.srt.speculative.dspark_components import dspark_config
 from sglang.srt.speculative.ragged_verify import RaggedVerifyMode
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.utils.hf_transformers_utils import get_config
 from test_checkpoint import TINY
 
@@ -33,6 +37,7 @@ from sglang_sm120_reference.write import drafter_of, main, write_checkpoint
 
 REAL_TENSORS = 4705
 """Of the published drafter, as reported where FLASH_DRAFTER was."""
+EVALS = Path(__file__).parents[2] / "evals"
 LENGTH = 260
 TOLERANCE = 2**-5
 """Of a logit: two steps of bf16 below 4, as both round the base logits and the bias to it."""
@@ -240,6 +245,21 @@ def test_sglang_finds_the_drafter_that_is_profiled(tmp_path: Path) -> None:
     for mode in RaggedVerifyMode.STATIC, RaggedVerifyMode.COMPACT:
         served = decode_step.SERVERS[f"dspark-{mode.value}"]
         assert served.env["SGLANG_RAGGED_VERIFY_MODE"] == mode.value and served.rows == (read.gamma, read.gamma + 1)
+
+
+def test_a_target_of_two_layers_hands_over_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The committed drafter's layers, as SGLang finds them; DFlash's choice, which it makes first, needs four."""
+    target = packed.unpack(EVALS / "small-deepseek-v4.xz", tmp_path / "model")
+    drafter = packed.unpack(EVALS / "small-deepseek-v4-dspark.xz", target / "dspark")
+    spec = SimpleNamespace(speculative_draft_model_path=str(drafter), speculative_draft_model_revision=None)
+    monkeypatch.setattr(spec_aux_hidden_state, "get_spec", lambda: spec)
+    features = SimpleNamespace(aux_hidden_state_capture=None)
+    monkeypatch.setattr(spec_aux_hidden_state, "get_exec", lambda: SimpleNamespace(features=features))
+    found = spec_aux_hidden_state.resolve_spec_aux_hidden_state_config(
+        server_args=ServerArgs(model_path=str(target), device="cpu"), model_config=ModelConfig(str(target)),
+        spec_algorithm=SpeculativeAlgorithm.DSPARK, is_draft_worker=False,
+    )  # fmt: skip
+    assert (found.dflash_target_layer_ids, found.dspark_num_stages, found.is_dspark) == ([0, 1], 2, True)
 
 
 @pytest.mark.parametrize(
