@@ -110,6 +110,8 @@ def difference(got: torch.Tensor, expected: torch.Tensor, tolerance: Tolerance) 
     if wrong := int((got.isfinite() != finite).sum()):
         return Verdict(f"{wrong} values are not finite where they should be, or the reverse")
     error, expected = (got - expected)[finite], expected[finite]
+    if not error.numel():
+        return Verdict(None)
     rms, largest = error.square().mean().sqrt().item(), error.abs().max().item()
     whole_rms, whole = expected.square().mean().sqrt().item(), expected.abs().max().item()
     allowed_rms, allowed = tolerance.rms * whole_rms, tolerance.largest * whole
@@ -173,14 +175,17 @@ def replay(call: Call, seed: int, provider: str = "triton") -> str | None:
     with torch.cuda.graph(graph, stream=stream):
         captured = triton_result(call, provider)
     rng = torch.Generator(DEVICE).manual_seed(seed)
+    # As given, not as the last replay had it: or lengths would shrink from replay to replay.
+    highs = {
+        name: max(int(value.max()) + 1, 1)
+        for name, value in call.arguments.items()
+        if value is not None and (name == "topk_ids" or name.endswith("lengths"))
+    }
     for number in range(1, REPLAYS + 1):
         for name, value in call.arguments.items():
-            if value is None:
-                continue
-            if name == "topk_ids" or name.endswith("lengths"):
-                high = max(int(value.max()) + 1, 1)
-                value.copy_(torch.randint(0, high, value.shape, generator=rng, device=DEVICE))
-            elif name in ("page_table", "slots", "window_slots", "extra_slots"):
+            if name in highs:
+                value.copy_(torch.randint(0, highs[name], value.shape, generator=rng, device=DEVICE))
+            elif value is not None and name in ("page_table", "slots", "window_slots", "extra_slots"):
                 value.copy_(value.roll(1 + seed % 5, dims=1))
         disturbance = [torch.full((size,), torch.nan, device=DEVICE) for size in (1 << 20, 1000, 1 << 24)]
         del disturbance
@@ -229,15 +234,18 @@ def _prove(name: str) -> None:
         try:
             for call in calls_of(op, TP, rows, context, SEED):
                 began, label = time.monotonic(), call.label
-                verdict, replayed = compare(call, provider), replay(call, SEED, provider)
+                verdict, trials = compare(call, provider), []
+                for trial, table in {} if own else ops.SPECS[op].trials(call.arguments).items():
+                    with tuned.using(table):
+                        trials.append((trial, compare(call)._replace(problem=None)._asdict()))
+                # Last, since it changes the arguments.
+                replayed = replay(call, SEED, provider)
                 times = [microseconds(call, p) if own else None for p in (provider, "triton")]
                 seconds = round(time.monotonic() - began, 2)
                 found = verdict._asdict() | {"replay": replayed, "us": times[0], "default_us": times[1]}
                 _say(call=label, **step, **found, seconds=seconds)
-                for trial, table in {} if own else ops.SPECS[op].trials(call.arguments).items():
-                    with tuned.using(table):
-                        found |= compare(call)._replace(problem=None)._asdict()
-                    _say(call=f"{call.label}, {trial}", **step, **found | {"replay": None}, seconds=None)
+                for trial, tried in trials:
+                    _say(call=f"{call.label}, {trial}", **step, **found | tried | {"replay": None}, seconds=None)
                 label = "arguments"
         except Exception as error:
             problem = f"{type(error).__name__}: {' '.join(str(error).split())[:500] or 'no message'}"

@@ -394,6 +394,9 @@ def test_the_real_child(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_errors_beyond_fp32_can_be_written():
+    nothing = torch.full((3,), -torch.inf)
+    assert parity.difference(nothing, nothing, FP32) == parity.Verdict(None)
+    assert "3 values are not finite" in str(parity.difference(torch.zeros(3), nothing, FP32).problem)
     verdict = parity.difference(torch.tensor([1.0, -3e38]), torch.tensor([1.0, 3e38]), FP32)
     assert verdict.problem is not None and (verdict.rms, verdict.largest) == (None, None)
 

@@ -44,10 +44,10 @@ def traffic(a: Arguments) -> tuple[int, int]:
 
 
 def others(shape: Shape, rows: int, h: Any) -> Iterator[Any]:
-    for fp8 in (False, True):
-        for block, warps in ((32, 2), (32, 4), (64, 2), (64, 4), (128, 4), (128, 8), (256, 8)):
-            for programs in (2, 4, 8):
-                yield Config(block, programs, warps, fp8)
+    # With FP8 operands by hand alone: what SM120's sums of them lose is not known.
+    for block, warps in ((32, 2), (32, 4), (64, 2), (64, 4), (128, 4), (128, 8), (256, 8)):
+        for programs in (2, 4, 8):
+            yield Config(block, programs, warps)
 
 
 def _trials(a: Arguments) -> dict[str, Table]:
