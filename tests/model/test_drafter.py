@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import subprocess
@@ -15,8 +16,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sglang.kernels.ops.attention.dsv4 import attn_metadata_kernels
 from sglang.srt.arg_groups.speculative_hook import _target_checkpoint_dspark_subfolder
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.layers.attention import deepseek_v4_backend
 from sglang.srt.model_executor.model_runner_components import spec_aux_hidden_state
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.speculative.dspark_components import dspark_config
@@ -324,3 +327,33 @@ def test_packed_is_bit_for_bit(tmp_path: Path, seed: int) -> None:
         for place in (folder, again)
     ]
     assert digests[0] == digests[1]
+
+
+class OnCard(torch.Tensor):
+    """Says that it lies on a card, and fails where the host would have to wait for its values."""
+
+    is_cuda = True
+
+    def tolist(self) -> Any:
+        raise AssertionError("the host waits for lengths")
+
+
+def test_a_blocks_metadata_waits_for_no_length() -> None:
+    """`speed/60`: on a card the lengths stay there, as a capture needs it; on a CPU its twin reads them."""
+    handed: dict[str, Any] = {}
+    backend = SimpleNamespace(
+        page_size=256, _draft_block_extend_lens=lambda lens: torch.tensor(lens),
+        init_forward_metadata_prefill=lambda **arguments: handed.update(arguments),
+    )  # fmt: skip
+    lengths = torch.tensor([700, 1, 33])
+    for seq_lens in lengths.as_subclass(OnCard), lengths:
+        deepseek_v4_backend.DeepseekV4AttnBackend.init_forward_metadata_dspark_draft_block(
+            backend, max_seq_len=1024, req_pool_indices=torch.arange(3), seq_lens=seq_lens, seq_lens_cpu=None,
+            out_cache_loc=torch.arange(15), block_size=5,
+        )  # fmt: skip
+        assert torch.Tensor.tolist(handed["seq_lens"]) == [705, 6, 38] and handed["num_tokens"] == 15
+        assert handed["need_compress"] is False
+    assert handed["seq_lens_cpu"] == [705, 6, 38]
+    # What takes lists on a card has the tensors alone.
+    taken = inspect.signature(attn_metadata_kernels.expand_prefill_causally_triton).parameters
+    assert {"seq_lens", "extend_seq_lens"} < taken.keys() and not [name for name in taken if name.endswith("_cpu")]
