@@ -17,13 +17,13 @@ from .flags import Flags
 from .machine import Machine
 from .model import Model, located
 from .plan import Plan
-from .sections import EMULATION_VARIABLES
+from .sections import EMULATION_VARIABLES, LOADER
 from .values import Request, asks_dspark
 
 VARIABLES = (
     "CUDA_DEVICE_ORDER", "GLOO_SOCKET_IFNAME", "NCCL_IB_HCA", "NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE",
     "NCCL_SOCKET_IFNAME", "SGLANG_SM120", "SGLANG_SM120_FORCE", *tuned.VARIABLES,
-    *contract.VARIABLES, *EMULATION_VARIABLES,
+    LOADER, *contract.VARIABLES, *EMULATION_VARIABLES,
 )  # fmt: skip
 """Variables that change a plan or that it may set: the user's own value of one of them stays."""
 

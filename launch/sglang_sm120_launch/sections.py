@@ -153,6 +153,19 @@ def step_settings(room: Room, request: Request, best: Mapping[str, str]) -> Iter
         yield from (env(name, "0", reason) for name, reason in EMULATION_VARIABLES.items())
 
 
+LOADER = "SGLANG_SM120_LOADER"
+OTHER_LOADERS = (
+    "load-format", "model-loader-extra-config", "weight-loader-prefetch-checkpoints",
+    "weight-loader-drop-cache-after-load",
+)  # fmt: skip
+"""Flags of who wants the weights read in a way of SGLang's."""
+
+
+def loading_settings(room: Room, request: Request) -> Iterator[Setting]:
+    if room.step != "none" and not any(map(request.value, OTHER_LOADERS)):
+        yield env(LOADER, "1", "weights are read ahead of the card: 13 s for 20 GB on an H200's host, SGLang's way 18")
+
+
 NVFP4_RUNNER = "flashinfer_mxfp4"
 """SGLang's runner that leaves the weights of NVFP4 experts as they lie in a checkpoint."""
 

@@ -93,7 +93,7 @@ def told(path: Path) -> list[str]:
     return gib(" ".join(line for line in lines if "eights and scratch" in line))
 
 
-VARIABLES = {"NCCL_P2P_DISABLE", "SGLANG_ENABLE_PCIE_IPC_ALLREDUCE"}
+VARIABLES = {"NCCL_P2P_DISABLE", "SGLANG_ENABLE_PCIE_IPC_ALLREDUCE", "SGLANG_SM120_LOADER"}
 """What the plan adds to a config's own variables on these machines."""
 OPTIONAL = {
     "enable-p2p-check", "disable-custom-all-reduce", "enable-nvidia-megakernel", "disable-prefill-cuda-graph",

@@ -20,6 +20,7 @@ from sglang_sm120_launch.flags import Flags
 from sglang_sm120_launch.machine import LINKS, Gpu, Machine
 from sglang_sm120_launch.model import Model
 from sglang_sm120_launch.plan import Plan, make_plan
+from sglang_sm120_launch.sections import LOADER
 from sglang_sm120_launch.show import as_text
 from sglang_sm120_launch.values import Request
 
@@ -253,6 +254,20 @@ def test_the_step_is_the_plugins():
 
     assert SPEC.max_rows == MAX_ROWS
     assert Feature.SPECULATIVE_DECODING in SPEC.features
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        Request(flags={"load-format": "dummy"}), Request(flags={"weight-loader-prefetch-checkpoints": True}),
+        Request(config_flags={"model-loader-extra-config": "{}"}), Request(env={"SGLANG_SM120": "0"}),
+        Request(env={LOADER: "0"}),
+    ],
+)  # fmt: skip
+def test_weights_are_read_as_the_user_wants(request_: Request):
+    """With the step by our reader, but where a flag asks for another way, or its variable says no."""
+    assert make_plan(TWO, MODEL, Request()).environment()[LOADER] == "1"
+    assert make_plan(TWO, MODEL, request_).environment().get(LOADER, "0") == "0"
 
 
 def test_the_step_in_an_unpatched_sglang():

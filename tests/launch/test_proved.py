@@ -19,6 +19,7 @@ from sglang_sm120.limits import tuned_table
 from sglang_sm120_launch import cli, proved, tuned
 from sglang_sm120_launch.errors import LaunchError
 from sglang_sm120_launch.plan import make_plan
+from sglang_sm120_launch.sections import LOADER
 from sglang_sm120_launch.values import Request
 
 CARD = "NVIDIA RTX PRO 6000 Blackwell Workstation Edition"
@@ -167,15 +168,16 @@ def test_a_plan_takes_it(folder: Path):
     overlay, mxfp8 = ({CARD: tuned.PREFILLS[side]} for side in ("overlay", "mxfp8"))
     plan = make_plan(two, flash, Request(measured=mxfp8))
     asked = make_plan(two, flash, Request(env={"SGLANG_SM120_PREFILL": "overlay"}))
-    assert plan.environment() == tuned.PREFILLS["mxfp8"] and plan.fit == asked.fit
+    read = {LOADER: "1"}
+    assert plan.environment() == tuned.PREFILLS["mxfp8"] | read and plan.fit == asked.fit
     assert plan.value("disable-prefill-cuda-graph") is True
-    assert all("which `prove` wrote" in one.reason for one in plan.settings if one.kind == "env")
     reasons = {one.name: one.reason for one in plan.settings if one.kind == "env"}
     assert "65 rows" in reasons["SGLANG_SM120_PROVIDER"] and "65 rows" not in reasons["SGLANG_SM120_PREFILL"]
+    assert all("which `prove` wrote" in reason for name, reason in reasons.items() if name != LOADER)
     for given in ({"SGLANG_SM120_PREFILL": "sglang"}, {"SGLANG_SM120_PROVIDER": "mxfp8"}):
         for request in (Request(measured=mxfp8, env=given), Request(measured=overlay, config_env=given)):
             own = make_plan(two, flash, request)
-            assert own.environment() == given and own.fit != asked.fit
+            assert own.environment() == given | read and own.fit != asked.fit
     absent = make_plan(two, flash, Request(measured=overlay, env={"SGLANG_SM120": "0"}))
     assert absent.environment() == {"SGLANG_SM120": "0"}
 

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 SWITCH = "SGLANG_SM120_LOADER"
 """Variable that turns this on, with 1."""
+DEVICE = "cuda"
+"""Where safetensors' threads can put what they read."""
 TARGET, DRAFT = "DeepseekV4ForCausalLM", "DeepseekV4ForCausalLMNextN"
 PORTION = 1 << 30
 """Bytes that are asked for at once, and lie on the card until SGLang has taken them; a larger tensor is one portion."""
@@ -59,7 +61,7 @@ def weights(original: Callable[..., Any], loader: Any, model_config: Any, model:
     config, kind = loader.load_config, type(model).__name__
     device = next(model.parameters()).device
     plain = config.load_format in ("auto", "safetensors") and config.draft_model_idx is None
-    if kind not in (TARGET, DRAFT) or device.type != "cuda" or not plain:
+    if kind not in (TARGET, DRAFT) or device.type != DEVICE or not plain:
         return original(loader, model_config, model)
     _, files, are_safetensors = loader._prepare_weights(model_config.model_path, model_config.revision, False)
     if not are_safetensors:
