@@ -28,10 +28,13 @@ PREFERRED_CARVEOUT, CARVEOUT_PERCENT = 9, 100 * 100 // 228
 """The driver's name of the attribute; SM120's 100 KiB an SM of Hopper's 228."""
 HOPPER_LACKS = re.compile(
     r"kind::\w+|tcgen05|\.e2m1x2|\.ue8m0x2|ldmatrix\S*\.b8|\.tile::gather4|ld\.global\S*\.v8|\.f32x2"
+    r"|(?:max|min)(?:\.\w+)*\.f32\s+[^,;]+,[^,;]+,[^,;]+,"
 )
 SM120_LACKS = re.compile(r"\bwgmma")
 PACKED = re.compile(r"^[ \t]*(add|sub|mul|fma)((?:\.\w+)*)\.f32x2\s+([^;]+);", re.MULTILINE)
-OF_THREE = re.compile(r"^[ \t]*((?:max|min)(?:\.\w+)*\.f32)\s+" + r",".join([r"([^,;]+)"] * 4) + ";", re.MULTILINE)
+OF_THREE = re.compile(
+    r"^[ \t]*((?:max|min)(?:\.ftz|\.NaN)*\.f32)\s+" + r",".join([r"([^,;]+)"] * 4) + ";", re.MULTILINE
+)
 """What SM120 does in one instruction and Hopper, with the same results, in two: arithmetic on two floats in a register,
 and the larger or smaller of three. SGLang's kernels of DSpark have both."""
 

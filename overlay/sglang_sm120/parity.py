@@ -13,7 +13,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +24,8 @@ from .spec import Call
 from .tolerance import BF16, EXACT, FP32, Tolerance
 
 DEVICE = torch.device("cuda")
-LONGEST = 1_048_576 + 14
-"""Tokens that SGLang's page tables have room for: a request's, four more, and ten drafts."""
+LONGEST = 1_048_576 + 275
+"""Tokens that SGLang's page tables have room for with ten drafts: a request's, twice the drafts', a page's less one."""
 STEPS = ((1, 8192), (4, 8192), (16, 8192), (64, 8192), (256, 8192), (1, LONGEST))
 """(rows, context) of the steps that `prove` runs, of one of TP ranks."""
 OWN_STEPS = ((65, 8192), (256, 8192), (4096, 8192), (8192, 8192))
@@ -175,18 +175,9 @@ def replay(call: Call, seed: int, provider: str = "triton") -> str | None:
     with torch.cuda.graph(graph, stream=stream):
         captured = triton_result(call, provider)
     rng = torch.Generator(DEVICE).manual_seed(seed)
-    # As given, not as the last replay had it: or lengths would shrink from replay to replay.
-    highs = {
-        name: max(int(value.max()) + 1, 1)
-        for name, value in call.arguments.items()
-        if value is not None and (name == "topk_ids" or name.endswith("lengths"))
-    }
+    change = changing(call, rng, seed)
     for number in range(1, REPLAYS + 1):
-        for name, value in call.arguments.items():
-            if name in highs:
-                value.copy_(torch.randint(0, highs[name], value.shape, generator=rng, device=DEVICE))
-            elif value is not None and name in ("page_table", "slots", "window_slots", "extra_slots"):
-                value.copy_(value.roll(1 + seed % 5, dims=1))
+        change()
         disturbance = [torch.full((size,), torch.nan, device=DEVICE) for size in (1 << 20, 1000, 1 << 24)]
         del disturbance
         for tensor in captured:
@@ -197,6 +188,24 @@ def replay(call: Call, seed: int, provider: str = "triton") -> str | None:
             if differ := int((a.view(torch.uint8) != b.view(torch.uint8)).sum()):
                 return f"replay {number}: {differ} of {b.nbytes} bytes differ from those of the call outside the graph"
     return None
+
+
+def changing(call: Call, rng: torch.Generator, seed: int) -> Callable[[], None]:
+    """What changes a call's lengths, choices and tables in place: lengths and choices up to those that it has now."""
+    highs = {
+        name: max(int(value.max()) + 1, 1)
+        for name, value in call.arguments.items()
+        if value is not None and (name == "topk_ids" or name.endswith("lengths"))
+    }
+
+    def change() -> None:
+        for name, value in call.arguments.items():
+            if name in highs:
+                value.copy_(torch.randint(0, highs[name], value.shape, generator=rng, device=value.device))
+            elif value is not None and name in ("page_table", "slots", "window_slots", "extra_slots"):
+                value.copy_(value.roll(1 + seed % 5, dims=1))
+
+    return change
 
 
 def _say(**found: Any) -> None:

@@ -76,8 +76,8 @@ def warm_up(
         speculates: whether the server does.
 
     Raises:
-        ValueError: a call of a graph is none that the chosen provider takes, and its torch reference, which SGLang's
-            eager passes then have, cannot be captured.
+        ValueError: a call of as many rows as graphs may have is none that the chosen provider takes; its torch
+            reference, which eager passes have then, cannot be captured.
     """
     sizes = (tp, ep, prefill_rows, graph_rows, context)
     key = (*sizes, lent_rows, speculates, device)
@@ -90,7 +90,10 @@ def warm_up(
     names = [f"{row.op}={row.provider}" for row in table if row.chosen and (row.op, row.provider) in ours]
     found = variants(config, *sizes, names, kernels.sms(device), tuned.of_device(device), lent_rows)
     if found.refused:
-        raise ValueError(f"The step cannot serve this model here: {found.refused[0]}")
+        raise ValueError(
+            f"The step cannot serve requests of {context} tokens of this model: {found.refused[-1].rstrip('.')}. "
+            "Give a smaller --context-length, or the variable SGLANG_SM120=0, with which SGLang's own forward serves."
+        )
     for op, size in found.scratch.items():
         kernels.reserve(op, size, device, kernels.STREAMS + ops.SPECS[op].streams)
     mark = _mark(found.launches)
@@ -123,7 +126,7 @@ _Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
 class Variants:
     """What a server can launch: by key, a launch on meta tensors; a job that compiles each; graphs' scratch bytes.
 
-    refused: calls of graphs that a provider does not take, in words.
+    refused: calls of as many rows as graphs may have that a provider does not take, in words, the longest last.
     """
 
     launches: dict[str, _Launch] = field(default_factory=dict)
@@ -160,10 +163,9 @@ def variants(
                     found.launches[key] = (kernel, args, options)
                     found.jobs.append(replace(job, only=key))
 
-            in_graph = step[0] <= captured
-            refused = found.refused.append if in_graph else lambda _: None
+            refused = found.refused.append if step[0] <= graph_rows else lambda _: None
             for op, size in rehearse_job(job, collect, refused).items():
-                if in_graph:
+                if step[0] <= captured:
                     found.scratch[op] = max(size, found.scratch.get(op, 0))
     return found
 

@@ -140,9 +140,9 @@ def assert_sampled_tokens_follow_the_distribution(server: LocalServer, prompt: l
         after = [b for a, b in pool.map(one, range(SAMPLES)) if a == first]
     hits = after.count(likeliest)
     print(f"{hits} of {len(after)} samples are the likeliest token, expected a half, at temperature {low:.2f}")
-    # Five standard deviations, and what rounding in another batch may move.
-    assert len(after) > SAMPLES // 20
-    assert abs(hits - len(after) / 2) < 2.5 * len(after) ** 0.5 + 0.04 * len(after)
+    # Five standard deviations.
+    assert len(after) > SAMPLES // 4
+    assert abs(hits - len(after) / 2) < 2.5 * len(after) ** 0.5
 
 
 def replayed(drafter: Drafter, asked: list[Asked], found: list[Answered]) -> list[int]:
@@ -183,6 +183,8 @@ def assert_drafted(server: LocalServer, mode: str) -> None:
     rows = ROWS * int(GRAPHS[-1])
     assert f"the step takes its first target_verify pass ({rows} rows)" in text
     assert "cuda graph: True" in text
+    # A host read in the block's metadata would end its capture, with this line and nothing else.
+    assert "glue-graph capture failed" not in text
     assert not [line for line in text.splitlines() if "Decode batch" in line and "cuda graph: False" in line]
 
 

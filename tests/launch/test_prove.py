@@ -393,6 +393,16 @@ def test_the_real_child(monkeypatch: pytest.MonkeyPatch):
     assert found["evidence"] == "emulated" and found["gpu"]["kernels"] == "sm90"
 
 
+def test_a_replay_takes_lengths_as_long_as_the_first(choice: tuple[Any, torch.Tensor]):
+    call, most = choice[0], int(choice[0].arguments["lengths"].max())
+    change = parity.changing(call, torch.Generator().manual_seed(1), 0)
+    drawn = []
+    for _ in range(60):
+        change()
+        drawn.append(int(call.arguments["lengths"].max()))
+    assert max(drawn) <= most and max(drawn[-8:]) > most // 2
+
+
 def test_errors_beyond_fp32_can_be_written():
     nothing = torch.full((3,), -torch.inf)
     assert parity.difference(nothing, nothing, FP32) == parity.Verdict(None)

@@ -337,6 +337,8 @@ class OnCard(torch.Tensor):
     def tolist(self) -> Any:
         raise AssertionError("the host waits for lengths")
 
+    cpu = item = __int__ = __bool__ = tolist
+
 
 def test_a_blocks_metadata_waits_for_no_length() -> None:
     """`speed/60`: on a card the lengths stay there, as a capture needs it; on a CPU its twin reads them."""

@@ -45,9 +45,9 @@ def cases(kind: str) -> Iterator[Case]:
             make_rows = partial(build, lengths=lengths, k=k, buffers=k, columns=64, pages=64)
             yield Case(f"{rows}-rows", FP32, make_rows, chosen_scores, ("out",))
         # More rows than are scored at once, in tables with the page that SGLang's have beyond a million tokens.
-        lengths = [262208 if t == 39 else 700 * t for t in range(40)]
+        lengths = [262272 if t == 39 else 700 * t for t in range(40)]
         for top in (k, 2 * k):
-            make_rows = partial(build, lengths=lengths, k=top, buffers=top, columns=4097, pages=4097)
+            make_rows = partial(build, lengths=lengths, k=top, buffers=top, columns=4098, pages=4098)
             yield Case(f"1m-context-{top}", FP32, make_rows, chosen_scores, ("out",))
 
 

@@ -75,14 +75,16 @@ def cases(kind: str) -> Iterator[Case]:
         lambda inputs, result: (result, inputs["out"]),
         ("out",),
     )
+    # More keys handed on than a tile has.
+    yield Case("handed-on-32768", EXACT, partial(build, lengths=[262272, 262144, 9], k=1024, columns=4098, ties=True))
     if kind != "cpu":
         k = model_config()["index_topk"]
         for top in (k, 2 * k):
             yield Case(f"model-{top}", EXACT, partial(build, lengths=[16384, 1, 512, 513], k=top, columns=256))
             # With the page that SGLang's tables have beyond a million tokens; rows that share no search, and ties.
             for rows, ties in ((3, False), (3, True), (70, False)):
-                lengths = [262208, 9, 30000, *(262208 - 999 * t for t in range(rows - 3))]
-                build_rows = partial(build, lengths=lengths, k=top, columns=4097, ties=ties)
+                lengths = [262272, 9, 30000, *(262208 - 999 * t for t in range(rows - 3))]
+                build_rows = partial(build, lengths=lengths, k=top, columns=4098, ties=ties)
                 yield Case(f"1m-context-{rows}-rows-{top}{'-ties' * ties}", EXACT, build_rows)
         for rows in (1, 2, 4, 8, 16, 33, 64, 65, 256):
             lengths = [16384 - 200 * t % 16000 for t in range(rows)]

@@ -13,27 +13,32 @@ from ...tuned import Shape, Table, bucket
 from .triton import TUNED, Config
 
 
-def page_table(make: Inputs, rows: int, entries: int) -> dict[str, torch.Tensor]:
-    pages = -(-entries // C4_PAGE)
+def pages_of(context: int) -> int:
+    """Columns of SGLang's page tables, cut from those of its tokens: a page that no entry fills yet has one too."""
+    return -(-context // (4 * C4_PAGE))
+
+
+def page_table(make: Inputs, rows: int, context: int) -> dict[str, torch.Tensor]:
+    pages, entries = pages_of(context), max(1, context // 4)
     return {
         "page_table": make.distinct(rows, pages, pages),
         "lengths": make.integers(entries, entries + 1, rows),
     }
 
 
-def arguments(make: Inputs, c: dict[str, Any], rows: int, entries: int) -> dict[str, Any]:
+def arguments(make: Inputs, c: dict[str, Any], rows: int, context: int) -> dict[str, Any]:
     heads = c["index_n_heads"]
     return {
         "q": make.fp8(rows, heads, c["index_head_dim"]),
         "weights": make.normal(rows, heads),
-        "pages": make.indexer_pool(entries),
-        **page_table(make, rows, entries),
+        "pages": make.indexer_pool(pages_of(context) * C4_PAGE),
+        **page_table(make, rows, context),
         "page_size": C4_PAGE,
     }
 
 
 def _calls(make: Inputs, c: dict[str, Any], tp: int, rows: int, context: int) -> Calls:
-    yield "c4", arguments(make, c, rows, max(1, context // 4))
+    yield "c4", arguments(make, c, rows, context)
 
 
 def traffic(a: Arguments) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from ..topk_slots.spec import SPEC as SLOTS
 
 
 def _calls(make: Inputs, c: dict[str, Any], tp: int, rows: int, context: int) -> Calls:
-    yield "c4", {**arguments(make, c, rows, max(1, context // 4)), "k": c["index_topk"]}
+    yield "c4", {**arguments(make, c, rows, context), "k": c["index_topk"]}
 
 
 SPEC = Spec(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ... import kernels
+from ... import kernels, tuned
 from ...registry import Arguments
 from ..indexer_logits.triton import refusal as scoring_refusal
 from ..indexer_logits.triton import score
@@ -17,6 +17,9 @@ from ..topk_slots.triton import refusal as selection_refusal
 from . import indexer_topk
 
 LOGITS_BYTES = 32 << 20
+PAGES_BEYOND = 4
+"""For drafts, in SGLang's page tables, behind those of the longest request, mostly a power of two: a block keeps its
+rows for one or two of them."""
 
 
 def _accepts(a: Arguments) -> str | None:
@@ -28,11 +31,12 @@ def indexer_topk_triton(a: Arguments) -> torch.Tensor:
     """Contract in `indexer_topk`."""
     rows, width = a.q.shape[0], a.page_table.shape[1] * a.page_size
     out = output(a, rows, a.q.device)
-    # A power of two, for which the selection's kernels are compiled. SGLang's page tables have a page for drafts beyond
-    # the longest request, mostly a power of two of entries: for that page alone a block would be halved.
-    most = max(1, LOGITS_BYTES // (4 * max(width - a.page_size, 1)))
-    step = max(1, min(rows, 1 << (most.bit_length() - 1)))
-    (logits,) = kernels.scratch("indexer_topk", a.q.device, ((step, width), torch.float32))
+    # By powers of two of rows and of entries, for which the selection's kernels are compiled.
+    beyond = PAGES_BEYOND * a.page_size
+    entries = tuned.bucket(max(1, width - beyond))
+    step = max(1, min(rows, LOGITS_BYTES // (4 * entries)))
+    (room,) = kernels.scratch("indexer_topk", a.q.device, ((step * (entries + beyond),), torch.float32))
+    logits = room[: step * width].view(step, width)
     for first in range(0, max(1, rows), step):
         part = slice(first, min(first + step, rows))
         scores = logits[: part.stop - first]

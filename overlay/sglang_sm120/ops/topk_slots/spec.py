@@ -13,8 +13,7 @@ from .triton import TUNED, WARPS, Config
 
 
 def _calls(make: Inputs, c: dict[str, Any], tp: int, rows: int, context: int) -> Calls:
-    entries = max(1, context // 4)
-    table = page_table(make, rows, entries)
+    table = page_table(make, rows, context)
     logits = make.normal(rows, table["page_table"].shape[1] * C4_PAGE)
     for k in (512, 1024):
         yield f"k{k}", {"logits": logits, **table, "k": k, "page_size": C4_PAGE}

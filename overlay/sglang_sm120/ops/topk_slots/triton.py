@@ -242,8 +242,10 @@ def choose(a: Arguments, part: slice, logits: torch.Tensor, out: torch.Tensor) -
 
 def refusal(width: int, k: int) -> str | None:
     """Why k of width entries cannot be chosen here, or None."""
-    if k < 1 or -(-width // LARGEST_TILE) * k > MOST_HANDED_ON:
-        most = LARGEST_TILE * (MOST_HANDED_ON // max(k, 1))
+    if not 1 <= k <= MOST_HANDED_ON:
+        return f"k is {k} and needs 1 to {MOST_HANDED_ON}."
+    if -(-width // LARGEST_TILE) * k > MOST_HANDED_ON:
+        most = LARGEST_TILE * (MOST_HANDED_ON // k)
         return f"there are {width} entries per row and k is {k}; at most {most} are supported with it."
     return None
 
