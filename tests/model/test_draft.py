@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -16,7 +17,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_sm120 import plugin
 from sglang_sm120.formats import fp8_block
-from sglang_sm120.step import reasons
+from sglang_sm120.step import draft, reasons
 from sglang_sm120.step.draft import Vocabulary
 
 
@@ -28,6 +29,35 @@ def test_modes_of_a_draft(mode: ForwardMode) -> None:
     assert reasons.why_left(reasons.DRAFT_MODES, name, 256, {}) == (None if taken else said)
     said = None if mode is ForwardMode.TARGET_VERIFY else f"the step takes blocks of drafts, not {name}"
     assert reasons.why_left(reasons.DSPARK_MODES, name, 256, {}) == said
+
+
+@pytest.mark.parametrize(
+    ("build", "name", "taken"),
+    [
+        (plugin.build_draft, "Draft", {ForwardMode.DECODE, ForwardMode.DRAFT_EXTEND_V2}),
+        (plugin.build_dspark, "Stages", {ForwardMode.TARGET_VERIFY}),
+    ],
+)
+def test_what_is_built_for_a_draft(
+    monkeypatch: pytest.MonkeyPatch, build: Callable[..., plugin.Built], name: str, taken: set[ForwardMode]
+) -> None:
+    """Its own forward of its own passes; what it leaves is an error where SGLang cannot serve the experts."""
+    monkeypatch.setattr(draft, name, lambda model: lambda *given: (model, *given))
+    monkeypatch.setattr(plugin, "unusable", lambda view: [])
+    nvfp4 = {"quant_algo": "MIXED_PRECISION", "moe_quant_algo": "NVFP4", "group_size": 16}
+    ids, context = torch.zeros(2, dtype=torch.int64), SimpleNamespace(widths=(1, 2))
+    built = build("model", SimpleNamespace(quantization_config=None), context)
+    alone = build("model", SimpleNamespace(quantization_config=nvfp4), context)
+    assert built.widths == (1, 2) and built.draft_sampler is None
+    assert built.forward(SimpleNamespace(view=3), Mock(), ids, 4, 5) == ("model", 3, ids, 4, 5)
+    for mode in ForwardMode:
+        batch = SimpleNamespace(forward_mode=mode)
+        if mode in taken:
+            assert built.plan(ids, batch) == alone.plan(ids, batch) == spec.Step(plugin.mode_of(batch), 2)
+            continue
+        assert built.plan(ids, batch) is None
+        with pytest.raises(RuntimeError, match="^With NVFP4 experts SGLang's forward cannot serve a pass here: "):
+            alone.plan(ids, batch)
 
 
 def test_a_rounded_head_follows_the_targets(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:

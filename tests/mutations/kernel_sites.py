@@ -12,8 +12,10 @@ from mutations.mutation import (
     LINEARS,
     MIXING,
     MXFP8,
+    NEEDED,
     NVFP4,
     PTX,
+    REFUSALS,
     ROUTER,
     SCALES,
     SCRATCH,
@@ -279,6 +281,18 @@ KERNELS = (
     Mutation(
         "one tie too many", "many rows, Triton", "ops/topk_slots/streamed.py",
         (("places(keys, before, threshold, K - greater)", "places(keys, before, threshold, K - greater + 1)"),), TOPK,
+    ),
+    Mutation(
+        "keys beyond a tile left out", "handed on by many tiles, Triton", "ops/topk_slots/triton.py",
+        (("again = _handed_on(width, k, tile)", "again = min(_handed_on(width, k, tile), LARGEST_TILE)"),), TOPK,
+    ),
+    Mutation(
+        "more keys than a program has registers for", "handed on by many tiles, Triton", "ops/topk_slots/triton.py",
+        (("if size > LARGEST_TILE:", "if False:"),), NEEDED,
+    ),
+    Mutation(
+        "call that no graph can hold", "top-k of V4-Pro's full context, Triton", "ops/topk_slots/triton.py",
+        (("MOST_HANDED_ON = 2 * LARGEST_TILE", "MOST_HANDED_ON = LARGEST_TILE"),), REFUSALS,
     ),
     Mutation(
         "scale off by one", "weights for SM120's block-scaled tensor cores, Triton", "ops/mxfp4_moe/mxfp8.py",

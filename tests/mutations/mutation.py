@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
-PACKAGES = {"overlay": "sglang_sm120", "reference": "sglang_sm120_reference"}
+PACKAGES = {"overlay": "sglang_sm120", "reference": "sglang_sm120_reference", "launch": "sglang_sm120_launch"}
 """What is mutated: folder of the checkout -> the package in it."""
 
 
@@ -22,7 +22,7 @@ class Mutation(NamedTuple):
     """One change.
 
     edits: (text that `file` holds exactly once, what stands there instead); file: in `sglang_sm120`, or `reference/`
-    and the name in `sglang_sm120_reference`.
+    and the name in `sglang_sm120_reference`, or `launch/` and the name in `sglang_sm120_launch`.
     """
 
     defect: str
@@ -39,14 +39,19 @@ class Mutation(NamedTuple):
     def path(self) -> str:
         """The file in the checkout."""
         folder, _, rest = self.file.partition("/")
-        if folder == "reference":
-            return f"reference/{PACKAGES['reference']}/{rest}"
-        return f"overlay/{PACKAGES['overlay']}/{self.file}"
+        if folder not in PACKAGES:
+            folder, rest = "overlay", self.file
+        return f"{folder}/{PACKAGES[folder]}/{rest}"
 
     @property
     def is_switch(self) -> bool:
         """Whether it only has the oracle make a mistake that the oracle can make by itself, and so breaks nothing."""
         return any("Defect." in old for old, _ in self.edits)
+
+    @property
+    def in_the_oracle(self) -> bool:
+        """Whether it is made in what computes for tests alone; `config_file` writes what drafters are served by."""
+        return self.file.startswith("reference/") and self.file != "reference/config_file.py"
 
     @property
     def scored(self) -> bool:
@@ -100,6 +105,8 @@ CLEARED = Tests(("tests/model/test_draft_states.py",))
 SAMPLER = Tests(("tests/model/test_sampler.py",))
 PLUGIN = Tests(("tests/model/test_plugin.py",))
 DRAFT = Tests(("tests/model/test_draft.py",))
+DRAFTER = Tests(("tests/model/test_drafter.py",))
+DSPARK_PLAN = Tests(("tests/launch", "-k", "dspark"))
 COMPRESSOR = ops("compress")
 PTX = ops("test_inline_ptx")
 SCALES = ops("test_by_hand or test_formats or linear or mxfp4")
@@ -109,4 +116,6 @@ STEP = Tests(("tests/model/test_step.py",), most=2)
 STREAMS = Tests(("tests/model/test_streams.py",))
 # Of tests/sm120 what tells of these alone; the rest of it takes minutes.
 COMPILED = Tests(("tests/sm120/test_compile_gate.py", "-k", "ptx"))
+NEEDED = Tests(("tests/sm120/test_compile_gate.py", "-k", "no_kernel_needs_more"))
 SCRATCH = Tests(("tests/sm120/test_warmup.py", "-k", "scratch"))
+REFUSALS = Tests(("tests/sm120/test_warmup.py", "-k", "no_graph_could_hold"))

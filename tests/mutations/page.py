@@ -42,7 +42,7 @@ class Row(NamedTuple):
 
 def only_in_the_oracle(mutations: Sequence[Mutation]) -> list[str]:
     """Defects that are made in nothing that ships, whose tests therefore have not been seen to notice them."""
-    shipped = {mutation.defect for mutation in mutations if not mutation.file.startswith("reference/")}
+    shipped = {mutation.defect for mutation in mutations if not mutation.in_the_oracle}
     return [mutation.defect for mutation in mutations if mutation.defect not in shipped]
 
 
@@ -64,7 +64,8 @@ Written by `make mutations`, which makes each change in a copy of the source and
 Kernels run in Triton's interpreter.
 
 *unit*: `tests/ops` (a run stops after {ATTENTION.most} failures), `tests/model/test_oracle.py` (after {ORACLE.most}),
-`tests/model/test_step.py` (after {STEP.most}); of streams `tests/model/test_streams.py`, of scratch
+`tests/model/test_step.py` (after {STEP.most}); of streams `tests/model/test_streams.py`, of DSpark's drafter
+`tests/model/test_drafter.py` and of its plan `tests/launch`, of scratch and of what no graph can hold
 `tests/sm120/test_warmup.py`, of compiled code, which is read and not run, `tests/sm120/test_compile_gate.py`.
 *accuracy*: the oracle with the defect on the trained small model, {ASKED} recall questions; only where the oracle
 computes with the changed file. {answers}

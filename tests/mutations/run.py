@@ -27,7 +27,7 @@ from typing import NamedTuple
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in ("tests", "overlay", "reference", "evals")]
 
-from mutations.mutation import COMPILED, ORACLE, PACKAGES, ROOT, SCRATCH, STEP, STREAMS, Mutation, Tests, mutate
+from mutations.mutation import PACKAGES, ROOT, Mutation, Tests, mutate
 from mutations.page import Row, only_in_the_oracle, page
 from mutations.score import Score
 from mutations.sites import mutations
@@ -177,9 +177,9 @@ class Runner:
     ) -> None:
         self._sources, self._folder, self._known, self._model = sources, folder, known, model
         self._end = time.monotonic() + 60 * minutes
-        tests = (ROOT / "tests" / name for name in ("conftest.py", "ops", "model", "sm120", "gpu"))
-        server = (ROOT / "evals/local_server.py", ROOT / "launch/sglang_sm120_launch/child.py")
-        self._tests = _digest(ROOT / "patches/0.5.23/requirements.lock", *server, *tests)
+        tests = (ROOT / "tests" / name for name in ("conftest.py", "ops", "model", "sm120", "gpu", "launch"))
+        used = ("evals/local_server.py", "evals/small-deepseek-v4-dspark.xz", "bench/decode_step.py")
+        self._tests = _digest(ROOT / "patches/0.5.23/requirements.lock", *(ROOT / name for name in used), *tests)
 
     def units(self, sources: Path, tests: Tests) -> Outcome:
         """`outcome_of`, unless it is known."""
@@ -229,7 +229,8 @@ class Runner:
 
     def sound(self) -> None:
         """Raises Unusable if a test fails without a mutation, Unfinished when time is over."""
-        for tests in (ORACLE, STEP, STREAMS, COMPILED, SCRATCH, Tests(("tests/ops",))):
+        whole = Tests(("tests/ops",))
+        for tests in dict.fromkeys(whole if m.tests.arguments[0] == "tests/ops" else m.tests for m in mutations()):
             outcome = self.units(self._sources, tests)
             if outcome.failed:
                 raise Unusable(

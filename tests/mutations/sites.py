@@ -15,7 +15,9 @@ from mutations.mutation import (
     CLEARING,
     COMPRESSOR,
     DRAFT,
+    DRAFTER,
     DRAW,
+    DSPARK_PLAN,
     EXPERTS,
     HASHED,
     INDEXER,
@@ -27,6 +29,7 @@ from mutations.mutation import (
     PACKAGES,
     PAGES,
     PLUGIN,
+    REFUSALS,
     ROOT,
     ROTATION,
     ROUTER,
@@ -318,10 +321,67 @@ _STEP = (
         (("if index - 1 in captured:", "if index in captured:"),), STEP,
     ),
     Mutation(
+        "call that no graph can hold", "not collected", "warmup.py",
+        (("found.refused.append if in_graph else", "found.refused.append if not in_graph else"),), REFUSALS,
+    ),
+    Mutation(
+        "call that no graph can hold", "collected and served all the same", "warmup.py",
+        (("    if found.refused:", "    if False:"),), REFUSALS,
+    ),
+    Mutation(
         "rows of a larger batch", "pass not cut to its rows", "step/metadata.py",
         (("return rows[: self.rows]", "return rows"),), STEP,
     ),
 )  # fmt: skip
+
+_DSPARK = (
+    Mutation(
+        "streams of the layer before", "the last layer's mean for DSpark", "step/target.py",
+        (("if len(layers) - 1 in captured:", "if len(layers) in captured:"),), STEP,
+    ),
+    Mutation(
+        "first stream instead of the mean", "what DSpark gets of the target", "step/target.py",
+        (("x.float().mean(1).to(x.dtype)", "x[:, 0]"),), STEP,
+    ),
+    Mutation(
+        "block a position too far", "DSpark's stages", "step/draft.py",
+        (("Pass(view, forward_batch, positions), input_ids)", "Pass(view, forward_batch, positions + 1), input_ids)"),),
+        DRAFTER,
+    ),
+    Mutation(
+        "one stage of several", "forward of DSpark's", "step/draft.py",
+        (("through(self._layers, x, Pass(", "through(self._layers[:1], x, Pass("),), DRAFTER,
+    ),
+    Mutation(
+        "one stage of several", "windows of DSpark's in a plan", "launch/fit.py",
+        (("return self.model.dspark.stages if self.model.dspark else 1", "return 1"),), DSPARK_PLAN,
+    ),
+    Mutation(
+        "head and chain of the first stage", "layout of a DSpark drafter", "checkpoint/layout.py",
+        (('f"mtp.{dspark.stages - 1}."', '"mtp.0."'),), DRAFTER,
+    ),
+    Mutation(
+        "drafter of another target taken", "its dimensions", "checkpoint/config.py",
+        (("(found := getattr(same, name)) != has:", "(found := getattr(same, name)) is None:"),), DSPARK_PLAN,
+    ),
+    Mutation(
+        "drafter of another target taken", "order of its layers", "checkpoint/config.py",
+        (("sorted(set(layers)) != layers or ", ""),), DRAFTER,
+    ),
+    Mutation(
+        "drafter that SGLang does not load", "config without the key of DFlash's parser", "reference/config_file.py",
+        (('        keys["target_layer_ids"] = list(dspark.target_layer_ids)\n', ""),), DRAFTER,
+    ),
+    Mutation(
+        "embedding and head counted twice", "a DSpark drafter's in a plan", "launch/memory.py",
+        (('(set() if mtp and model.dspark else {"shared"})', '{"shared"}'),), DSPARK_PLAN,
+    ),
+    Mutation(
+        "modes of the MTP layer", "passes of a DSpark drafter", "plugin.py",
+        (("DSPARK_MODES, alone=", "DRAFT_MODES, alone="),), DRAFT,
+    ),
+)  # fmt: skip
+"""What serves a DSpark drafter, plans with one or makes one."""
 
 _NAMES = {
     Defect.COMB_TRANSPOSED: "comb transposed",
@@ -353,6 +413,6 @@ def _always(defect: Defect) -> Mutation:
 
 def mutations() -> list[Mutation]:
     """All of them, switches too, those of one defect together."""
-    found = [*KERNELS, *_REFERENCES, *_STEP, *map(_always, Defect)]
+    found = [*KERNELS, *_REFERENCES, *_STEP, *_DSPARK, *map(_always, Defect)]
     order = list(dict.fromkeys(mutation.defect for mutation in found))
     return sorted(found, key=lambda mutation: order.index(mutation.defect))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from gate import SAMPLE, SAMPLED, Compiled, Name, Run, all_steps, compile_all, jobs, other_steps
+from gate import Compiled, Name, Run, all_steps, compile_all, jobs, other_steps, sample
 from tqdm import tqdm
 
 from sglang_sm120.checkpoint.config import RANKS
@@ -24,13 +24,13 @@ def renewing(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(scope="session")
 def all_shapes(request: pytest.FixtureRequest, renewing: bool) -> bool:
-    """Every shape of the real model; otherwise one row at TP 2."""
+    """Every shape of the real model; otherwise those of `sample`."""
     return renewing or request.config.getoption("all_shapes")
 
 
 @pytest.fixture(scope="session")
 def run(request: pytest.FixtureRequest, all_shapes: bool) -> Run:
-    groups = [jobs(all_steps, RANKS), jobs(other_steps, RANKS)] if all_shapes else [jobs(lambda _: SAMPLE, SAMPLED)]
+    groups = [jobs(all_steps, RANKS), jobs(other_steps, RANKS)] if all_shapes else [sample()]
     launched = (set[Name](), set[Name]())
     capture = request.config.pluginmanager.getplugin("capturemanager")
     total = sum(map(len, groups))

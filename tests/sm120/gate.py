@@ -18,7 +18,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from sglang_sm120 import ops, registry
-from sglang_sm120.checkpoint.config import FLASH, RANKS, model_config
+from sglang_sm120.checkpoint.config import FLASH, PRO, RANKS, model_config
 from sglang_sm120.compilation import Job, Kernel, compile_jobs
 from sglang_sm120.parity import LONGEST
 from sglang_sm120.spec import Call
@@ -76,6 +76,11 @@ def jobs(steps: Callable[[str], tuple[Step, ...]], ranks: Iterable[Rank]) -> lis
             *(Job(model_config(model), op, tp, steps(op) + MANY, provider=provider) for op, provider in own),
         )
     ]
+
+
+def sample() -> list[Job]:
+    """One row at TP 2, and top-k of V4-Pro's full context, whose second launch has keys of more than a tile."""
+    return [*jobs(lambda _: SAMPLE, SAMPLED), Job(model_config(PRO), "topk_slots", 8, ((70, LONGEST),))]
 
 
 def compile_all(wanted: list[Job], done: Callable[[Job, set[Name]], None]) -> Compiled:

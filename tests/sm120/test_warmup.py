@@ -206,6 +206,16 @@ def test_drafts_do_not_halve_a_block() -> None:
         assert pool.submit(_block, 5 << 18).result() == 16
 
 
+def test_what_no_graph_could_hold_ends_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = ["indexer_topk of 1 rows: too many.", "indexer_topk of 2 rows: too many."]
+    monkeypatch.setattr(warmup, "variants", lambda *_: warmup.Variants(refused=refused))
+    monkeypatch.setattr(registry, "device_kind", lambda _: "sm120")
+    monkeypatch.setattr(kernels, "sms", lambda _: 188)
+    monkeypatch.setattr(tuned, "of_device", lambda _: tuned.EMPTY)
+    with pytest.raises(ValueError, match="^The step cannot serve this model here: indexer_topk of 1 rows: too many.$"):
+        warmup.warm_up(model_config(), 2, 1, 256, 64, 4096, torch.device("cuda", 0))
+
+
 def _own_rows(chosen: str) -> tuple[set[str], set[str]]:
     """Kernels of an op that a warm-up with this provider compiles; what steps of other rows would miss."""
     op, provider = ops.named(chosen)

@@ -53,6 +53,8 @@ def cases(kind: str) -> Iterator[Case]:
     # More entries than one program takes.
     yield Case("long", EXACT, lambda make: build(make, [20480, 100, 16385, 64], 64, columns=320))
     yield Case("long-ties", EXACT, lambda make: build(make, [20480, 17000], 64, columns=320, ties=True))
+    # Tiles that hand on more than one takes: 17 of the largest k.
+    yield Case("very-long", EXACT, lambda make: build(make, [278528], 1024, columns=4352))
     # Few rows, in several programs each.
     yield Case("shared", EXACT, lambda make: build(make, [9000, 2100], 64, columns=320, odd=True))
     yield Case("shared-buffers", EXACT, lambda make: build(make, [20480], 64, columns=320, buffers=70),
