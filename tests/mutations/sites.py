@@ -322,7 +322,7 @@ _STEP = (
     ),
     Mutation(
         "call that no graph can hold", "not collected", "warmup.py",
-        (("found.refused.append if in_graph else", "found.refused.append if not in_graph else"),), REFUSALS,
+        (("if step[0] <= graph_rows", "if step[0] > graph_rows"),), REFUSALS,
     ),
     Mutation(
         "call that no graph can hold", "collected and served all the same", "warmup.py",

@@ -77,8 +77,6 @@ def cases(kind: str) -> Iterator[Case]:
         lambda inputs, result: (result, inputs["out"]),
         ("out",),
     )
-    # More keys handed on than a tile has.
-    yield Case("handed-on-32768", EXACT, partial(build, lengths=[262272, 262144, 9], k=1024, columns=4098, ties=True))
     if kind != "cpu":
         k = model_config()["index_topk"]
         for top in (k, 2 * k):
