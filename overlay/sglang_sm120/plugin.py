@@ -120,7 +120,7 @@ class Checked:
 def build(model: torch.nn.Module, hf_config: Any, context: spec.BuildContext) -> Built:
     """Take the weights, compile all kernels and reserve the graphs' scratch, before SGLang sizes its cache."""
     from sglang.srt.mem_cache.allocation_sizing import get_req_to_token_extra_context_len
-    from sglang.srt.runtime_context import get_exec, get_model, get_parallel, get_schedule
+    from sglang.srt.runtime_context import get_exec, get_model, get_parallel, get_schedule, get_spec
 
     from .step import draft_states, sample
     from .step.prepare import patched
@@ -140,8 +140,8 @@ def build(model: torch.nn.Module, hf_config: Any, context: spec.BuildContext) ->
     chunk = get_schedule().chunked_prefill_size or 0
     prefill = chunk if chunk > 0 else longest
     device = torch.device("cuda", torch.cuda.current_device())
-    speculates = context.tokens_per_request > 1
-    with modules.late_ones(speculates, hf_config.vocab_size):
+    eagle = get_spec().speculative_algorithm in limits.EAGLE
+    with modules.late_ones(eagle, hf_config.vocab_size):
         warm_up(
             hf_config.to_dict(),
             tp=parallel.tp_size,
@@ -154,7 +154,7 @@ def build(model: torch.nn.Module, hf_config: Any, context: spec.BuildContext) ->
             device=device,
             barrier=parallel.tp_group.barrier,
             compiles=parallel.tp_group.local_rank == 0,
-            speculates=speculates,
+            speculates=eagle,
         )
     sample.serve(device)
     draft_states.serve(device)

@@ -73,7 +73,7 @@ def warm_up(
         barrier: waits for the other ranks.
         compiles: whether this rank is the one that compiles for its host.
         lent_rows: tokens of the largest pass in which SGLang's own forward calls what is lent to it.
-        speculates: whether the server does.
+        speculates: whether the server does, with EAGLE.
 
     Raises:
         ValueError: a call of as many rows as graphs may have is none that the chosen provider takes; its torch

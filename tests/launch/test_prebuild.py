@@ -120,7 +120,8 @@ def test_the_list_is_of_the_installed_packages():
     assert set(found["cards"]) == set(trace_modules.ARCHS)
     for entries in found["cards"].values():
         names = [entry["name"] for entry in entries]
-        assert names == sorted(set(names)) and all(entry["runs"] for entry in entries)
+        assert names == sorted(set(names))
+        assert set().union(*(entry["runs"] for entry in entries)) == set(trace_modules.RUNS)
         assert '"/' not in json.dumps(entries), "a path of the machine that traced"
         for entry in entries:
             if "generator" in entry:
@@ -132,10 +133,10 @@ def test_the_list_is_of_the_installed_packages():
 def test_what_a_run_asks_for_is_in_the_list(thorough: bool):
     if not thorough:
         pytest.skip("SGLang's scheduler on a card that is not there, for some minutes: make test-launch")
-    for run, flags in trace_modules.RUNS.items():
-        listed = {entry["name"]: entry for entry in modules.listed(120) if run in entry["runs"]}
-        found = trace_modules.traced("sm120", *flags)
-        assert found == {name: {k: v for k, v in entry.items() if k != "runs"} for name, entry in listed.items()}, run
+    for name, run in trace_modules.RUNS.items():
+        listed = {entry["name"]: entry for entry in modules.listed(120) if name in entry["runs"]}
+        found = trace_modules.traced("sm120", run)
+        assert found == {key: {k: v for k, v in entry.items() if k != "runs"} for key, entry in listed.items()}, name
 
 
 def test_all_of_it_is_built_once(place: Place, monkeypatch: pytest.MonkeyPatch):
@@ -203,17 +204,20 @@ def test_what_a_server_asked_for_is_rebuilt_and_found(place: Place, tmp_path: Pa
     assert "was built with nvcc" not in server.stderr and place.compiled() == []
 
 
-@pytest.mark.parametrize("speculates", [False, True])
-def test_what_requests_would_wait_for_is_built_before(place: Place, tmp_path: Path, speculates: bool):
-    """With top-k, top-p or drafts; all of it is in the list."""
+@pytest.mark.parametrize("eagle", [False, True])
+def test_what_requests_would_wait_for_is_built_before(place: Place, tmp_path: Path, eagle: bool):
+    """With top-k, top-p or drafts; all of it is in the list, because requests of every run like it asked for it."""
     asked, vocabulary = tmp_path / "asked.jsonl", model_config()["vocab_size"]
-    server = place.run(("-c", AHEAD, json.dumps([speculates, vocabulary])), SGLANG_SM120_MODULES=str(asked))
+    server = place.run(("-c", AHEAD, json.dumps([eagle, vocabulary])), SGLANG_SM120_MODULES=str(asked))
     assert server.returncode == 0 and server.stdout == "as long as others are made\n", server.stderr
     of_drafts = {"sgl_kernel_jit_speculative_tree", "sgl_kernel_jit_speculative_sampling_4_True"}
     found = {json.loads(line)["name"]: json.loads(line) for line in asked.read_text().splitlines()}
-    assert set(found) == {"sampling", *(of_drafts if speculates else ())}
-    listed = {entry["name"]: {k: v for k, v in entry.items() if k != "runs"} for entry in modules.listed(120)}
-    assert found == {name: listed[name] for name in found}
+    assert set(found) == {"sampling", *(of_drafts if eagle else ())}
+    listed = {entry["name"]: entry for entry in modules.listed(120)}
+    assert found == {name: {k: v for k, v in listed[name].items() if k != "runs"} for name in found}
+    runs = {name for name, run in trace_modules.RUNS.items() if ("EAGLE" in run.flags) == eagle}
+    for name in {"sampling", *of_drafts}:
+        assert runs & {*listed[name]["runs"]} == (runs if name in found else set()), name
 
 
 def test_a_module_that_cannot_be_built_ends_no_server(place: Place):

@@ -14,14 +14,39 @@ import subprocess
 import sys
 import tempfile
 from array import array
+from contextlib import nullcontext
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).parents[2] / "reference"))
+
+from sglang_sm120.checkpoint.config import DSPARK_FOLDER  # noqa: E402
+from sglang_sm120_reference.config_file import FLASH_DRAFTER  # noqa: E402
+
+
+class Run(NamedTuple):
+    """A server: SGLang's flags, and the variables that it is started with."""
+
+    flags: tuple[str, ...] = ()
+    variables: dict[str, str] = {}
+
+
+TP2 = ("--tp-size", "2")
 EAGLE = ("--speculative-algorithm", "EAGLE", "--speculative-num-steps", "3", "--speculative-eagle-topk", "1",
          "--speculative-num-draft-tokens", "4")  # fmt: skip
-RUNS = {"tp1": (), "tp2": ("--tp-size", "2"), "eagle": EAGLE, "eagle-tp2": (*EAGLE, "--tp-size", "2")}
+DSPARK = ("--speculative-algorithm", "DSPARK", "--max-running-requests", "64",
+          "--cuda-graph-bs-decode", "1", "2", "64")  # fmt: skip
+"""With the largest batch of a plan: the step takes fewer rows than its 384 to verify, which are SGLang's forward's."""
+COMPACT = {"SGLANG_RAGGED_VERIFY_MODE": "compact"}
+"""Verification of as many drafts as are worth it, in place of whole blocks (`static`)."""
+RUNS = {
+    "tp1": Run(), "tp2": Run(TP2), "eagle": Run(EAGLE), "eagle-tp2": Run((*EAGLE, *TP2)),
+    "dspark": Run(DSPARK), "dspark-tp2": Run((*DSPARK, *TP2)),
+    "dspark-compact": Run(DSPARK, COMPACT), "dspark-compact-tp2": Run((*DSPARK, *TP2), COMPACT),
+}  # fmt: skip
 ARCHS = ("sm120",)
 LIST = Path(__file__).parents[2] / "launch/sglang_sm120_launch/modules.json"
 LAYERS = 6
@@ -34,16 +59,21 @@ REQUESTS: dict[int, list[tuple[int, dict[str, Any]]]] = {
     20: [(300, {"temperature": 0.7, "top_p": 0.9}), (40, {"temperature": 1.0, "top_k": 20})],
     40: [(5000, {"temperature": 1.0, "min_p": 0.1}), (700, {"temperature": 1.0, "top_k": 9, "top_p": 0.5})],
     60: [(17, {"temperature": 1.0}), (90, {"temperature": 1.0, "frequency_penalty": 0.5})],
+    80: [(30, {"temperature": 0}), (60, {"temperature": 1.0, "top_k": 50})],
 }
 """By turn of the scheduler's loop: prompts' lengths and how their tokens are drawn."""
 
 
 def model(folder: Path) -> Path:
-    """The published configuration with few layers, and a tokenizer's files."""
+    """The published configuration with few layers, and that of its DSpark drafter, which sees the last of them."""
     config = json.loads(resources.files("sglang_sm120").joinpath("model-config.json").read_text())
     ratios = config["compress_ratios"]
     config |= {"num_hidden_layers": LAYERS, "compress_ratios": [*ratios[:LAYERS], ratios[-1]]}
-    (folder / "config.json").write_text(json.dumps(config))
+    seen = [*range(LAYERS)][-len(FLASH_DRAFTER["dspark_target_layer_ids"]) :]
+    drafter = config | FLASH_DRAFTER | {"dspark_target_layer_ids": seen}
+    (folder / DSPARK_FOLDER).mkdir()
+    for place, content in ((folder, config), (folder / DSPARK_FOLDER, drafter)):
+        (place / "config.json").write_text(json.dumps(content))
     return folder
 
 
@@ -68,6 +98,7 @@ def serve(arch: str, out: str, flags: list[str]) -> None:
     from sglang.srt.sampling.sampling_params import SamplingParams
     from sglang.srt.server_args import PortArgs, prepare_server_args
 
+    import sglang_sm120.step.modules
     import sglang_sm120.warmup
 
     # What is asked for is noted before it is looked for: everything is found.
@@ -95,6 +126,8 @@ def serve(arch: str, out: str, flags: list[str]) -> None:
     sampling.get_seed_and_offset = lambda *_, **__: (0, 0)
     weights.initialize_dummy_weights = lambda model: None
     sglang_sm120.warmup.warm_up = lambda *_, **__: None
+    # Requests ask for them here.
+    sglang_sm120.step.modules.late_ones = lambda *_: nullcontext()
     shm_broadcast.MessageQueue.create_from_process_group = staticmethod(fake_card.Nothing)
     pynccl.PyNcclCommunicator = type("Quiet", (fake_card.Nothing,), {"change_state": lambda self, **_: self})
 
@@ -133,7 +166,7 @@ def serve(arch: str, out: str, flags: list[str]) -> None:
     os._exit(0)
 
 
-def traced(arch: str, *flags: str) -> dict[str, dict[str, Any]]:
+def traced(arch: str, run: Run) -> dict[str, dict[str, Any]]:
     """By name, every module that a run in a process of its own asks for."""
     # A home of its own: FlashInfer keeps there which of its kernels is the fastest, which this does not find out. The
     # tests' interpreter of Triton's kernels would read the card's tensors.
@@ -141,8 +174,8 @@ def traced(arch: str, *flags: str) -> dict[str, dict[str, Any]]:
     with tempfile.TemporaryDirectory() as home:
         out = Path(home) / "modules.jsonl"
         done = subprocess.run(
-            [sys.executable, __file__, arch, str(out), *flags],
-            env={**environment, "HOME": home}, capture_output=True, text=True, timeout=900,
+            [sys.executable, __file__, arch, str(out), *run.flags],
+            env={**environment, "HOME": home, **run.variables}, capture_output=True, text=True, timeout=900,
         )  # fmt: skip
         wanted = f"served {sum(map(len, REQUESTS.values()))} requests"
         assert wanted in done.stdout, done.stdout[-3000:] + done.stderr[-6000:]
@@ -155,10 +188,10 @@ def renew() -> None:
     cards: dict[str, list[dict[str, Any]]] = {}
     for arch in ARCHS:
         merged: dict[str, dict[str, Any]] = {}
-        for run, flags in RUNS.items():
-            for name, entry in traced(arch, *flags).items():
-                merged.setdefault(name, {**entry, "runs": []})["runs"].append(run)
-            print(arch, run, len(merged), flush=True)
+        for name, run in RUNS.items():
+            for module, entry in traced(arch, run).items():
+                merged.setdefault(module, {**entry, "runs": []})["runs"].append(name)
+            print(arch, name, len(merged), flush=True)
         cards[arch] = [merged[name] for name in sorted(merged)]
     found = {
         "traced": "on a CPU with a stand-in for the card, by tests/launch/trace_modules.py",

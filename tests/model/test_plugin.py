@@ -277,6 +277,7 @@ def test_what_is_compiled_and_reserved_when_the_step_is_built(monkeypatch: pytes
         "get_model": SimpleNamespace(context_length=98_304),
         "get_schedule": SimpleNamespace(chunked_prefill_size=2048),
         "get_exec": SimpleNamespace(graph=SimpleNamespace(cuda_graph_config=None)),
+        "get_spec": SimpleNamespace(speculative_algorithm=None),
     }
     for name, bag in bags.items():
         monkeypatch.setattr(runtime_context, name, lambda bag=bag: bag)
@@ -302,9 +303,12 @@ def test_what_is_compiled_and_reserved_when_the_step_is_built(monkeypatch: pytes
     }  # fmt: skip
     bags["get_model"].context_length = None
     monkeypatch.setattr(plugin, "takes_prefill", lambda: True)
-    plugin.build("model", config, SimpleNamespace(widths=(1, 2), tokens_per_request=2))
-    assert (given["context"], given["prefill_rows"], given["speculates"]) == ((1 << 20) + 264, 2048, True)
-    assert given["lent_rows"] == 0 and late == [(False, 6), (True, 6)]
+    for algorithm in ("DSPARK", "EAGLE"):
+        bags["get_spec"].speculative_algorithm = algorithm
+        plugin.build("model", config, SimpleNamespace(widths=(1, 2), tokens_per_request=2))
+        assert given["speculates"] == (algorithm == "EAGLE")
+    assert (given["context"], given["prefill_rows"], given["lent_rows"]) == ((1 << 20) + 264, 2048, 0)
+    assert late == [(False, 6), (False, 6), (True, 6)]
 
 
 @pytest.mark.parametrize(

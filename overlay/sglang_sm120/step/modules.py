@@ -46,13 +46,13 @@ def watch() -> None:
 
 
 @contextmanager
-def late_ones(speculates: bool, vocabulary: int) -> Iterator[None]:
+def late_ones(eagle: bool, vocabulary: int) -> Iterator[None]:
     """While the context lasts, build or load what SGLang asks for at the first request that needs it.
 
-    That is a request with top-k or top-p, and with speculation every one: it would wait for nvcc.
+    That is a request with top-k or top-p, with DSpark every sampled one, with EAGLE every one: it would wait for nvcc.
     """
     late: dict[str, tuple[Any, ...]] = {"top-k and top-p": ("flashinfer.sampling", "get_sampling_module")}
-    if speculates:
+    if eagle:
         ops, width = "sglang.kernels.ops.speculative", math.gcd(4, vocabulary)
         late["verification"] = (f"{ops}.tree", "_jit_tree_module")
         late["verification with top-k and top-p"] = (f"{ops}.sampling", "_jit_sampling_module", width, True)
