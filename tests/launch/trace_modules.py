@@ -24,6 +24,7 @@ if __name__ == "__main__":
     sys.path.append(str(Path(__file__).parents[2] / "reference"))
 
 from sglang_sm120.checkpoint.config import DSPARK_FOLDER  # noqa: E402
+from sglang_sm120_launch.comms import PCIE_IPC  # noqa: E402
 from sglang_sm120_reference.config_file import FLASH_DRAFTER  # noqa: E402
 
 
@@ -46,6 +47,8 @@ RUNS = {
     "tp1": Run(), "tp2": Run(TP2), "eagle": Run(EAGLE), "eagle-tp2": Run((*EAGLE, *TP2)),
     "dspark": Run(DSPARK), "dspark-tp2": Run((*DSPARK, *TP2)),
     "dspark-compact": Run(DSPARK, COMPACT), "dspark-compact-tp2": Run((*DSPARK, *TP2), COMPACT),
+    # As planned for more than two cards that reach each other over PCIe.
+    "pcie-tp4": Run(("--tp-size", "4"), {PCIE_IPC: "1"}),
 }  # fmt: skip
 ARCHS = ("sm120",)
 LIST = Path(__file__).parents[2] / "launch/sglang_sm120_launch/modules.json"
