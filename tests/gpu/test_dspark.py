@@ -31,6 +31,7 @@ from test_server import (
     flags_of_card,
     generate,
     greedy,
+    halving,
     references,
     sampled,
 )
@@ -126,12 +127,8 @@ def assert_sampled_tokens_follow_the_distribution(server: LocalServer, prompt: l
     first = max(scores := scores_after(server, prompt), key=lambda token: scores[token])
     second = scores_after(server, [*prompt, first])
     likeliest = max(second, key=lambda token: second[token])
-    values = torch.tensor([second[likeliest], *(score for token, score in second.items() if token != likeliest)])
-    low, high = 1e-3, 1e3
-    for _ in range(60):
-        middle = (low * high) ** 0.5
-        low, high = (middle, high) if (values.double() / middle).softmax(0)[0] > 0.5 else (low, middle)
-    sampling = {"max_new_tokens": 2, "temperature": low, "ignore_eos": True}
+    temperature = halving(torch.tensor([*second.values()]))
+    sampling = {"max_new_tokens": 2, "temperature": temperature, "ignore_eos": True}
 
     def one(_: int) -> list[int]:
         return generate(server, {"input_ids": prompt, "sampling_params": sampling})["output_ids"]
@@ -139,7 +136,7 @@ def assert_sampled_tokens_follow_the_distribution(server: LocalServer, prompt: l
     with ThreadPoolExecutor(CONCURRENCY) as pool:
         after = [b for a, b in pool.map(one, range(SAMPLES)) if a == first]
     hits = after.count(likeliest)
-    print(f"{hits} of {len(after)} samples are the likeliest token, expected a half, at temperature {low:.2f}")
+    print(f"{hits} of {len(after)} samples are the likeliest token, expected a half, at temperature {temperature:.2f}")
     # Five standard deviations.
     assert len(after) > SAMPLES // 4
     assert abs(hits - len(after) / 2) < 2.5 * len(after) ** 0.5

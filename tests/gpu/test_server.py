@@ -180,6 +180,21 @@ def sampled(server: LocalServer, count: int, seed: int) -> None:
             assert all(0 <= token < VOCABULARY for token in tokens)
 
 
+def halving(scores: torch.Tensor) -> float:
+    """The temperature that gives the largest of log-probabilities a half."""
+    low, high = 1e-4, 1e3
+    for _ in range(60):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if (scores.double() / middle).softmax(0).max() > 0.5 else (low, middle)
+    return low
+
+
+@pytest.mark.needs_no_gpu
+def test_a_half_is_what_the_likeliest_gets() -> None:
+    scores = torch.tensor([-9.0, -0.1, -3.0, -3.5]).log_softmax(0)
+    assert abs(float((scores.double() / halving(scores)).softmax(0)[1]) - 0.5) < 1e-9
+
+
 def first_difference(a: list[int], b: list[int]) -> int:
     """Where two answers part; their length where they do not."""
     assert len(a) == len(b)
@@ -294,11 +309,7 @@ def test_unfiltered_samples_follow_the_distribution(
     meta = generate(server, {"input_ids": prompt, "sampling_params": one, **top})["meta_info"]
     scores = torch.tensor([entry[0] for entry in meta["output_top_logprobs"][0]], dtype=torch.float64)
     likeliest = meta["output_top_logprobs"][0][0][1]
-    low, high = 1e-4, 10.0
-    for _ in range(60):
-        middle = (low * high) ** 0.5
-        low, high = (middle, high) if (scores / middle).softmax(0)[0] > 0.5 else (low, middle)
-    body = {"input_ids": [prompt] * count, "sampling_params": {"max_new_tokens": 1, "temperature": low}}
+    body = {"input_ids": [prompt] * count, "sampling_params": {"max_new_tokens": 1, "temperature": halving(scores)}}
     replies = generate(server, body | {"return_logprob": True, "top_logprobs_num": [64] * count})
     shares = []
     for reply in replies:
