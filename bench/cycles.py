@@ -20,7 +20,9 @@ from sglang_sm120_launch.picture import COLOURS
 from traces import Kernel
 
 WAITS = re.compile(r"Synchronize$|Memcpy(?!\w*Async)")
-"""Calls in which the host waits for the GPU. A copy from memory that is not pinned waits too, and looks like others."""
+COPIES = re.compile(r"Memcpy\w*Async")
+LONGEST_LAUNCH_US = 20.0
+"""A copy from or to memory that is not pinned waits for the GPU, and only how long it takes tells it from others."""
 LAUNCHES = re.compile(r"Launch")
 
 
@@ -33,6 +35,11 @@ class Span(NamedTuple):
     @property
     def us(self) -> float:
         return self.end - self.start
+
+
+def waits(name: str, span: Span) -> bool:
+    """Whether the host waits for the GPU in this call."""
+    return bool(WAITS.search(name) or (COPIES.search(name) and span.us > LONGEST_LAUNCH_US))
 
 
 class Replay(NamedTuple):
@@ -144,7 +151,7 @@ def account(found: Sequence[Cycle], known: Mapping[str, Mapping[Any, str]], spec
             "ops": {op: round(us, 1) for op, us in sorted(ops.items(), key=lambda item: -item[1])},
         })  # fmt: skip
     everything = [[k for replay in cycle.replays for k in replay.kernels] + [*cycle.others] for cycle in found]
-    waits = [[span.us for name, span in cycle.calls if WAITS.search(name)] for cycle in found]
+    waited = [[span.us for name, span in cycle.calls if waits(name, span)] for cycle in found]
     launching = [[span.us for name, span in cycle.calls if LAUNCHES.search(name)] for cycle in found]
     names = Counter(traces.op_of(kernel, known) for cycle in found for kernel in cycle.between)
     between = sum(len(cycle.between) for cycle in found)
@@ -158,8 +165,8 @@ def account(found: Sequence[Cycle], known: Mapping[str, Mapping[Any, str]], spec
         "between_launches": round(between / times, 1),
         "between": {name: round(count / times, 1) for name, count in names.most_common(20)},
         "beside_launches": round((sum(len(cycle.others) for cycle in found) - between) / times, 1),
-        "host_waits_us": mean(sum(each) for each in waits),
-        "host_waits": round(sum(map(len, waits)) / times, 1),
+        "host_waits_us": mean(sum(each) for each in waited),
+        "host_waits": round(sum(map(len, waited)) / times, 1),
         "host_launches_us": mean(sum(each) for each in launching),
     }
 
@@ -238,7 +245,7 @@ def timeline(
             parts.append(box(kernel.start, kernel.end, row, coloured.get(op, COLOURS[-1]), title))
     parts.append(label(10, TOP + (len(streams) + 1) * ROW + 13, "host"))
     for name, span in cycle.calls:
-        colour = "#D55E00" if WAITS.search(name) else "#888888"
+        colour = "#D55E00" if waits(name, span) else "#888888"
         parts.append(box(span.start, min(span.end, last), len(streams) + 1, colour, f"{name}, {span.us:.1f} us"))
     parts.append(label(LEFT, height - 10, f"{cycle.span.us:.0f} us from left to right; grey: other kernels and calls"))
     path.write_text("\n".join([*parts, "</svg>", ""]), encoding="utf-8")

@@ -20,22 +20,25 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 SMALL_GRID: tl.constexpr = tl.constexpr(4)
 """Programs of a kernel beside which the next one finds the SMs evenly free."""
+LEAST_SMS: tl.constexpr = tl.constexpr(132)
+"""SMs of an H200, the fewest of any card here but GB10."""
 LINE: tl.constexpr = tl.constexpr(128)
 """Bytes that one prefetch brings into the L2."""
 
 
 @triton.jit
-def wait(NEXT_IS_SMALL: tl.constexpr = False):
+def wait(following=0):
     """Wait until the kernels before have ended and what they wrote is visible, then maybe let the next one's blocks
-    start: beside a small kernel, or if the next one is known to be small.
+    start: beside a small kernel, or if of the next one no more are known to be `following` than SMs are free.
 
-    Blocks of a large kernel that start beside another crowd on the SMs it leaves first, which costs more than
-    their early start gains. They do not start before this kernel has waited, so that the next one, too, may rely on the
-    end of all kernels but this one.
+    Others would crowd on the SMs that are left or come free first, which costs more than their early start gains.
+    They do not start before this kernel has waited, so that the next one, too, may rely on the end of all kernels but
+    this one.
     """
     if not INTERPRETED:
         gdc_wait()
-        if NEXT_IS_SMALL or tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2) <= SMALL_GRID:
+        programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
+        if (programs <= SMALL_GRID) | ((following > 0) & (programs + following <= LEAST_SMS)):
             gdc_launch_dependents()
 
 

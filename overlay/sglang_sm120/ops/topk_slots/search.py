@@ -77,13 +77,27 @@ def compared(keys, threshold):
 
 
 @triton.jit
+def _sums_before(x):
+    """For each element the sum of those before it.
+
+    In two levels where there are many: in a scan of one, each warp adds up every warp's sums of every 32 elements.
+    """
+    SIZE: tl.constexpr = x.shape[0]
+    if SIZE < STEP:
+        return tl.cumsum(x, 0) - x
+    groups = tl.reshape(x, [SIZE // 32, 32])
+    sums = tl.sum(groups, 1)
+    first = tl.cumsum(sums, 0) - sums
+    return tl.reshape(tl.cumsum(groups, 1) - groups + first[:, None], [SIZE])
+
+
+@triton.jit
 def places(keys, before, threshold, allowed):
     """Which keys are above the threshold or, the first `allowed` of them, equal to it, and their places in order.
 
     before sums what `compared` gives for keys that lie before these.
     """
-    own = compared(keys, threshold)
-    before += tl.cumsum(own, 0) - own
+    before += _sums_before(compared(keys, threshold))
     equals = before >> 16
     chosen = (keys > threshold) | ((keys == threshold) & (equals < allowed))
     return chosen, (before & 0xFFFF) + tl.minimum(equals, allowed)

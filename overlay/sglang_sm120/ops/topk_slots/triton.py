@@ -38,21 +38,22 @@ MOST_PROGRAMS = 64
 
 
 @triton.jit(
-    do_not_specialize=["logits_row", "width", "table_row", "out_row", "out_width", "tiles"],
+    do_not_specialize=["logits_row", "width", "table_row", "out_row", "out_width", "tiles", "following"],
     do_not_specialize_on_alignment=["lengths", "table", "out"],
 )
 def _choose(
     logits, logits_row, width, lengths, table, table_row, out, out_row, out_width, best_keys, best_entries, tiles,
-    K: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr,
+    following, K: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """logits fp32 [T, width] -> out int32 [T, >= K] for rows of up to TILE entries; for longer ones best_keys and
     best_entries int32 [T, tiles, K], the K best of each tile in order.
 
     Programs: T x tiles x PARTS, the last fastest. Each finds its tile's threshold, then the places of its own part.
+    following: programs of the next kernel.
     No row starts where Triton knows it to be aligned, so that loads take the one layout that the scattered stores can
     have: converting pointers between two layouts costs more than wider loads save.
     """
-    wait(True)
+    wait(following)
     part = tl.program_id(0) % PARTS
     tile = tl.program_id(0) // PARTS % tiles
     row = (tl.program_id(0) // PARTS // tiles).to(tl.int64)
@@ -229,13 +230,14 @@ def choose(a: Arguments, part: slice, logits: torch.Tensor, out: torch.Tensor) -
         slots = out[here]
         given = (lengths[here], page_table[here], page_table.stride(0), slots, slots.stride(0), slots.shape[1])
         given += (best_keys, best_entries, tiles)
+        following = slots.shape[0] * parts_again if tiles > 1 else 0
         kernels.launch(
-            _choose, (slots.shape[0] * tiles * parts,), logits[here], logits.stride(0), width, *given,
+            _choose, (slots.shape[0] * tiles * parts,), logits[here], logits.stride(0), width, *given, following,
             K=k, PAGE=a.page_size, TILE=tile, PARTS=parts, num_warps=c.warps,
         )  # fmt: skip
         if tiles > 1:
             kernels.launch(
-                _choose_again, (slots.shape[0] * parts_again,), width, *given,
+                _choose_again, (following,), width, *given,
                 K=k, PAGE=a.page_size, TILE=tile, AGAIN=again, PARTS=parts_again, num_warps=c.warps_again,
             )  # fmt: skip
 
