@@ -1,4 +1,4 @@
-"""Poisoned scratch, and few rows that are streamed as if they were many."""
+"""Poisoned scratch."""
 
 from __future__ import annotations
 
@@ -9,14 +9,6 @@ import torch
 from cases.common import POISON
 
 from sglang_sm120 import kernels
-from sglang_sm120.ops.topk_slots import streamed
-
-
-@pytest.fixture(autouse=True)
-def few_rows_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the interpreter, whose SMs are eight."""
-    if not torch.cuda.is_available():
-        monkeypatch.setattr(streamed, "ABOVE", 0)
 
 
 @pytest.fixture(autouse=True)

@@ -36,7 +36,7 @@ TABLE = {
     ("nvfp4_moe.down", MOE, 8): Moe(256, 8, 1, 32, 8, 4),
     ("indexer_logits", (16384, 64), 1): Logits(64, 8, 2),
     ("topk_slots", (16384, 512), 1): TopK(1024, 8, 16),
-    ("topk_slots", (16384, 512), 2): TopK(1024, 4, stream=True),
+    ("topk_slots", (16384, 512), 2): TopK(1024, 2, stream=True),
 }
 
 
@@ -177,7 +177,7 @@ def launches(op: str, rows: int, table: tuned.Table, context: int = 65_536) -> t
         ("indexer_topk", 1, {"BLOCK": 64, "num_warps": 2}),
         ("indexer_topk", 1, {"TILE": 1024, "num_warps": 8}),
         ("indexer_topk", 1, {"AGAIN": 8192, "num_warps": 16}),
-        ("indexer_topk", 2, {"BUFFER": 2048, "TILE": 1024, "num_warps": 4}),
+        ("indexer_topk", 2, {"BUFFER": 2048, "TILE": 1024, "num_warps": 2}),
     ],
 )
 def test_launches_follow_the_table(op: str, rows: int, wanted: dict[str, Any]) -> None:

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 
 STEP: tl.constexpr = tl.constexpr(512)
+TWO_LEVELS: tl.constexpr = tl.constexpr(4096)
+"""Elements from which a scan in two levels takes less time."""
 LOWEST: tl.constexpr = tl.constexpr(-(2**31))
 """Below every score's key."""
 FLIP: tl.constexpr = tl.constexpr(0x7FFFFFFF)
@@ -80,10 +82,10 @@ def compared(keys, threshold):
 def _sums_before(x):
     """For each element the sum of those before it.
 
-    In two levels where there are many: in a scan of one, each warp adds up every warp's sums of every 32 elements.
+    In two levels where there are many: in a scan of one, each thread adds up the sums of every 32 elements.
     """
     SIZE: tl.constexpr = x.shape[0]
-    if SIZE < STEP:
+    if SIZE < TWO_LEVELS:
         return tl.cumsum(x, 0) - x
     groups = tl.reshape(x, [SIZE // 32, 32])
     sums = tl.sum(groups, 1)

@@ -20,13 +20,10 @@ import triton
 import triton.language as tl
 
 from ... import kernels, tuned
-from ...limits import MAX_ROWS
 from ...registry import Arguments
 from .._pdl_triton import wait
 from .search import LOWEST, compared, fill, key_of, kth_largest, list_entries, page_of, places, put, value_of
 
-ABOVE = MAX_ROWS
-"""Rows that are never streamed by default: those of decode and verification, until a card has shown it."""
 LARGEST_K = 1024
 """Whose buffer two warps can search in registers."""
 TILES = (256, 512, 1024)
@@ -221,11 +218,11 @@ def buffer_size(k: int) -> int:
 def launch_of(rows: int, k: int, sms: int) -> tuple[int, int]:
     """Entries read at once, and warps of a program.
 
-    As few warps as the search has room in, since each repeats what is done once a tile or step; twice as many where
-    rows are too few to fill `sms` SMs.
+    As few warps as the search has room in, since each repeats what is done once a tile or step; more where rows are
+    too few to fill `sms` SMs.
     """
     warps = buffer_size(k) // KEYS_PER_WARP
-    if tuned.bucket(rows) * 2 * warps <= WARPS_PER_SM * sms:
+    while warps < WARPS[-1] and tuned.bucket(rows) * 2 * warps <= WARPS_PER_SM * sms:
         warps *= 2
     return max(512, 256 * warps), warps
 

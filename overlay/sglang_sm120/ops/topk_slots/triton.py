@@ -147,18 +147,14 @@ class Config(NamedTuple):
     stream: bool = False
 
 
-def tile_size(rows: int, width: int, k: int, sms: int) -> int:
-    """Entries per program.
-
-    Few rows are spread over many small tiles, as long as the second launch can take all that those hand on; with many
-    rows a row's tile is as long as the row, so that most need no second launch.
-    """
-    whole = min(max(triton.next_power_of_2(width), 1024), LARGEST_TILE)
-    if 4 * tuned.bucket(rows) > sms or whole <= 4096:
-        return whole
-    handed_on = triton.next_power_of_2(-(-width * k // LARGEST_TILE))
-    small = max(2048, handed_on, triton.next_power_of_2(2 * k))
-    return LARGEST_TILE if small > 4096 or -(-width // small) * k > LARGEST_TILE else small
+def tile_size(width: int, k: int) -> int:
+    """Entries per program: small tiles, as long as the second launch has few enough to choose from."""
+    if width <= 4096:
+        return max(triton.next_power_of_2(width), 1024)
+    tile = max(2048 if width <= 8192 else 4096, triton.next_power_of_2(2 * k))
+    while tile < LARGEST_TILE and _handed_on(width, k, tile) > LARGEST_TILE // 2:
+        tile *= 2
+    return min(tile, LARGEST_TILE)
 
 
 def _parts(searches: int, size: int) -> int:
@@ -177,11 +173,11 @@ def _handed_on(width: int, k: int, tile: int) -> int:
 def config(rows: int, width: int, k: int, sms: int) -> Config:
     """How `rows` rows of `width` entries are searched on `sms` SMs.
 
-    Long ones are streamed if not each has an SM.
+    Long ones are streamed if there is one for more than each second SM.
     """
-    if tuned.bucket(rows) > max(sms, streamed.ABOVE) and tuned.bucket(width) > 4096 and k <= streamed.LARGEST_K:
+    if 2 * tuned.bucket(rows) > sms and tuned.bucket(width) > 4096 and k <= streamed.LARGEST_K:
         return Config(*streamed.launch_of(rows, k, sms), stream=True)
-    tile = tile_size(rows, width, k, sms)
+    tile = tile_size(width, k)
     return Config(tile, WARPS[tile], WARPS[min(_handed_on(width, k, tile), LARGEST_TILE)])
 
 
