@@ -5,7 +5,7 @@ equal) packed in an int32 then gives every chosen entry its place in ascending o
 Rows longer than a tile are a tournament: tiles hand their k best on in order, and a second launch chooses among those,
 few rows in several programs each, which share the work of finding places.
 Rows of at most k entries are listed without reading a score; rows of one tile end in the first launch.
-That spends a whole SM on a row, which suits few rows. Many long rows are streamed instead (`streamed`).
+Where more than each second SM would have a long row, rows are streamed instead (`streamed`).
 """
 
 from __future__ import annotations
