@@ -147,10 +147,13 @@ def _scores(make: Maker, order: str, length: int) -> torch.Tensor:
     ),
     st.sampled_from([1, 16, 511, 512, 513, 1024]),
     st.integers(-2, 2),
+    st.sampled_from([(512, 2), (1024, 4)]),
 )
-@example(0, 6001, 512, 0)
-@example(1, 5900, 40, 1)
-def test_streamed_topk_slots_are_the_references(order: str, seed: int, length: int, k: int, more: int) -> None:
+@example(0, 6001, 512, 0, (512, 2))
+@example(1, 5900, 40, 1, (1024, 4))
+def test_streamed_topk_slots_are_the_references(
+    order: str, seed: int, length: int, k: int, more: int, launch: tuple[int, int]
+) -> None:
     make = Maker(seed, CPU)
     # One row of the length, one about as long as k: the second finds what the first left in the buffer.
     lengths = [length, max(0, k + more)]
@@ -158,8 +161,7 @@ def test_streamed_topk_slots_are_the_references(order: str, seed: int, length: i
     for row, entries in enumerate(lengths):
         logits[row, :entries] = _scores(make, order, entries)
     arguments = {"logits": logits, "lengths": make.tensor(lengths), "page_table": make.integers(0, 99, 2, 94), "k": k}
-    tile, warps = streamed.launch_of(2, k, 1)
-    table = {topk.TUNED.key((8192, k), 2): topk.Config(tile, warps, stream=True)}
+    table = {topk.TUNED.key((8192, k), 2): topk.Config(*launch, stream=True)}
     with tuned.using(table), pytest.MonkeyPatch.context() as patch:
         # One program for both.
         patch.setattr(streamed, "WARPS_PER_SM", 1)
