@@ -22,7 +22,8 @@ from traces import Kernel
 WAITS = re.compile(r"Synchronize$|Memcpy(?!\w*Async)")
 COPIES = re.compile(r"Memcpy\w*Async")
 LONGEST_LAUNCH_US = 20.0
-"""A copy from or to memory that is not pinned waits for the GPU, and only how long it takes tells it from others."""
+"""A copy from or to memory that is not pinned waits for the GPU, and only how long it takes tells it from others: any
+call here that does not wait takes a few µs."""
 LAUNCHES = re.compile(r"Launch")
 
 

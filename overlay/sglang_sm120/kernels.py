@@ -105,6 +105,11 @@ def fix_cache_keys(module: ModuleType) -> None:
             hash(value.cache_key)
 
 
+def leaves_room(programs: int, following: int, device: torch.device) -> int:
+    """1 if each of `programs` and of the next kernel's `following` programs finds an SM of its own, else 0."""
+    return int(programs + following <= sms(device))
+
+
 def sms(device: torch.device) -> int:
     """SMs of `device`; the target's in a rehearsal; 1 on CPU."""
     rehearsal = _rehearsal.get()

@@ -169,6 +169,23 @@ def test_streamed_topk_slots_are_the_references(
     assert torch.equal(slots, ops.topk_slots.reference(**arguments))
 
 
+@pytest.mark.parametrize("most_programs", [1, 64], ids=["a program a tile", "shared tiles"])
+@pytest.mark.parametrize("values", [3, 1 << 20], ids=["ties", "few ties"])
+@pytest.mark.parametrize("config", [topk.Config(1024, 4, 16), topk.Config(4096, 8, 4), topk.Config(8192, 16, 4)])
+def test_tournaments_of_topk_slots_are_the_references(
+    config: topk.Config, values: int, most_programs: int, seed: int
+) -> None:
+    """Rows of several tiles, one row a launch; ties lie on both sides of every border."""
+    make, k, lengths = Maker(seed, CPU), 512, [16384, 9000, 513]
+    logits = make.integers(0, values, 3, 16384).float()
+    arguments = {"logits": logits, "lengths": make.tensor(lengths), "page_table": make.integers(0, 99, 3, 256), "k": k}
+    with tuned.using({topk.TUNED.key((16384, k), 3): config}), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(topk, "MOST_PROGRAMS", most_programs)
+        patch.setattr(topk, "SCRATCH_BYTES", 1)
+        slots = ops.topk_slots.by("triton", **arguments)
+    assert torch.equal(slots, ops.topk_slots.reference(**arguments))
+
+
 def test_topk_slots_ranks_nan_lowest() -> None:
     logits = torch.tensor([[1.0, torch.nan, 3, torch.nan, 2]])
     slots = ops.topk_slots(logits, torch.tensor([5]), torch.zeros(1, 1).int(), 4)

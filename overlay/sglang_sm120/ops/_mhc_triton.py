@@ -84,8 +84,10 @@ def enter(
     (parts,) = kernels.scratch(op, x.device, ((rows, c.parts, WIDTH.value), torch.float32))
     f, f_post, f_comb = block if block is not None else (x, x, x)
     tiles = 0 if head else triton.cdiv(rows, c.sinkhorn_rows)
+    grid = (c.parts, triton.cdiv(rows, c.rows))
+    early = kernels.leaves_room(grid[0] * grid[1], tiles + rows, x.device)
     kernels.launch(
-        _mix, (c.parts, triton.cdiv(rows, c.rows)), *(f, x, f_post, f_comb, a.fn, out, parts, rows, tiles + rows),
+        _mix, grid, *(f, x, f_post, f_comb, a.fn, out, parts, rows, early),
         H=hidden, N=mixes, NP=16 if head else 32, EXIT=block is not None, R=c.rows, B=c.columns,
         PART=triton.cdiv(triton.cdiv(hidden, c.columns), c.parts) * c.columns, STAGES=c.stages, num_warps=c.warps,
     )  # fmt: skip
@@ -216,13 +218,13 @@ def _fn_tile(fn, start, n, h, H: tl.constexpr, N: tl.constexpr, B: tl.constexpr)
     return w0, w1, w2, w3
 
 
-@triton.jit(do_not_specialize=["rows", "following"])
+@triton.jit(do_not_specialize=["rows", "early"])
 def _mix(
-    f, x, post, comb, fn, out, parts, rows, following, H: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
+    f, x, post, comb, fn, out, parts, rows, early, H: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
     EXIT: tl.constexpr, R: tl.constexpr, B: tl.constexpr, PART: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (p, i): columns p PART … of all four streams, rows i R …: out, and in parts [rows, PARTS, 32] the sum of
-    squares at 7, then the products with fn [N, 4 H]. following: programs of the next kernel."""
+    squares at 7, then the products with fn [N, 4 H]. early: whether the next kernel may start beside it."""
     m = tl.program_id(1) * R + tl.arange(0, R)
     live = m < rows
     row = tl.where(live, m, 0).to(tl.int64)
@@ -236,7 +238,7 @@ def _mix(
     if STACKED:
         w0, w1, w2, w3 = _fn_tile(fn, low, n, h, H, N, B)
         w0, w1, w2, w3 = _stacked(w0), _stacked(w1), _stacked(w2), _stacked(w3)
-    wait(following)
+    wait(early)
     if EXIT:
         p0, p1, p2, p3 = _four(post + row * 4, live)
         c00, c01, c02, c03 = _four(comb + row * 16, live)

@@ -20,16 +20,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 SMALL_GRID: tl.constexpr = tl.constexpr(4)
 """Programs of a kernel beside which the next one finds the SMs evenly free."""
-LEAST_SMS: tl.constexpr = tl.constexpr(132)
-"""SMs of an H200, the fewest of any card here but GB10."""
 LINE: tl.constexpr = tl.constexpr(128)
 """Bytes that one prefetch brings into the L2."""
 
 
 @triton.jit
-def wait(following=0):
+def wait(early=0):
     """Wait until the kernels before have ended and what they wrote is visible, then maybe let the next one's blocks
-    start: beside a small kernel, or if of the next one no more are known to be `following` than SMs are free.
+    start: beside a small kernel, or if `early` is not 0 (`kernels.leaves_room`).
 
     Others would crowd on the SMs that are left or come free first, which costs more than their early start gains.
     They do not start before this kernel has waited, so that the next one, too, may rely on the end of all kernels but
@@ -38,7 +36,7 @@ def wait(following=0):
     if not INTERPRETED:
         gdc_wait()
         programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
-        if (programs <= SMALL_GRID) | ((following > 0) & (programs + following <= LEAST_SMS)):
+        if (programs <= SMALL_GRID) | (early != 0):
             gdc_launch_dependents()
 
 

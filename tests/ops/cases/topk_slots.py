@@ -59,7 +59,7 @@ def cases(kind: str) -> Iterator[Case]:
     yield Case("shared", EXACT, lambda make: build(make, [9000, 2100], 64, columns=320, odd=True))
     yield Case("shared-buffers", EXACT, lambda make: build(make, [20480], 64, columns=320, buffers=70),
                lambda inputs, result: (result, inputs["out"]), ("out",))  # fmt: skip
-    # More rows than SMs, which the interpreter has eight of, each longer than the shortest that is streamed.
+    # More rows than half of the interpreter's eight SMs, each longer than the shortest that is streamed.
     around_k = [0, 1, 15, 16, 17, 255, 257, 1000]
     around_tiles = [511, 512, 513, 1024, 2047, 2048, 2049, 4097]
     yield Case("streamed", EXACT, lambda make: build(make, around_k + around_tiles, 16, columns=65))

@@ -3,14 +3,14 @@
 Each program walks rows with a bound below which nothing can be chosen. Entries that reach it are appended, in order, to
 the program's buffer of 4 k scores, which stays in the L2 cache. A full buffer is cut to its k best, whose least is the
 next bound; with the row's end the k best are the result. So every tile costs a comparison and a prefix sum of counts,
-and the search (`search`) runs once, among some 2 k entries, where `triton.py` searches all of them, with a barrier of
-many warps at each step. Other rows' programs on the same SM hide what a program waits for.
+and the search (`search`) runs once or twice, among some 2 k entries, where `triton.py` searches all of them, with a
+barrier of many warps at each step. Other rows' programs on the same SM hide what a program waits for.
 
 The first bound is guessed: the score that a sample of 1,024 entries, spread over the row, says some 2 k entries reach.
 A guess that fewer than k reach, of which nothing but time depends, is found out at the row's end, and the row is read
-again without one. Whatever the scores are, a buffer is cut at most once for some 2 k entries, each cut with about as
-many instructions as reading 12,000 entries takes. An order in which most entries beat the k best of those before them,
-which the sample does not show, is the worst.
+again without one. Whatever the scores are, a buffer is cut at most once for some 2 k entries (k, where four warps read
+1,024 at once), each cut with about as many instructions as reading 12,000 entries takes. An order in which most entries
+beat the k best of those before them, which the sample does not show, is the worst.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ equal) packed in an int32 then gives every chosen entry its place in ascending o
 Rows longer than a tile are a tournament: tiles hand their k best on in order, and a second launch chooses among those,
 few rows in several programs each, which share the work of finding places.
 Rows of at most k entries are listed without reading a score; rows of one tile end in the first launch.
-Where more than each second SM would have a long row, rows are streamed instead (`streamed`).
+Where there are more rows than half of the SMs, long ones are streamed instead (`streamed`).
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ MOST_PROGRAMS = 64
 
 
 @triton.jit(
-    do_not_specialize=["logits_row", "width", "table_row", "out_row", "out_width", "tiles", "following"],
+    do_not_specialize=["logits_row", "width", "table_row", "out_row", "out_width", "tiles", "early"],
     do_not_specialize_on_alignment=["lengths", "table", "out"],
 )
 def _choose(
     logits, logits_row, width, lengths, table, table_row, out, out_row, out_width, best_keys, best_entries, tiles,
-    following, K: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr,
+    early, K: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """logits fp32 [T, width] -> out int32 [T, >= K] for rows of up to TILE entries; for longer ones best_keys and
     best_entries int32 [T, tiles, K], the K best of each tile in order.
 
     Programs: T x tiles x PARTS, the last fastest. Each finds its tile's threshold, then the places of its own part.
-    following: programs of the next kernel.
+    early: whether the next kernel may start beside this one.
     No row starts where Triton knows it to be aligned, so that loads take the one layout that the scattered stores can
     have: converting pointers between two layouts costs more than wider loads save.
     """
-    wait(following)
+    wait(early)
     part = tl.program_id(0) % PARTS
     tile = tl.program_id(0) // PARTS % tiles
     row = (tl.program_id(0) // PARTS // tiles).to(tl.int64)
@@ -173,7 +173,7 @@ def _handed_on(width: int, k: int, tile: int) -> int:
 def config(rows: int, width: int, k: int, sms: int) -> Config:
     """How `rows` rows of `width` entries are searched on `sms` SMs.
 
-    Long ones are streamed if there is one for more than each second SM.
+    Long ones are streamed if there are more, up to a power of two, than half of the SMs.
     """
     if 2 * tuned.bucket(rows) > sms and tuned.bucket(width) > 4096 and k <= streamed.LARGEST_K:
         return Config(*streamed.launch_of(rows, k, sms), stream=True)
@@ -226,14 +226,15 @@ def choose(a: Arguments, part: slice, logits: torch.Tensor, out: torch.Tensor) -
         slots = out[here]
         given = (lengths[here], page_table[here], page_table.stride(0), slots, slots.stride(0), slots.shape[1])
         given += (best_keys, best_entries, tiles)
-        following = slots.shape[0] * parts_again if tiles > 1 else 0
+        programs, again_programs = slots.shape[0] * tiles * parts, slots.shape[0] * parts_again
+        early = kernels.leaves_room(programs, again_programs, logits.device) if tiles > 1 else 0
         kernels.launch(
-            _choose, (slots.shape[0] * tiles * parts,), logits[here], logits.stride(0), width, *given, following,
+            _choose, (programs,), logits[here], logits.stride(0), width, *given, early,
             K=k, PAGE=a.page_size, TILE=tile, PARTS=parts, num_warps=c.warps,
         )  # fmt: skip
         if tiles > 1:
             kernels.launch(
-                _choose_again, (following,), width, *given,
+                _choose_again, (again_programs,), width, *given,
                 K=k, PAGE=a.page_size, TILE=tile, AGAIN=again, PARTS=parts_again, num_warps=c.warps_again,
             )  # fmt: skip
 
