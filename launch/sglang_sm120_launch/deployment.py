@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -192,10 +193,14 @@ def hosts(arguments: argparse.Namespace, shape: Shape) -> list[str]:
     return _names(arguments.hosts) or [f"host{index}" for index in range(shape.nodes * len(shape.servers()))]
 
 
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
+"""They become parts of URLs and names of files."""
+
+
 def _names(text: str | None) -> list[str]:
     names = text.split(",") if text else []
-    if not all(name and not any(letter.isspace() for letter in name) for name in names) or text == "":
-        raise LaunchError(f"--hosts is {text!r}, needed names with a comma between them.")
+    if not all(_HOST.fullmatch(name) for name in names) or text == "":
+        raise LaunchError(f"--hosts is {text!r}, needed host names or IPv4 addresses with a comma between them.")
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise LaunchError(f"--hosts names {twice} twice, and each machine has one part: name it once.")
     return names
@@ -268,6 +273,9 @@ def _router(servers: Sequence[Process]) -> Iterator[Setting]:
             yield flag("decode", url, one.server)
     yield flag("host", "0.0.0.0", "clients are on other machines")
     yield flag("port", ROUTER_PORT, "clients ask here")
+    yield flag("health-check-interval-secs", 5, "a lost server is left out after two of them, not three minutes")
+    yield flag("health-failure-threshold", 2, "as above")
+    yield flag("disable-retries", True, "what a lost server had would be prefilled again, and wait for it in vain")
 
 
 def as_json(deployment: Deployment) -> str:

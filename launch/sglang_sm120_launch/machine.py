@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ EXACT = {"extra": "forbid"}
 Link = Literal["nvlink", "switch", "root", "system"]
 """How two GPUs reach each other, nearest first: NVLink, PCIe switches, a PCIe root complex, the CPU interconnect."""
 LINKS: tuple[Link, ...] = get_args(Link)
+_VERSION = re.compile(r"\d+\.\d+")
+_RDMA = re.compile(r"[^\s:]+:[^\s:]+")
 Iommu = Literal["off", "passthrough", "translated"]
 """`translated` also stands for a host whose kernel command line does not say: peer writes then go through the IOMMU."""
 
@@ -121,6 +124,8 @@ class Machine:
                 f"{path} cannot be read ({error.strerror}): give a machine description as JSON."
             ) from None
         machine: Machine = typed(cls, text, str(path))
+        if problem := _problem(machine):
+            raise LaunchError(f"{path} has {problem}: correct it.")
         if len(machine.gpus) > 1 and (machine.link is None or machine.p2p is None):
             raise LaunchError(f"{path} has {len(machine.gpus)} GPUs but no `link` or no `p2p`: say how they connect.")
         return machine
@@ -130,6 +135,22 @@ class Machine:
         from pydantic import TypeAdapter
 
         return TypeAdapter(Machine).dump_json(self, indent=2, exclude_defaults=True).decode() + "\n"
+
+
+def _problem(machine: Machine) -> str | None:
+    """What of a description, whose kinds are right, cannot be."""
+    for name in ("cpus", "ram_mib", "nodes"):
+        if getattr(machine, name) < 1:
+            return f"{name}={getattr(machine, name)}, needed 1 or more"
+    for gpu in machine.gpus:
+        if not _VERSION.fullmatch(gpu.compute_capability) or gpu.memory_mib < 1:
+            found = f"compute_capability={gpu.compute_capability!r}, memory_mib={gpu.memory_mib}"
+            return f"a GPU of {found}, needed the like of '12.0' and 1 or more"
+    if machine.cuda is not None and not _VERSION.fullmatch(machine.cuda):
+        return f"cuda={machine.cuda!r}, needed the like of '13.0'"
+    if odd := next((entry for entry in machine.rdma if not _RDMA.fullmatch(entry)), None):
+        return f"rdma={odd!r}, needed device:interface"
+    return None
 
 
 @contextmanager

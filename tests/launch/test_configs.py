@@ -212,6 +212,7 @@ def test_a_mistake_on_the_command_line(mistake: str, capsys: pytest.CaptureFixtu
     assert all(part in sentence for part in parts), sentence
 
 
+_TWO = json.loads(Path(TWO).read_text())
 MACHINE_MISTAKES: dict[str, tuple[object, str]] = {
     "no JSON": ("{", "not JSON"),
     "no object": ([], "has []"),
@@ -219,11 +220,18 @@ MACHINE_MISTAKES: dict[str, tuple[object, str]] = {
     "an unknown key": ({"gpus": [], "cpus": 1, "ram_mib": 1, "shm_mib": 1, "shm": 1}, "'shm'"),
     "a word for a number": ({"gpus": [], "cpus": "many", "ram_mib": 1, "shm_mib": 1}, "'many'"),
     "an unknown link": ({"gpus": [], "cpus": 1, "ram_mib": 1, "shm_mib": 1, "link": "rope"}, "'rope'"),
+    "no cores": ({**_TWO, "cpus": 0}, "cpus=0, needed 1 or more"),
+    "no hosts": ({**_TWO, "nodes": 0}, "nodes=0"),
+    "a capability in words": (
+        {**_TWO, "gpus": [{**gpu, "compute_capability": "twelve"} for gpu in _TWO["gpus"]]}, "'twelve'",
+    ),
+    "CUDA without a point": ({**_TWO, "cuda": "13"}, "cuda='13'"),
+    "a device without an interface": ({**_TWO, "rdma": ["mlx5_0"]}, "device:interface"),
     "cards without a link": (
-        {**json.loads(Path(TWO).read_text()), "link": None, "p2p": None},
+        {**_TWO, "link": None, "p2p": None},
         "how they connect",
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("mistake", MACHINE_MISTAKES)

@@ -20,6 +20,7 @@ from telling import refused
 from sglang_sm120 import __version__, startup
 from sglang_sm120.checkpoint.config import FLASH
 from sglang_sm120_launch import cli, writers
+from sglang_sm120_launch.errors import LaunchError
 from sglang_sm120_launch.flags import Flags
 from sglang_sm120_launch.model import Model
 from sglang_sm120_launch.writers import dynamo, srt_slurm
@@ -278,6 +279,9 @@ MISTAKES: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "a host too few": (["--nodes", "2", "--hosts", "a"], ("names 1", "spans 2")),
     "a host without a name": (["--hosts", "a,,b"], ("'a,,b'",)),
     "a host twice": (["--hosts", "a,a"], ("a twice",)),
+    "a host that is a path": (["--hosts", "a,b/c"], ("'a,b/c'", "host names")),
+    "a host that ends a word": (["--hosts", 'a"b,c;d'], ("host names",)),
+    "a host by IPv6": (["--hosts", "fe80::1,fe80::2"], ("IPv4",)),
     "no nodes": (["--nodes", "0"], ("--nodes is 0",)),
     "nodes that divide nothing": (["--nodes", "3"], ("3 nodes", "divides")),
     "hosts that are no multiple": (["--nodes", "2", "--role", "all", "--hosts", "a,b,c"], ("names 3", "multiple of 2")),
@@ -309,6 +313,30 @@ def test_a_mistake(mistake: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     sentence = refused([*PLAN, "--machine", TWO, *words], capsys)
     assert all(part in sentence for part in parts) and KEY not in sentence, sentence
     assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_takes_no_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file in the place of a folder above it: one sentence, and nothing half done."""
+    (tmp_path / "file").write_text("mine")
+    words = [*PLAN, "--machine", TWO, "--format", "compose", "--write"]
+    for place in ("file", "file/below"):
+        assert "--write names" in refused([*words, str(tmp_path / place)], capsys)
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["mine"]
+
+
+def test_files_are_all_there_or_none(tmp_path: Path) -> None:
+    (tmp_path / "second").mkdir()
+    with pytest.raises(LaunchError, match="nothing can be written"):
+        writers._write(tmp_path, {"first": "text", "second": "text"})
+    assert [path.name for path in tmp_path.iterdir()] == ["second"]
+
+
+def test_who_may_use_the_server_is_told_with_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*PLAN, "--machine", TWO, "--format", "compose", "--write"]
+    assert cli.main([*words, str(tmp_path / "open")]) == 0
+    assert capsys.readouterr().out.count("no API key") == 1
+    assert cli.main([*words, str(tmp_path / "closed"), "--", "--api-key", KEY]) == 0
+    assert "no API key" not in capsys.readouterr().out
 
 
 def test_roles_of_one_folder_have_one_release(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ def running(command: list[str], host: str, environment: dict[str, str], log: Pat
     """A planned command, listening on `host` alone; it and its children are gone afterwards."""
     words = [{"python": sys.executable, "0.0.0.0": host}.get(word, word) for word in command]
     variables = os.environ | environment | {"SGLANG_HOST_IP": host}
-    with log.open("wb") as out:
+    with log.open("ab") as out:
         process = subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=variables, start_new_session=True
         )
@@ -78,11 +79,14 @@ class Running:
 
     url: str
     logs: dict[str, Path]
+    kill: Callable[[str], None]
+    start: Callable[[str], object]
 
-    def ask(self, prompt: list[int], tokens: int, **more: Any) -> dict[str, Any]:
-        sampling = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": tokens > 1 and "return_logprob" in more}
+    def ask(self, prompt: list[int], tokens: int, timeout: float = 300, **more: Any) -> dict[str, Any]:
+        endless = more.pop("ignore_eos", tokens > 1 and "return_logprob" in more)
+        sampling = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": endless}
         body = {"input_ids": prompt, "sampling_params": sampling, **more}
-        reply = httpx.post(f"{self.url}/generate", json=body, timeout=300)
+        reply = httpx.post(f"{self.url}/generate", json=body, timeout=timeout)
         reply.raise_for_status()
         return reply.json()
 
@@ -102,11 +106,19 @@ def deployed(
     processes = json.loads(capsys.readouterr().out)
     logs = {one["name"]: folder / f"{one['name']}.log" for one in processes}
     with ExitStack() as stack:
-        started = {
-            one["name"]: stack.enter_context(running(one["command"], one["host"], environment, logs[one["name"]]))
-            for one in processes
-        }
-        found = Running(f"http://{HOSTS[0]}:{port}", logs)
+        started: dict[str, subprocess.Popen[bytes]] = {}
+
+        def start(name: str) -> None:
+            (one,) = (one for one in processes if one["name"] == name)
+            started[name] = stack.enter_context(running(one["command"], one["host"], environment, logs[name]))
+
+        def kill(name: str) -> None:
+            os.killpg(started[name].pid, signal.SIGKILL)
+            started[name].wait()
+
+        for one in processes:
+            start(one["name"])
+        found = Running(f"http://{HOSTS[0]}:{port}", logs, kill, start)
         deadline = time.monotonic() + 300
         while not answers(found):
             for name, process in started.items():
@@ -159,6 +171,44 @@ def test_prefill_and_decode_apart_answer_rightly(
         prefill, decode = pair.log("prefill0"), pair.log("decode0")
     assert "Prefill batch" in prefill and "Decode batch" not in prefill
     assert "Decode batch" in decode and "Prefill batch" not in decode
+
+
+def test_a_lost_decode_server(
+    environment: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """200 requests, eight at a time, as the oracle's; then decode is killed: errors that say so, and it comes back."""
+    asked = [one for one in questions(1) if len(one["prompt"]) < 1500]
+
+    def right(one: dict[str, Any]) -> bool:
+        return bool(pair.ask(one["prompt"], one["max_tokens"])["text"] == one["oracle"])
+
+    with deployed(["--role", "all"], 8000, environment, tmp_path, capsys) as pair, ThreadPoolExecutor(8) as pool:
+        assert len(asked) > 20 and all(pool.map(right, (asked * 20)[:200]))
+        cut = pool.submit(pair.ask, [0, 300, 301], 2000, ignore_eos=True)
+        time.sleep(3)
+        assert not cut.done()
+        pair.kill("decode0")
+        with pytest.raises(httpx.HTTPError) as broken:
+            cut.result(60)
+        print(f"the request that decoded: {broken.value!r}")
+        lost = time.monotonic()
+        while True:
+            try:
+                pair.ask([0, 300], 1, timeout=5)
+            except httpx.HTTPStatusError as error:
+                told = error.response
+                assert told.status_code == 503 and "decode" in told.text
+                break
+            except httpx.TimeoutException:
+                # Until the router has missed it; prefill waits for it longer.
+                assert time.monotonic() < lost + 40
+        print(f"told after {time.monotonic() - lost:.0f} s: {told.text}")
+        pair.start("decode0")
+        deadline = time.monotonic() + 300
+        while not answers(pair):
+            assert time.monotonic() < deadline, pair.log("decode0")[-3000:]
+            time.sleep(1)
+        assert all(pool.map(right, asked[:20]))
 
 
 def test_two_nodes_serve_one_model(

@@ -69,6 +69,11 @@ def test_what_nothing_serves_is_refused(request_: Request, said: str) -> None:
     assert str(refusal.value).startswith("The model's experts are NVFP4, which ") and said in str(refusal.value)
 
 
+def test_no_other_card_loads_them() -> None:
+    with pytest.raises(LaunchError, match="NVFP4, which SGLang 0.5.23 loads on Blackwell alone, and NVIDIA H200 has"):
+        make_plan(machine("2x-h200"), MODEL, Request())
+
+
 def _header(folder: Path, old: bytes, new: bytes) -> None:
     (file,) = folder.glob("*.safetensors")
     data = file.read_bytes()

@@ -71,11 +71,24 @@ def write(arguments: argparse.Namespace, wanted: Wanted) -> str:
     folder = arguments.write
     texts = {name: headed(text, described.release) for name, text in files.items()}
     _require_room(folder, texts, described.release)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        with (folder / name).open("x", encoding="utf-8") as file:
-            file.write(text)
-    return "\n".join([f"Wrote {', '.join(files)} into {folder}.", *steps])
+    _write(folder, texts)
+    notes = dict.fromkeys(note for one in described.processes if one.plan for note in one.plan.notes)
+    return "\n".join([f"Wrote {', '.join(files)} into {folder}.", *steps, *notes])
+
+
+def _write(folder: Path, texts: Files) -> None:
+    """Write all of the files or, raising LaunchError, none."""
+    begun: list[Path] = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            with (folder / name).open("x", encoding="utf-8") as file:
+                begun.append(folder / name)
+                file.write(text)
+    except OSError as error:
+        for path in begun:
+            path.unlink()
+        raise LaunchError(f"--write names {folder}, where nothing can be written ({error}): give another.") from None
 
 
 def headed(text: str, release: str) -> str:
