@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -322,6 +323,20 @@ def test_a_folder_that_takes_no_files(tmp_path: Path, capsys: pytest.CaptureFixt
     for place in ("file", "file/below"):
         assert "--write names" in refused([*words, str(tmp_path / place)], capsys)
     assert [file.read_text() for file in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_checkpoint_by_a_relative_path(
+    flash: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The files are read elsewhere."""
+    (tmp_path / "model").mkdir()
+    monkeypatch.setattr(Model, "load", lambda path: replace(flash, path=path))
+    monkeypatch.chdir(tmp_path)
+    words = ["plan", "--model", "model", "--machine", TWO, "--write", "new", "--format", "compose"]
+    assert cli.main(words) == 0
+    capsys.readouterr()
+    (text,) = (file.read_text() for file in (tmp_path / "new").iterdir())
+    assert str(tmp_path / "model") in text
 
 
 def test_files_are_all_there_or_none(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from sglang_sm120 import __version__
@@ -66,6 +67,9 @@ def write(arguments: argparse.Namespace, wanted: Wanted) -> str:
         raise LaunchError(
             f"--format {arguments.format} writes addresses of {len(hosts)} machines: name them with --hosts."
         )
+    if Path(wanted.model.path).is_dir():
+        # What starts the processes has another working directory.
+        wanted = replace(wanted, model=replace(wanted.model, path=str(Path(wanted.model.path).absolute())))
     described = deployment.describe(shape, hosts, wanted)
     files, steps = make(described, arguments.image or f"sglang-sm120:{__version__}")
     folder = arguments.write
