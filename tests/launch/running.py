@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,5 +88,7 @@ def serve(
     finally:
         if process.poll() is None:
             for each in [*running.tree(), process]:
-                each.kill()
+                # A child may end between being listed and being killed.
+                with suppress(psutil.NoSuchProcess):
+                    each.kill()
         process.wait()
