@@ -21,9 +21,9 @@ from traces import Kernel
 
 WAITS = re.compile(r"Synchronize$|Memcpy(?!\w*Async)")
 COPIES = re.compile(r"Memcpy\w*Async")
-LONGEST_LAUNCH_US = 20.0
-"""A copy from or to memory that is not pinned waits for the GPU, and only how long it takes tells it from others: any
-call here that does not wait takes a few µs."""
+LONGEST_COPY_US = 100.0
+"""A copy from or to memory that is not pinned waits for the GPU, and only how long it takes tells it from others. Of
+those in the pictures of `results` all took 35 µs or less but one, which waited for 2,839."""
 LAUNCHES = re.compile(r"Launch")
 
 
@@ -40,7 +40,7 @@ class Span(NamedTuple):
 
 def waits(name: str, span: Span) -> bool:
     """Whether the host waits for the GPU in this call."""
-    return bool(WAITS.search(name) or (COPIES.search(name) and span.us > LONGEST_LAUNCH_US))
+    return bool(WAITS.search(name) or (COPIES.search(name) and span.us > LONGEST_COPY_US))
 
 
 class Replay(NamedTuple):

@@ -275,7 +275,8 @@ def _router(servers: Sequence[Process]) -> Iterator[Setting]:
     yield flag("port", ROUTER_PORT, "clients ask here")
     yield flag("health-check-interval-secs", 5, "a lost server is left out after two of them, not three minutes")
     yield flag("health-failure-threshold", 2, "as above")
-    yield flag("disable-retries", True, "what a lost server had would be prefilled again, and wait for it in vain")
+    if sum(one.role == "decode" and not one.rank for one in servers) == 1:
+        yield flag("disable-retries", True, "what a lost server had would be prefilled again, and wait for it in vain")
 
 
 def as_json(deployment: Deployment) -> str:

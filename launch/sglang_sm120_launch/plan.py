@@ -118,8 +118,9 @@ def _on_cuda(machine: Machine, model: Model, request: Request) -> _Decided:
     request = replace(request, config_env={**best, **request.config_env})
     sm12x, forced = gpu.sm in SM12X, request.variable("SGLANG_SM120_FORCE") == "1"
     emulated = forced and not sm12x
-    nvfp4 = nvfp4_experts(model.config) and (sm12x or forced)
-    if nvfp4_experts(model.config) and not nvfp4 and gpu.sm < 100:
+    with_nvfp4 = nvfp4_experts(model.config)
+    nvfp4 = with_nvfp4 and (sm12x or forced)
+    if with_nvfp4 and not nvfp4 and gpu.sm < 100:
         raise LaunchError(
             f"The model's experts are NVFP4, which SGLang 0.5.23 loads on Blackwell alone, and {gpu.name} has compute "
             f"capability {gpu.compute_capability}: use a checkpoint with MXFP4."

@@ -96,14 +96,15 @@ def test_what_runs_beside_a_graph_copies_and_other_threads(tmp_path: Path) -> No
         trace.kernel("Memcpy DtoH", at + 150, 20, trace.call("cudaMemcpyAsync", at + 140, 2), cat="gpu_memcpy")
         trace.call("cuMemcpyHtoDAsync_v2", at + 141, 2)
         trace.call("cudaEventSynchronize", at + 10, 100, thread=2)
+        trace.call("cudaMemcpyAsync", at + 145, 35)
         # From memory that is not pinned: it returns when the GPU has come so far.
-        trace.call("cudaMemcpyAsync", at + 160, 30)
+        trace.call("cudaMemcpyAsync", at + 160, 130)
     told = cycles.account(trace.read(tmp_path), NOTHING_KNOWN, True)
     assert told["between"] == {"[sample]": 1, "[Memcpy DtoH]": 1} and told["beside_launches"] == 1
     assert told["between_kernels_us"] == 4 + 20
     # Beside the verification's two kernels it runs while one of them does.
     assert told["idle_us"] == 200 - 80 - 12 - 4 - 20
-    assert (told["host_waits"], told["host_waits_us"]) == (2, 75 + 30)
+    assert (told["host_waits"], told["host_waits_us"]) == (2, 75 + 130)
 
 
 def test_another_graph_of_a_plain_server_is_no_draft(tmp_path: Path) -> None:

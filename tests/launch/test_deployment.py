@@ -247,6 +247,10 @@ def test_ranks_and_addresses(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(router)
     assert "--prefill http://a:30000 8998 --prefill http://c:30000 8998 --decode http://e:30000" in text
     assert found["router"]["plan"] is None
+    # A lost one leaves nobody to ask again; with two there is another.
+    assert "--disable-retries" in router
+    two = planned([*PLAN, "--machine", TWO, "--role", "all", "--hosts", "a,b,c"], capsys)
+    assert "--disable-retries" not in two["router"]["command"] and "decode1" in two
     for role, names in (("prefill", 5), ("decode", 2)):
         part = planned([*words[:8], role, *words[9:]], capsys)
         assert len(part) == names and all(part[name] == found[name] for name in part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import multiprocessing
@@ -131,6 +132,28 @@ def test_nothing_starts_early_beside_the_compressors_projection(sms: int) -> Non
     """SGLang's compressor may end without having waited for it, and the kernel behind relies on its end."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), compilation.use_target, (120,)) as pool:
         assert pool.submit(_fewest_programs, sms).result() > SMALL_GRID.value
+
+
+@pytest.mark.parametrize("sms", [188, 132, 48])
+def test_a_second_kernel_starts_early_only_where_both_find_sms(sms: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On fewer SMs its programs would crowd. Every row count of a graph, contexts of one tile and of several."""
+    launched: list[tuple[str, int, int]] = []
+
+    def noted(kernel: Any, grid: tuple[int, ...], *args: Any, **_: Any) -> None:
+        early = kernel.arg_names.index("early") if "early" in kernel.arg_names else None
+        launched.append((kernel.fn.__name__, math.prod(grid), 0 if early is None else args[early]))
+
+    monkeypatch.setattr(kernels, "launch", noted)
+    told = set()
+    for op, rows, context in itertools.product(("topk_slots", "mhc_post_pre"), range(1, 65), (8192, 65_536)):
+        for call in ops.calls(op, model_config(), 2, rows, context):
+            launched.clear()
+            with kernels.rehearse(kernels.Rehearsal(lambda *launch: None, sms)):
+                registry.ops()[op].by("triton", **call.arguments)
+            (name, programs, early), *behind = launched
+            assert early == int(bool(behind) and programs + behind[0][1] <= sms), (name, rows, context)
+            told.add((name, early))
+    assert told >= {("_choose", 0), ("_choose", 1), ("_mix", 0)} and (sms == 48) == (("_mix", 1) not in told)
 
 
 @pytest.mark.parametrize(
