@@ -224,11 +224,18 @@ def test_what_srt_slurm_and_dynamo_start(role: str | None, tmp_path: Path, capsy
         assert (part["replicas"], part["multinode"], part["type"]) == (count, {"nodeCount": 2}, part["name"])
         assert main["resources"] == {"limits": {"nvidia.com/gpu": "2"}}
         assert {entry["name"]: entry["value"] for entry in main["env"]} == variables
-        left, words_left = set(dynamo.DECIDED), []
+        left, words_left = {*dynamo.DECIDED, "tool-call-parser"}, []
         for index, word in enumerate(command[2:], 2):
             name = next(name for name in reversed(command[: index + 1]) if name.startswith("--"))
             words_left += [] if name[2:] in left else [word]
-        assert main["args"] == words_left
+        # Dynamo 1.6.1 ends where both tool parsers are given, and takes one for thinking of SGLang's beside its own.
+        assert dynamo.RUNTIME == "1.6.1"
+        args = main["args"]
+        for name in ("--dyn-tool-call-parser", "--dyn-reasoning-parser"):
+            at = args.index(name)
+            assert args[at + 1] == "deepseek_v4"
+            args = args[:at] + args[at + 2 :]
+        assert args == words_left and args[args.index("--reasoning-parser") + 1] == "deepseek-v4"
 
 
 def test_ranks_and_addresses(capsys: pytest.CaptureFixture[str]) -> None:
@@ -303,6 +310,9 @@ MISTAKES: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "a part of a recipe": (["--role", "decode", "--write", "DIR", "--format", "srt-slurm"], ("decode: give all",)),
     "a key in a recipe": (
         ["--write", "DIR", "--format", "dynamo", "--", "--api-key", KEY], ("SGLANG_API_KEY", "Dynamo"),
+    ),
+    "a parser that Dynamo has by no known name": (
+        ["--write", "DIR", "--format", "dynamo", "--", "--tool-call-parser", "hermes"], ("hermes", "deepseekv4"),
     ),
     "cards that others choose": (
         ["--machine", FOUR, "--gpus", "2,3", "--write", "DIR", "--format", "kubernetes"], ("cards 2,3", "--machine"),
