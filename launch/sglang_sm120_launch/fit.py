@@ -16,7 +16,6 @@ from typing import Literal, NamedTuple
 from sglang_sm120.limits import PAGE
 
 from . import memory
-from .cards import SIZES, experts_by
 from .errors import LaunchError
 from .memory import Pools
 from .model import Model
@@ -109,8 +108,8 @@ class Given:
 class Fit:
     """What was found. `lines` is the budget of one rank, as (what, bytes), ending with what is left unused.
 
-    token_bytes is SGLang's `bytes_per_full_token`, trimmed the graph sizes that had no room, other_budget what another
-    `Room.patched` would take.
+    token_bytes is SGLang's `bytes_per_full_token`, trimmed the graph sizes that had no room, taken what weights and
+    scratch take and left what they leave of `Room.usable`, other_budget what another `Room.patched` would take.
     """
 
     chunk: int
@@ -123,6 +122,8 @@ class Fit:
     pools: Pools
     token_bytes: float
     lines: tuple[tuple[str, int], ...]
+    taken: int = 0
+    left: int = 0
     other_budget: str | None = None
 
     @property
@@ -133,6 +134,18 @@ class Fit:
         """Number of requests -> tokens of context each of them can have at the same time."""
         counts = [count for count in (1, 2, 4, 8, 16, 32, 64) if count < self.requests] + [self.requests]
         return {count: min(self.context, self.pools.full // count // PAGE * PAGE) for count in counts}
+
+
+class Unfit(LaunchError):
+    """Nothing fits. The message has the numbers and no full stop yet: what to do instead, `make_plan` knows.
+
+    Attributes:
+        taken: bytes of weights and scratch of one rank.
+    """
+
+    def __init__(self, message: str, taken: int) -> None:
+        super().__init__(message)
+        self.taken = taken
 
 
 def graph_sizes(requests: int) -> tuple[int, ...]:
@@ -149,14 +162,16 @@ def fit(model: Model, room: Room, given: Given, chunk: int) -> Fit:
     """The first fit of the preferred values; `chunk` is the preferred prefill chunk.
 
     Raises:
-        LaunchError: nothing fits; the sentence has the numbers.
+        Unfit: nothing fits.
+        LaunchError: a memory fraction that the user gave leaves too little beside it.
     """
     loaded = room.loaded(model)
     taken = sum(loaded.values())
     if room.usable - taken < LEAST_LEFT:
-        raise LaunchError(
-            f"Weights and scratch take {_gib(taken)} GiB of each rank at TP {room.tp} and {room.whose} leaves "
-            f"{_gib(room.usable)} GiB to SGLang: {_advice(model, room)}."
+        raise Unfit(
+            f"Weights and scratch take {gib(taken)} GiB of each rank at TP {room.tp} and {room.whose} leaves "
+            f"{gib(room.usable)} GiB to SGLang",
+            taken,
         )
     nearest = _Short(math.inf, "")
     for candidate in _candidates(given, chunk):
@@ -165,10 +180,11 @@ def fit(model: Model, room: Room, given: Given, chunk: int) -> Fit:
         if isinstance(found, Fit):
             if (unused := found.lines[-1][1]) < 0:
                 raise LaunchError(attempt.over(found, -unused))
-            return replace(found, other_budget=room.other_budget(model))
+            return replace(found, taken=taken, left=room.usable - taken, other_budget=room.other_budget(model))
         nearest = min(nearest, found)
-    raise LaunchError(
-        f"Nothing fits on {room.whose} at TP {room.tp} beside {_gib(taken)} GiB of weights and scratch: {nearest.why}."
+    raise Unfit(
+        f"Nothing fits on {room.whose} at TP {room.tp} beside {gib(taken)} GiB of weights and scratch: {nearest.why}",
+        taken,
     )
 
 
@@ -270,7 +286,7 @@ class _Try:
         per_token = sum(memory.bytes_per_full_token(config, self.ratio, self.drafts).values())
         fixed = memory.request_state_bytes(config, self.requests, self.drafts)
         numbers = (
-            f"{_gib(max(0, available - fixed))} GiB for the cache hold {pools.full} tokens of "
+            f"{gib(max(0, available - fixed))} GiB for the cache hold {pools.full} tokens of "
             f"{per_token / 1024:.1f} KiB"
         )
         needed = memory.window_tokens_needed(self.chunk, self.requests)
@@ -300,7 +316,7 @@ class _Try:
         free = replace(self, given=replace(self.given, static=None))
         context = self.given.context or free.context()
         return (
-            f"--mem-fraction-static is {found.static} and leaves {_gib(beside - missing)} of {_gib(beside)} GiB that "
+            f"--mem-fraction-static is {found.static} and leaves {gib(beside - missing)} of {gib(beside)} GiB that "
             f"graphs, activations and prefill take beside weights and cache at a context length of {found.context}: "
             f"leave it out, or give {free.pools(context)[0]} or less with --context-length {context}."
         )
@@ -338,20 +354,5 @@ def _graphs(
     return kept, sizes[len(kept) :]
 
 
-def _advice(model: Model, room: Room) -> str:
-    if room.device == "cpu":
-        return "a CPU serves small checkpoints only"
-    for tp in (2, 4, 8, 16):
-        if tp <= room.tp or not (ep := experts_by(model, tp)):
-            continue
-        nodes = tp > max(SIZES)
-        more = replace(room, tp=tp, ep=ep, step="none") if nodes else replace(room, tp=tp)
-        needed = sum(more.loaded(model).values())
-        if room.usable - needed >= 4 * GIB:
-            where = ", 8 on each of two nodes: `plan --nodes 2`" if nodes else ""
-            return f"use {tp} such cards (TP {tp}, {_gib(needed)} GiB of weights and scratch each{where})"
-    return "use cards with more memory"
-
-
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
     return f"{size / GIB:.1f}"

@@ -15,8 +15,8 @@ from . import contract, memory, predict, values
 from .cards import SIZES, choose, experts_by
 from .comms import comms
 from .errors import LaunchError
-from .fit import Fit, Room, Step, fit
-from .machine import MIB, Machine
+from .fit import Fit, Room, Step, Unfit, fit, gib
+from .machine import MIB, Gpu, Machine
 from .model import Model
 from .sections import (
     CPU_CHUNK,
@@ -44,6 +44,10 @@ HOST_SHARE = 8192 * MIB
 """Allowance for the operating system where the GPU's memory is the host's."""
 PROCESSES = 3072 * MIB
 """Allowance for SGLang's processes on a host without a GPU."""
+CARD = Gpu("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 97887, "12.0")
+"""What is told about where the machine's own cards, or a CPU, hold too little: its memory as NVML says."""
+PLACED = ("tp-size", "ep-size", "nnodes", "node-rank", "dist-init-addr", "device")
+"""Flags that say where ranks run."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,10 @@ def make_plan(machine: Machine, model: Model, request: Request) -> Plan:
     if cpu and request.value("device") not in (None, "cpu"):
         raise LaunchError(f"--device is {request.value('device')} and no NVIDIA GPU was found: leave the flag out.")
     _require_served(request)
-    decided = _on_cpu(machine, model, request) if cpu else _on_cuda(machine, model, request)
+    try:
+        decided = _on_cpu(machine, model, request) if cpu else _on_cuda(machine, model, request)
+    except Unfit as refusal:
+        raise LaunchError(_instead(refusal, machine, model, request)) from None
     settings, found, sentences, prediction = decided
     if request.auto is not None:
         drafts = (entry.name for entry in settings if entry.name.startswith("speculative-"))
@@ -238,14 +245,7 @@ def _on_cpu(machine: Machine, model: Model, request: Request) -> _Decided:
     local = tp // machine.nodes
     lines = (("memory of the host", machine.ram_mib * MIB), ("SGLang's processes", -PROCESSES))
     room = Room("the host", lines, sum(size for _, size in lines) // local, tp, "all", draft, device="cpu")
-    try:
-        found = fit(model, room, given, CPU_CHUNK)
-    except LaunchError as refusal:
-        if request.value("device") == "cpu":
-            raise
-        raise LaunchError(
-            f"No NVIDIA GPU was found, so the plan is for the CPU (--machine FILE.json plans for another): {refusal}"
-        ) from None
+    found = fit(model, room, given, CPU_CHUNK)
     laptop = "a CPU is for demonstration: a laptop's worth of"
     settings = [
         flag("model-path", model.path, "the model to serve"),
@@ -260,6 +260,54 @@ def _on_cpu(machine: Machine, model: Model, request: Request) -> _Decided:
     ]
     unpatched = "SGLang is not patched here and does not serve this model on a CPU: run `make apply`."
     return settings, found, [] if request.patched else [unpatched], None
+
+
+def _instead(refusal: Unfit, machine: Machine, model: Model, request: Request) -> str:
+    """The refusal as one sentence that says which cards hold the model."""
+    if request.value("device") == "cpu":
+        return f"{refusal}; a CPU serves small checkpoints only."
+    if not machine.gpus:
+        found = _holding(CARD, 0, machine, model, request)
+        return (
+            f"No NVIDIA GPU was found, so the plan is for the CPU (--machine FILE.json plans for another): {refusal}; "
+            f"a CPU serves small checkpoints only{f', use {found}' if found else ''}."
+        )
+    cards = choose(machine, model, request.gpus, values.number(request, "tp-size"))
+    if found := _holding(cards.gpu, cards.tp, machine, model, request):
+        return f"{refusal}; use {found}."
+    found = _holding(CARD, 0, machine, model, request)
+    return f"{refusal}; use cards with more memory{f', {found}' if found else ', or ask for less'}."
+
+
+def _holding(gpu: Gpu, above: int, machine: Machine, model: Model, request: Request) -> str | None:
+    """How many of a card, more than `above`, hold what is asked for, and what they leave; None where 16 do not."""
+    flags, config_flags = (
+        {flag: value for flag, value in given.items() if flag not in PLACED}
+        for given in (request.flags, request.config_flags)
+    )
+    request = replace(request, gpus=None, flags=flags, config_flags=config_flags)
+    driver, cuda = machine.driver or str(DRIVER), machine.cuda or ".".join(map(str, CUDA))
+    host = replace(machine, driver=driver, cuda=cuda, link=machine.link or "root", p2p=bool(machine.p2p))
+    fewer = ""
+    for count in sorted({*SIZES, 2 * max(SIZES)}):
+        local = 1 if gpu.unified else min(count, max(SIZES))
+        host = replace(host, gpus=(gpu,) * local, nodes=count // local)
+        if count <= above:
+            continue
+        try:
+            found = _on_cuda(host, model, request)[1]
+        except Unfit as refusal:
+            fewer = f"; {count} would not, with {gib(refusal.taken)} GiB of weights and scratch each"
+        except LaunchError:
+            continue
+        else:
+            what = gpu.name if gpu is CARD else "such cards"
+            where = f", {local} on each of {host.nodes} nodes (`plan --nodes {host.nodes}`)" if host.nodes > 1 else ""
+            return (
+                f"{count} {what}{where}: at TP {count} {gib(found.taken)} GiB of weights and scratch leave "
+                f"{gib(found.left)} GiB of each, with a cache of {found.pools.full} tokens{fewer}"
+            )
+    return None
 
 
 def _require_driver(machine: Machine) -> None:

@@ -25,12 +25,6 @@ from sglang_sm120_launch.values import Request  # noqa: E402
 from sglang_sm120_reference.config_file import FLASH_DRAFTER  # noqa: E402
 
 MACHINES = sorted(path.stem for path in (HERE / "machines").glob("*.json"))
-MORE: dict[str, tuple[str, int, int]] = {
-    "8x-h200": ("2x-h200", 4, 1),
-    "8x-rtx-pro-6000": ("4x-rtx-pro-6000", 2, 1),
-    "16x-rtx-pro-6000": ("4x-rtx-pro-6000", 2, 2),
-}
-"""Machine -> one with fewer cards, how many times those on each node, and nodes."""
 CASES: dict[str, dict[str, Any]] = {name: {} for name in MACHINES} | {
     "2x-h200+force": {"env": {"SGLANG_SM120_FORCE": "1"}},
     "2x-rtx-pro-6000+mtp": {"mtp": True},
@@ -59,12 +53,9 @@ def drafted() -> Model:
 
 
 def machine(name: str) -> Machine:
-    """A described machine by its file's name, or one of MORE."""
-    if name not in MORE:
-        return Machine.from_json(HERE / "machines" / f"{name}.json")
-    fewer, times, nodes = MORE[name]
-    one = machine(fewer)
-    return replace(one, gpus=one.gpus * times, nodes=nodes)
+    """A described machine by its file's name; `16x-` is two nodes of `8x-`."""
+    described = Machine.from_json(HERE / "machines" / f"{name.replace('16x-', '8x-')}.json")
+    return replace(described, nodes=2) if name.startswith("16x-") else described
 
 
 def planned(case: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from sglang_sm120.checkpoint.config import FLASH
 from sglang_sm120.limits import MAX_ROWS
-from sglang_sm120_launch import memory
+from sglang_sm120_launch import cli, memory
 from sglang_sm120_launch.errors import LaunchError
 from sglang_sm120_launch.fit import GIB, graph_sizes
 from sglang_sm120_launch.flags import Flags
@@ -32,6 +33,8 @@ MEMORY = {
 }  # fmt: skip
 PRO = Gpu("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 97887, "12.0")
 TWO = machine("2x-rtx-pro-6000")
+ROOM = ("CUDA context and driver", "NCCL", "operating system (unified memory)")
+"""What is taken before SGLang sees a card's memory."""
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -73,7 +76,7 @@ def test_v4_pro_takes_sixteen_cards():
     """Eight cards of 96 GB do not hold it; sixteen do, each with whole experts: an eighth of 3,072 channels has whole
     FP8 blocks, a sixteenth not. Smaller sets are told how many they lack."""
     for case in ("2x-rtx-pro-6000+pro", "8x-rtx-pro-6000+pro"):
-        assert "use 16 such cards (TP 16, " in planned(case)["refused"]
+        assert "use 16 such cards, 8 on each of 2 nodes (`plan --nodes 2`): at TP 16 " in planned(case)["refused"]
     plan = planned("16x-rtx-pro-6000+pro")
     found = {entry["name"]: entry["value"] for entry in plan["settings"]}
     assert {name: found[name] for name in ("tp-size", "ep-size", "nnodes", "SGLANG_SHARED_EXPERT_TP1")} == {
@@ -85,6 +88,73 @@ def test_v4_pro_takes_sixteen_cards():
     # Flash has as many groups as a node has cards.
     with pytest.raises(LaunchError, match="TP 16 was asked for, and 2 x 8 cards"):
         make_plan(machine("16x-rtx-pro-6000"), MODEL, Request(flags={"tp-size": 16}))
+
+
+@pytest.mark.parametrize("model", ("flash", "pro"))
+@pytest.mark.parametrize(
+    "name", ("1x-rtx-pro-6000", "2x-rtx-pro-6000", "2x-rtx-5090", "8x-rtx-5090", "gb10-pair", "2x-h200", "no-gpu")
+)
+def test_what_is_advised_fits(name: str, model: str, request: pytest.FixtureRequest):
+    """Another plan, for the cards that a refusal names: not refused, and with the cache that was told."""
+    model = request.getfixturevalue(model)
+    described = machine(name)
+    try:
+        make_plan(described, model, Request())
+    except LaunchError as refusal:
+        said = str(refusal)
+    else:
+        return
+    found = re.search(
+        r"(?:use|memory,) (\d+) (such cards|NVIDIA[\w ]+)(?:, (\d+) on each of (\d+) nodes \(`plan --nodes \4`\))?: at "
+        r"TP \1 ([\d.]+) GiB of weights and scratch leave ([\d.]+) GiB of each, with a cache of (\d+) tokens",
+        said,
+    )
+    assert found, said
+    count, what, local, nodes, taken, left, tokens = found.groups()
+    gpu = described.gpus[0] if what == "such cards" else PRO
+    assert what in ("such cards", PRO.name) and int(local or count) * int(nodes or 1) == int(count)
+    assert not gpu.unified or local == "1"
+    host = Machine(
+        (gpu,) * int(local or count), 32, described.ram_mib if gpu.unified else 257000, 128500, "switch", True,
+        driver="580.95.05", cuda="13.0", nodes=int(nodes or 1),
+    )  # fmt: skip
+    plan = make_plan(host, model, Request())
+    assert plan.fit.pools.full == int(tokens) and plan.value("tp-size") == int(count)
+    usable = sum(size for what, size in plan.fit.lines if what in ROOM or what.startswith("memory of"))
+    assert (f"{plan.fit.taken / GIB:.1f}", f"{(usable - plan.fit.taken) / GIB:.1f}") == (taken, left)
+
+
+def test_a_machine_that_holds_nothing_more_is_told_so():
+    """A value that the user gave, which no number of cards makes fit."""
+    with pytest.raises(LaunchError, match="; use cards with more memory, or ask for less.$"):
+        make_plan(TWO, MODEL, Request(flags={"max-total-tokens": 10}))
+
+
+def v4_pro() -> list[tuple[list[str], str]]:
+    """Rows of docs/launcher.md on V4-Pro: arguments, and what is said."""
+    text = (HERE.parents[1] / "docs/launcher.md").read_text(encoding="utf-8").split("## V4-Pro")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (none|`([a-z\d-]+\.json)(?: --nodes (\d))?`).* \| (.*) \|$", text, re.MULTILINE)
+    assert len(rows) == 6
+    return [
+        ([*(["--machine", file] if file else []), *(["--nodes", nodes] if nodes else [])], said)
+        for _, file, nodes, said in rows
+    ]
+
+
+@pytest.mark.parametrize("row", v4_pro(), ids=lambda row: " ".join(row[0]))
+def test_the_documents_table_of_v4_pro(
+    row: tuple[list[str], str], one_flags: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Every figure of a row is one of what its command prints."""
+    words, said = row
+    words = [str(HERE / "machines" / word) if word.endswith(".json") else word for word in words]
+    monkeypatch.setattr(Machine, "detect", lambda: machine("no-gpu"))
+    status = cli.main(["plan", "--model", "deepseek-ai/DeepSeek-V4-Pro", *words])
+    told = "".join(capsys.readouterr())
+    assert (status == 0) == ("a cache" in said and not said.startswith("use"))
+    printed = set(re.findall(r"\d+(?:\.\d+)?", told.replace("SGLang", "")))
+    figures = re.findall(r"\d[\d,]*(?:\.\d+)?", re.sub(r"\(96 GB\)|GB10|RTX PRO 6000", "", said))
+    assert figures and {figure.replace(",", "") for figure in figures} <= printed
 
 
 def changes(before: Machine, after: Machine, request: Request | None = None) -> set[str]:
