@@ -286,8 +286,7 @@ class _Try:
         per_token = sum(memory.bytes_per_full_token(config, self.ratio, self.drafts).values())
         fixed = memory.request_state_bytes(config, self.requests, self.drafts)
         numbers = (
-            f"{gib(max(0, available - fixed))} GiB for the cache hold {pools.full} tokens of "
-            f"{per_token / 1024:.1f} KiB"
+            f"{gib(max(0, available - fixed))} GiB for the cache hold {pools.full} tokens of {per_token / 1024:.1f} KiB"
         )
         needed = memory.window_tokens_needed(self.chunk, self.requests)
         if pools.swa < needed:

@@ -156,6 +156,7 @@ def _on_cuda(machine: Machine, model: Model, request: Request) -> _Decided:
     )
     preferred = 4096 if sm12x else 8192
     found = fit(model, room, values.given(request, model), preferred)
+    talk = list(comms(machine, tp))
     settings = [
         flag("model-path", model.path, "the model to serve"),
         *rank_settings(machine, cards),
@@ -166,12 +167,15 @@ def _on_cuda(machine: Machine, model: Model, request: Request) -> _Decided:
         *(mtp_settings(draft) if request.mtp else ()),
         *(dspark_settings(model, draft - 1) if request.dspark else ()),
         *served_settings(),
-        *comms(machine, tp),
+        *talk,
     ]
     sentences = [*cards.notes, *notes(machine, tp)]
     if absent:
         sentences.append(f"SGLang's own forward serves every pass: {', '.join(absent)}.")
-    predicted = None if absent else predict.sentence(model, gpu.name, tp, found.requests, speculates=draft > 0)
+    predicted = None
+    if not absent:
+        by = predict.way(talk, tp)
+        predicted = predict.sentence(model, gpu.name, tp, by, found.requests, speculates=draft > 0)
     return settings, found, sentences, predicted
 
 

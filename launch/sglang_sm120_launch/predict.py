@@ -1,18 +1,23 @@
 """How long a decode step should take on cards that nobody has measured: by the bytes it reads and what an H200 showed.
 
-    ms(b) = weights(b) / (SHARE * bandwidth) + rest(b) + sums * SUM_MS
+    ms(b) = weights(b) / (SHARE * bandwidth) + launches(b) + rest(b) + sums * sum(b)
 
 `weights(b)` are a rank's bytes that b requests' tokens touch: all dense ones and the head, and of E experts a layer
-those that b independent choices of k meet, E (1 - (1 - k/E)^b). `rest(b)` is what that leaves of a step measured on an
-H200: latencies, launches, the cache. The sums over ranks, two a layer, are assumed. No step takes less time than one of
-fewer requests. Not counted: reading long contexts, and whatever SM120 does otherwise than a Hopper card with its code.
+those that b independent choices of k meet, E (1 - (1 - k/E)^b). `launches(b)` is the time between an H200's kernels,
+`rest(b)` what else those two leave of a step measured there: latencies, the cache. The sums over ranks, two a layer,
+take what others say of them. No step takes less time than one of fewer requests. Not counted: reading long contexts,
+and whatever SM120 does otherwise than a Hopper card with its code.
 """
 
 from __future__ import annotations
 
-from itertools import accumulate
+from collections.abc import Iterable, Mapping
+from itertools import accumulate, pairwise
+from typing import Literal
 
+from .comms import PCIE_IPC
 from .model import Kind, Model
+from .settings import Setting
 
 BANDWIDTH = {
     "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": 1792.0,
@@ -22,14 +27,27 @@ BANDWIDTH = {
 """GB/s as the maker says, by NVML's name; of the RTX PRO 6000 Server Edition sources disagree."""
 SHARE = 0.912
 """With it cuBLAS reads the head on an H200: 1.059 GB in 241.8 us (results/2026-11-29-h200/decode-step.json)."""
-SUM_MS = 0.010
-"""One sum over ranks; assumed."""
-FORMULA = f"weights(b) / ({SHARE} * bandwidth) + rest(b) + sums * {SUM_MS}"
+Way = Literal["SGLang", "FlashInfer", "NCCL", "RoCE"]
+"""How ranks sum: SGLang's all-reduce of two ranks, FlashInfer's over PCIe, NCCL's of eight cards, or of two GB10."""
+SUMS_US: Mapping[Way, Mapping[float, float]] = {
+    "SGLang": {0: 10.0, 1: 10.0},
+    "FlashInfer": {12: 5.3, 96: 15.3, 384: 34.6},
+    "NCCL": {12: 205.1, 96: 584.9, 384: 1169.3},
+    "RoCE": {8: 35.2, 32: 39.6, 64: 67.9},
+}
+"""KiB that a rank sums -> us. SGLang's is assumed; the next two are of eight SM120 cards by SGLang 0.5.23's
+pcie_ipc_ar.py, the last by github.com/NVIDIA/dgx-spark-playbooks/pull/103. Straight lines between; the last goes on."""
+FORMULA = f"weights(b) / ({SHARE} * bandwidth) + launches(b) + rest(b) + sums * sum(b)"
 """`step_ms` in short."""
 LAYERS = 43
-REST_MS = {1: 2.42, 2: 2.58, 4: 2.08, 8: 0.96, 16: -0.21, 32: 0.50}
+LAUNCHES_MS = {1: 0.04, 2: 0.04, 4: 0.04, 8: 0.02, 16: 0.02, 32: 0.08}
+"""Of LAYERS layers: an H200's step less the time in which a kernel ran, for 1, 8 and 32 requests (1,131, 1,238 and
+1,514 launches, results/2026-11-30-h200-eagle/profile-sglang-draft.json); for the others as for fewer."""
+REST_MS = {1: 2.38, 2: 2.54, 4: 2.04, 8: 0.94, 16: -0.23, 32: 0.42}
 """Of LAYERS layers, from results/2026-11-30-h200-three-runs/side-by-side.json (SM120 lowering, 128 experts, TP 1).
 Negative where less was read, or faster, than the first term says."""
+SGLANGS_REST_MS = {1: 5.75, 8: 3.34, 32: 1.75}
+"""The same of SGLang's own forward there, native, its launches included."""
 TOLD = (1, 8, 32)
 OFF = 0.15
 """By so much two H200 with all experts at most differed from this formula, which is not made from their figures
@@ -51,22 +69,44 @@ def weights(model: Model, rows: int, tp: int) -> float:
     return sum(read(kind, size) for kind, size in model.bytes_of.items())
 
 
-def step_ms(model: Model, card: str, tp: int) -> dict[int, float]:
+def way(settings: Iterable[Setting], tp: int) -> Way | None:
+    """How the ranks of a plan on one host sum, by `comms`; None where nobody has said what that takes."""
+    chosen = {entry.name: entry.value for entry in settings}
+    if tp == 1 or chosen.get("disable-custom-all-reduce") is False:
+        return "SGLang"
+    return "FlashInfer" if PCIE_IPC in chosen else "NCCL" if tp == 8 else None
+
+
+def sum_ms(model: Model, rows: int, by: Way) -> float:
+    """Milliseconds of one sum over ranks of so many rows in bf16."""
+    points = [*SUMS_US[by].items()]
+    size = max(rows * model.config["hidden_size"] * 2 / 1024, points[0][0])
+    (low, first), (high, second) = next((two for two in pairwise(points) if size <= two[1][0]), points[-2:])
+    return (first + (size - low) * (second - first) / (high - low)) / 1000
+
+
+def terms(model: Model, card: str, tp: int, rows: int, by: Way = "SGLang") -> dict[str, float]:
+    """Milliseconds of each term of a step of as many requests as `REST_MS` names, for a card that `BANDWIDTH` has."""
+    layers = model.config["num_hidden_layers"]
+    return {
+        "weights": weights(model, rows, tp) / (SHARE * BANDWIDTH[card] * 1e6),
+        "launches": LAUNCHES_MS[rows] * layers / LAYERS,
+        "rest": REST_MS[rows] * layers / LAYERS,
+        "sums": 2 * layers * sum_ms(model, rows, by) if tp > 1 else 0.0,
+    }
+
+
+def step_ms(model: Model, card: str, tp: int, by: Way = "SGLang") -> dict[int, float]:
     """Milliseconds a decode step of as many requests as `REST_MS` names; empty for a card of unknown bandwidth."""
     if card not in BANDWIDTH:
         return {}
-    layers = model.config["num_hidden_layers"]
-    sums = 2 * layers * SUM_MS if tp > 1 else 0.0
-    found = (
-        weights(model, rows, tp) / (SHARE * BANDWIDTH[card] * 1e6) + rest * layers / LAYERS + sums
-        for rows, rest in REST_MS.items()
-    )
+    found = (sum(terms(model, card, tp, rows, by).values()) for rows in REST_MS)
     return dict(zip(REST_MS, accumulate(found, max), strict=True))
 
 
-def sentence(model: Model, card: str, tp: int, requests: int, *, speculates: bool) -> str | None:
-    """The prediction for up to so many requests in words; None for a card of unknown bandwidth."""
-    found = step_ms(model, card, tp)
+def sentence(model: Model, card: str, tp: int, by: Way | None, requests: int, *, speculates: bool) -> str | None:
+    """The prediction for up to so many requests in words; None for a card of unknown bandwidth, or unknown sums."""
+    found = step_ms(model, card, tp, by) if by else {}
     if not found:
         return None
     told = ", ".join(
