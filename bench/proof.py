@@ -184,10 +184,11 @@ class Kit:
         plan = wanted.check(make_plan(wanted.machine, wanted.model, replace(wanted.request, measured={})))
         if served.decodes and plan.prediction is not None:
             tp = plan.value("tp-size")
-            assert isinstance(tp, int)
+            by = predict.way(plan.settings, tp) if isinstance(tp, int) else None
+            assert isinstance(tp, int) and by is not None
             # As in the plan, the poorest of cards that are nearly alike.
             card = min(self._machine.gpus, key=lambda gpu: gpu.memory_mib)
-            self.predicted = predict.step_ms(wanted.model, card.name, tp)
+            self.predicted = predict.step_ms(wanted.model, card.name, tp, by)
         return plan
 
     def log(self, name: str) -> Path:
