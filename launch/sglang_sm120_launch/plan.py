@@ -20,6 +20,7 @@ from .machine import MIB, Machine
 from .model import Model
 from .sections import (
     CPU_CHUNK,
+    NVFP4_NOTE,
     NVFP4_RUNNER,
     cpu_ranks,
     dspark_settings,
@@ -161,7 +162,7 @@ def _on_cuda(machine: Machine, model: Model, request: Request) -> _Decided:
         *served_settings(),
         *comms(machine, tp),
     ]
-    sentences = [*cards.notes, *notes(machine, tp)]
+    sentences = [*cards.notes, *notes(machine, tp), *([NVFP4_NOTE] if nvfp4 else ())]
     if absent:
         sentences.append(f"SGLang's own forward serves every pass: {', '.join(absent)}.")
     predicted = None if absent else predict.sentence(model, gpu.name, tp, found.requests, speculates=draft > 0)
@@ -186,18 +187,22 @@ def _without_step(request: Request, machine: Machine, *, takes_prefill: bool, em
 def _require_step(request: Request, sm12x: bool, absent: list[str], draft: int) -> None:
     """Raise LaunchError where the step cannot serve a model with NVFP4 experts, which nothing else does on SM12x."""
     backend = request.value("moe-runner-backend")
+    do = "leave it out, or use a checkpoint with MXFP4"
     if not sm12x:
-        absent = ["SGLang loads them on Blackwell alone"]
+        absent, do = ["SGLang loads them on Blackwell alone"], "use a checkpoint with MXFP4"
     elif draft:
-        absent = ["SGLang 0.5.23 then puts the drafts' experts in a layout for SM100: leave speculation out"]
+        absent = ["SGLang 0.5.23 then puts the drafts' experts in a layout for SM100"]
+        do = "leave speculation out"
     elif backend not in (None, NVFP4_RUNNER):
-        absent = [f"--moe-runner-backend {backend} does not leave them as they are: leave it out"]
+        absent, do = [f"--moe-runner-backend {backend} does not leave them as they are"], "leave it out"
     elif (values.number(request, "ep-size") or 1) > 1:
-        absent = ["SGLang 0.5.23 multiplies all experts' input scales by the factors of a rank's own: leave EP out"]
+        absent = ["SGLang 0.5.23 multiplies all experts' input scales by the factors of a rank's own"]
+        do = "leave EP out"
     elif (values.number(request, "max-running-requests") or 0) > MAX_ROWS:
-        absent = [f"it takes {MAX_ROWS} requests at once: give a --max-running-requests up to that"]
+        absent, do = [f"it takes {MAX_ROWS} requests at once"], "give a --max-running-requests up to that"
     if absent:
-        raise LaunchError(f"The model's experts are NVFP4, which the step alone serves here, and {', '.join(absent)}.")
+        found = ", ".join(absent)
+        raise LaunchError(f"The model's experts are NVFP4, which the step alone serves here, and {found}: {do}.")
 
 
 def _require_served(request: Request) -> None:
