@@ -168,7 +168,8 @@ def fit(model: Model, room: Room, given: Given, chunk: int) -> Fit:
             return replace(found, other_budget=room.other_budget(model))
         nearest = min(nearest, found)
     raise LaunchError(
-        f"Nothing fits on {room.whose} at TP {room.tp} beside {_gib(taken)} GiB of weights and scratch: {nearest.why}."
+        f"Nothing fits on {room.whose} at TP {room.tp} beside {_gib(taken)} GiB of weights and scratch, as "
+        f"{nearest.why}: ask for less (a shorter context, fewer requests, smaller chunks), or use more memory."
     )
 
 
@@ -340,7 +341,7 @@ def _graphs(
 
 def _advice(model: Model, room: Room) -> str:
     if room.device == "cpu":
-        return "a CPU serves small checkpoints only"
+        return "give a small checkpoint, all that a CPU is for"
     for tp in (2, 4, 8, 16):
         if tp <= room.tp or not (ep := experts_by(model, tp)):
             continue

@@ -195,7 +195,7 @@ def checked(config: dict[str, Any], path: str, file: Path) -> dict[str, Any]:
     """
     kind = config.get("model_type")
     if kind != MODEL_TYPE:
-        raise LaunchError(f"{path} is a model of type {kind}, needed {MODEL_TYPE}: this launcher serves nothing else.")
+        raise LaunchError(f"{path} is a model of type {kind}, needed {MODEL_TYPE}: give a DeepSeek-V4 checkpoint.")
     from sglang_sm120.checkpoint.config import ReferenceConfig
 
     try:

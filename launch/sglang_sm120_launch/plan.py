@@ -227,7 +227,8 @@ def _on_cpu(machine: Machine, model: Model, request: Request) -> _Decided:
     if tp not in SIZES or not experts_by(model, tp):
         most = max(size for size in SIZES if experts_by(model, size))
         raise LaunchError(
-            f"TP {tp} was asked for, and the model's heads, groups and FP8 blocks allow powers of two up to {most}."
+            f"TP {tp} was asked for, and the model's heads, groups and FP8 blocks allow powers of two up to {most}: "
+            f"give one of them."
         )
     if tp % machine.nodes:
         raise LaunchError(f"TP {tp} was asked for over {machine.nodes} machines: give a multiple of {machine.nodes}.")
