@@ -19,7 +19,7 @@ from safetensors import TensorSpec, serialize_file
 from torch import Tensor
 
 from sglang_sm120.checkpoint.config import ReferenceConfig
-from sglang_sm120.checkpoint.layout import parameters
+from sglang_sm120.checkpoint.layout import stored
 from sglang_sm120_reference import tokenizer
 
 INDEX = "model.safetensors.index.json"
@@ -56,20 +56,20 @@ def cut(source: dict[str, Any], size: float) -> dict[str, Any]:
 
 def bytes_of(source: dict[str, Any]) -> int:
     """Bytes of all tensors of the model that a `config.json` describes."""
-    return sum(_bytes(*entry) for stored in files_of(source) for entry in stored.values())
+    return sum(_bytes(*entry) for one in files_of(source) for entry in one.values())
 
 
 def files_of(source: dict[str, Any]) -> list[Stored]:
     """The tensors of each file of the model that a `config.json` describes."""
     files: dict[int, Stored] = {}
     place = 0
-    for parameter in parameters(ReferenceConfig.from_json(source)):
-        kind, _, rest = parameter.name.partition(".")
+    for name, entry in stored(ReferenceConfig.from_json(source)).items():
+        kind, _, rest = name.partition(".")
         if kind == "layers":
             place = 1 + int(rest.partition(".")[0])
         elif place:
             place = 1 + source["num_hidden_layers"]
-        files.setdefault(place, {}).update(parameter.stored())
+        files.setdefault(place, {})[name] = entry
     return list(files.values())
 
 
@@ -79,14 +79,14 @@ def write(folder: Path, source: dict[str, Any], threads: int) -> list[Path]:
     Each tensor has the bytes from a random place of one buffer of its dtype: equal pages are rare, but a file system
     that keeps equal blocks once finds some.
     """
-    stored = files_of(source)
-    names = [f"model-{i + 1:05d}-of-{len(stored):05d}.safetensors" for i in range(len(stored))]
-    buffers = _buffers([entry for one in stored for entry in one.values()])
+    files = files_of(source)
+    names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    buffers = _buffers([entry for one in files for entry in one.values()])
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda name, one: _write_file(folder / name, one, buffers), names, stored))
+        list(pool.map(lambda name, one: _write_file(folder / name, one, buffers), names, files))
     tokenizer.write(folder, source["vocab_size"], source["max_position_embeddings"])
-    weights = {tensor: name for name, one in zip(names, stored, strict=True) for tensor in one}
+    weights = {tensor: name for name, one in zip(names, files, strict=True) for tensor in one}
     index = {"metadata": {"total_size": bytes_of(source)}, "weight_map": weights}
     (folder / INDEX).write_text(json.dumps(index, indent=1))
     (folder / "config.json").write_text(json.dumps(source, indent=1))
@@ -110,10 +110,10 @@ def _buffers(tensors: list[tuple[tuple[int, ...], torch.dtype]]) -> dict[torch.d
     return buffers
 
 
-def _write_file(file: Path, stored: Stored, buffers: dict[torch.dtype, Tensor]) -> None:
+def _write_file(file: Path, tensors: Stored, buffers: dict[torch.dtype, Tensor]) -> None:
     rng = random.Random(file.name)
     specs = {}
-    for name, (shape, dtype) in stored.items():
+    for name, (shape, dtype) in tensors.items():
         place = rng.randrange(SLACK // dtype.itemsize) * dtype.itemsize
         pointer = buffers[dtype].data_ptr() + place
         size = _bytes(shape, dtype)

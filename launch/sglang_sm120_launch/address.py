@@ -22,9 +22,9 @@ def grpc(value: Get) -> bool:
 
 
 def port_problem(port: int, grpc: bool = False) -> str | None:
-    """A clause that says why the server cannot have this port; None where the number is good."""
+    """What to do where the server cannot have this port; None where the number is good."""
     last = 65535 - (GRPC_OFFSET if grpc else 0)
-    return None if 0 < port <= last else f"the server needs one from 1 to {last}: choose another --port"
+    return None if 0 < port <= last else f"give one from 1 to {last}"
 
 
 def listen_problem(host: str, port: int) -> str | None:

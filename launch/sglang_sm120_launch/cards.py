@@ -47,17 +47,20 @@ def choose(machine: Machine, model: Model, wanted: tuple[int, ...] | None, tp: i
     if wanted is not None:
         absent = [index for index in wanted if not 0 <= index < count]
         if absent or not wanted or len(set(wanted)) != len(wanted):
-            raise LaunchError(f"--gpus is {','.join(map(str, wanted))}, this machine has 0 to {count - 1}, each once.")
+            raise LaunchError(
+                f"--gpus is {','.join(map(str, wanted))}, and this machine has 0 to {count - 1}: name each card once."
+            )
         group = list(wanted)
         if len(_alike(machine, group)) > 1:
             names = ", ".join(machine.gpus[index].name for index in group)
-            raise LaunchError(f"--gpus names cards that differ ({names}): ranks need cards that are alike.")
+            raise LaunchError(f"--gpus names cards that differ ({names}): name cards that are alike.")
     else:
         served = [index for index in range(count) if machine.gpus[index].sm in SERVED]
         if not served:
             names = ", ".join(sorted({f"{gpu.name} ({gpu.compute_capability})" for gpu in machine.gpus}))
             raise LaunchError(
-                f"{names} is no GPU with DeepSeek-V4 kernels: needed compute capability 9.0, 10.0, 10.3, 12.0 or 12.1."
+                f"{names} is no GPU with DeepSeek-V4 kernels, needed compute capability 9.0, 10.0, 10.3, 12.0 or 12.1: "
+                f"use such a card, or --device cpu for a small model."
             )
         groups = _alike(machine, served)
         group = max(groups, key=lambda one: _size(len(one)) * machine.gpus[one[0]].memory_mib)
@@ -76,7 +79,7 @@ def choose(machine: Machine, model: Model, wanted: tuple[int, ...] | None, tp: i
             most = next((size for size in SIZES if size <= len(group)), 0) * nodes
             raise LaunchError(
                 f"TP {tp} was asked for, and {nodes} x {len(group)} cards and the model's heads, groups and FP8 blocks "
-                f"allow powers of two up to {most}."
+                f"allow powers of two up to {most}: give one of them."
             )
         local = tp // nodes
     group = group[:local]

@@ -22,6 +22,8 @@ from .flags import Flags
 from .machine import Machine
 from .typed import typed
 
+OTHER = "use another config or none"
+
 
 class _Exact(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -84,25 +86,24 @@ class Config(_Exact):
         if target.gpu == "none":
             if machine.ram_mib < needs.ram_mib:
                 raise LaunchError(
-                    f"{self.name} needs {needs.ram_mib} MiB of memory and this host has {machine.ram_mib}."
+                    f"{self.name} needs {needs.ram_mib} MiB of memory and this host has {machine.ram_mib}: {OTHER}."
                 )
             return
         matching = [gpu for gpu in machine.gpus if matches(target.gpu, gpu.name)]
         if len(matching) < target.cards:
             found = ", ".join(gpu.name for gpu in machine.gpus) or "no GPU"
             raise LaunchError(
-                f"{self.name} is for {target.cards} x {target.gpu} and this machine has {found}: use another config or "
-                f"none."
+                f"{self.name} is for {target.cards} x {target.gpu} and this machine has {found}: {OTHER}."
             )
         for gpu in matching[: target.cards]:
             if gpu.memory_mib < needs.memory_mib:
                 raise LaunchError(
-                    f"{self.name} needs {needs.memory_mib} MiB per card and {gpu.name} has {gpu.memory_mib}."
+                    f"{self.name} needs {needs.memory_mib} MiB per card and {gpu.name} has {gpu.memory_mib}: {OTHER}."
                 )
             if needs.compute_capability not in (None, gpu.compute_capability):
                 raise LaunchError(
                     f"{self.name} needs compute capability {needs.compute_capability} and {gpu.name} has "
-                    f"{gpu.compute_capability}."
+                    f"{gpu.compute_capability}: {OTHER}."
                 )
         if machine.driver is None or int(machine.driver.split(".")[0]) < needs.driver:
             raise LaunchError(

@@ -156,7 +156,7 @@ def shape(arguments: argparse.Namespace, wanted: Wanted) -> Shape:
     """
     for name in ("nodes", "prefill"):
         if (count := getattr(arguments, name)) is not None and count < 1:
-            raise LaunchError(f"--{name} is {count}, needed a whole number of 1 or more.")
+            raise LaunchError(f"--{name} is {count}: give a whole number of 1 or more.")
     if arguments.prefill is not None and arguments.role is None:
         raise LaunchError("--prefill counts servers that prefill alone, and no --role was given: add --role all.")
     for name in (*RANKS, "disaggregation-mode"):
@@ -200,7 +200,7 @@ _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 def _names(text: str | None) -> list[str]:
     names = text.split(",") if text else []
     if not all(_HOST.fullmatch(name) for name in names) or text == "":
-        raise LaunchError(f"--hosts is {text!r}, needed host names or IPv4 addresses with a comma between them.")
+        raise LaunchError(f"--hosts is {text!r}: give host names or IPv4 addresses with a comma between them.")
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise LaunchError(f"--hosts names {twice} twice, and each machine has one part: name it once.")
     return names

@@ -139,7 +139,8 @@ class Flags:
         known = self._words._option_string_actions
         if word not in known:
             raise LaunchError(
-                f"{where} has the flag {word}, which SGLang does not know: the nearest is {nearest(word, known)}."
+                f"{where} has the flag {word}, which SGLang does not know: leave it out, or give the nearest, "
+                f"{nearest(word, known)}."
             )
         return known[word].dest[2:]
 
@@ -163,7 +164,7 @@ class Flags:
             if isinstance(value, list) and value and all(type(entry) is type(value[0]) for entry in value):
                 value = tuple(value) if isinstance(value[0], int | str) else value
             if not isinstance(value, bool | int | float | str | tuple):
-                raise LaunchError(f"{where}: {written} is {value!r}, needed a number, a word or a list of one of them.")
+                raise LaunchError(f"{where} has {written}={value!r}: give a number, a word or a list of one of them.")
             found[self.name(str(written), where)] = value
         return found
 

@@ -7,9 +7,9 @@ import math
 import re
 import struct
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +17,7 @@ from .errors import LaunchError
 
 if TYPE_CHECKING:
     from sglang_sm120.checkpoint.config import DSparkConfig
+    from sglang_sm120.checkpoint.layout import Entry
 
 MODEL_TYPE = "deepseek_v4"
 INDEX = "model.safetensors.index.json"
@@ -26,6 +27,11 @@ _SHARDED = re.compile(
     r"^(embed|head)\.weight$|\.attn\.(wq_b|wo_a|wo_b)\.|"
     r"\.ffn\.(shared_experts|experts\.\d+)\.w[123]\.(?!weight_scale_2$|input_scale$)"
 )
+
+_PAIRS = frozenset(("I8", "U8"))
+"""Of a byte with two E2M1 values: SGLang takes either (`configs/deepseek_v4.py`) and copies it bit for bit."""
+_FLOATS = frozenset(("BF16", "F16", "F32"))
+"""Of what a drafter has unquantised: no source says in which dtype all of it is published, and SGLang converts."""
 
 
 class Kind(NamedTuple):
@@ -88,7 +94,8 @@ class Model:
         """Read a checkpoint directory, a model of the Hugging Face cache, or the known config of a published model.
 
         Raises:
-            LaunchError: there is no such model here, it is not DeepSeek-V4, or a file of the checkpoint is missing.
+            LaunchError: there is no such model here, it is not DeepSeek-V4, a file of the checkpoint is missing, or a
+                tensor is not what config.json says.
         """
         folder = located(path)
         file = folder / "config.json" if folder is not None else None
@@ -100,15 +107,14 @@ class Model:
             config = model_config(path)
         else:
             raise LaunchError(f"{folder} has no config.json: give the directory of a DeepSeek-V4 checkpoint.")
-        expected = _from_config(config)
         if folder is None or not (folder / INDEX).is_file():
-            return cls(path, config, expected)
-        found = _sizes(headers(folder))
-        # DSpark's stages take the place of the MTP layer under the same prefix.
-        bundled = bundles_dspark(config)
-        needed = {name: size for name, size in expected.items() if not (bundled and name.startswith("mtp."))}
-        _compare(found, needed, folder, " bytes")
-        return cls(path, config, found)
+            return cls(path, config, _from_config(config))
+        found, needed = headers(folder), _needed(config)
+        if bundles_dspark(config):
+            # DSpark's stages take the place of the MTP layer under the same prefix.
+            needed = {name: entry for name, entry in needed.items() if not name.startswith("mtp.")}
+        _compare(found, needed, folder)
+        return cls(path, config, _sizes(found))
 
     def with_dspark(self) -> Model:
         """The model with the DSpark drafter of its files, or of the folder beside them; as it is where there is none.
@@ -117,7 +123,7 @@ class Model:
             LaunchError: the drafter is another model's, or a file of it is missing.
         """
         from sglang_sm120.checkpoint.config import DSPARK_FOLDER, DSparkConfig, ReferenceConfig
-        from sglang_sm120.checkpoint.layout import stored
+        from sglang_sm120.checkpoint.layout import entries
 
         folder = located(self.path)
         if folder is not None and not bundles_dspark(self.config):
@@ -130,9 +136,7 @@ class Model:
         except ValueError as error:
             raise LaunchError(f"{file} is of no drafter for {self.path} ({error}): use the model's own.") from None
         found = {name: entry for name, entry in headers(folder).items() if name.startswith("mtp.")}
-        # Shapes, as no source says in which dtype the published chain and confidence head are.
-        shapes = {name: list(shape) for name, (shape, _) in stored(target, dspark).items()}
-        _compare({name: entry.get("shape") for name, entry in found.items()}, shapes, folder, "")
+        _compare(found, entries(target, dspark), folder)
         rest = {name: size for name, size in self.tensors.items() if not name.startswith("mtp.")}
         return replace(self, tensors={**rest, **_sizes(found)}, dspark=dspark)
 
@@ -190,7 +194,7 @@ def checked(config: dict[str, Any], path: str, file: Path) -> dict[str, Any]:
     """
     kind = config.get("model_type")
     if kind != MODEL_TYPE:
-        raise LaunchError(f"{path} is a model of type {kind}, needed {MODEL_TYPE}: this launcher serves nothing else.")
+        raise LaunchError(f"{path} is a model of type {kind}, needed {MODEL_TYPE}: give a DeepSeek-V4 checkpoint.")
     from sglang_sm120.checkpoint.config import ReferenceConfig
 
     try:
@@ -262,16 +266,42 @@ def _sizes(entries: Mapping[str, dict[str, Any]]) -> dict[str, int]:
     return {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in entries.items()}
 
 
-def _compare(found: Mapping[str, object], needed: Mapping[str, object], folder: Path, unit: str) -> None:
-    """Raise LaunchError where a tensor that config.json implies is missing or has another size."""
-    differing = sorted(name for name, size in needed.items() if found.get(name) != size)
+def _compare(found: Mapping[str, dict[str, Any]], needed: Mapping[str, Entry], folder: Path) -> None:
+    """Raise LaunchError where a tensor that config.json implies is missing, or of another dtype or shape."""
+    differing = sorted(name for name in needed if name not in found or _differs(name, found[name], needed[name]))
     if differing:
         name = differing[0]
-        there = f"{found[name]}{unit}" if name in found else "nothing"
+        there = _words(found[name]["shape"], found[name]["dtype"]) if name in found else "nothing"
         raise LaunchError(
-            f"{folder / INDEX} differs from config.json in {len(differing)} of {len(needed)} tensors (first {name}: "
-            f"{there}, needed {needed[name]}{unit}): use the published checkpoint, or download it again."
+            f"{folder} differs from its config.json in {len(differing)} of {len(needed)} tensors (first {name}: "
+            f"{there}, needed {_words(*needed[name])}): use the published checkpoint, or download it again."
         )
+
+
+def _differs(name: str, found: Mapping[str, Any], needed: Entry) -> bool:
+    """Whether SGLang could not take a tensor for the one that is needed; of one value it asks for no shape."""
+    shape, dtype = needed
+    if tuple(found["shape"]) != shape and not math.prod(found["shape"]) == math.prod(shape) == 1:
+        return True
+    if dtype in _FLOATS and name.startswith("mtp."):
+        return found["dtype"] not in _FLOATS
+    return found["dtype"] not in (_PAIRS if dtype in _PAIRS else (dtype,))
+
+
+def _words(shape: Sequence[int], dtype: str) -> str:
+    return f"{dtype} {list(shape)}"
+
+
+def _size(shape: Sequence[int], dtype: str) -> int:
+    """Bytes of a tensor."""
+    return math.prod(shape) * _bits(dtype) // 8
+
+
+@cache
+def _bits(dtype: str) -> int:
+    """Bits of a value, which the first number of a dtype's name in safetensors says, but for BOOL: eight."""
+    found = re.search(r"\d+", dtype)
+    return int(found[0]) if found else 8
 
 
 def shard_header(file: Path) -> dict[str, dict[str, Any]]:
@@ -288,8 +318,9 @@ def shard_header(file: Path) -> dict[str, dict[str, Any]]:
             header = json.loads(stream.read(size))
         header.pop("__metadata__", None)
         for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            if not (type(begin) is type(end) is int and 0 <= begin <= end and isinstance(entry["dtype"], str)):
+            (begin, end), shape = entry["data_offsets"], entry["shape"]
+            whole = type(begin) is type(end) is int and all(type(size) is int and size >= 0 for size in shape)
+            if not whole or not 0 <= begin <= end or _size(shape, entry["dtype"]) != end - begin:
                 raise ValueError(f"the entry of {name}")
     except FileNotFoundError:
         raise LaunchError(f"{file} is missing though the index names it: download it.") from None
@@ -302,9 +333,13 @@ def shard_header(file: Path) -> dict[str, dict[str, Any]]:
     return header
 
 
-def _from_config(config: dict[str, Any]) -> dict[str, int]:
+def _needed(config: dict[str, Any]) -> dict[str, Entry]:
     from sglang_sm120.checkpoint.config import ReferenceConfig
-    from sglang_sm120.checkpoint.layout import stored
+    from sglang_sm120.checkpoint.layout import entries
 
-    layout = stored(ReferenceConfig.from_json(config))
-    return {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in layout.items()}
+    return entries(ReferenceConfig.from_json(config))
+
+
+def _from_config(config: dict[str, Any]) -> dict[str, int]:
+    """Bytes of every tensor that a config.json implies."""
+    return {name: _size(*entry) for name, entry in _needed(config).items()}

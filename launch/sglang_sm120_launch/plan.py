@@ -20,6 +20,7 @@ from .machine import MIB, Gpu, Machine
 from .model import Model
 from .sections import (
     CPU_CHUNK,
+    NVFP4_NOTE,
     NVFP4_RUNNER,
     cpu_ranks,
     dspark_settings,
@@ -169,7 +170,7 @@ def _on_cuda(machine: Machine, model: Model, request: Request) -> _Decided:
         *served_settings(),
         *talk,
     ]
-    sentences = [*cards.notes, *notes(machine, tp)]
+    sentences = [*cards.notes, *notes(machine, tp), *([NVFP4_NOTE] if nvfp4 else ())]
     if absent:
         sentences.append(f"SGLang's own forward serves every pass: {', '.join(absent)}.")
     predicted = None
@@ -197,18 +198,22 @@ def _without_step(request: Request, machine: Machine, *, takes_prefill: bool, em
 def _require_step(request: Request, sm12x: bool, absent: list[str], draft: int) -> None:
     """Raise LaunchError where the step cannot serve a model with NVFP4 experts, which nothing else does on SM12x."""
     backend = request.value("moe-runner-backend")
+    do = "leave it out, or use a checkpoint with MXFP4"
     if not sm12x:
-        absent = ["SGLang loads them on Blackwell alone"]
+        absent, do = ["SGLang loads them on Blackwell alone"], "use a checkpoint with MXFP4"
     elif draft:
-        absent = ["SGLang 0.5.23 then puts the drafts' experts in a layout for SM100: leave speculation out"]
+        absent = ["SGLang 0.5.23 then puts the drafts' experts in a layout for SM100"]
+        do = "leave speculation out"
     elif backend not in (None, NVFP4_RUNNER):
-        absent = [f"--moe-runner-backend {backend} does not leave them as they are: leave it out"]
+        absent, do = [f"--moe-runner-backend {backend} does not leave them as they are"], "leave it out"
     elif (values.number(request, "ep-size") or 1) > 1:
-        absent = ["SGLang 0.5.23 multiplies all experts' input scales by the factors of a rank's own: leave EP out"]
+        absent = ["SGLang 0.5.23 multiplies all experts' input scales by the factors of a rank's own"]
+        do = "leave EP out"
     elif (values.number(request, "max-running-requests") or 0) > MAX_ROWS:
-        absent = [f"it takes {MAX_ROWS} requests at once: give a --max-running-requests up to that"]
+        absent, do = [f"it takes {MAX_ROWS} requests at once"], "give a --max-running-requests up to that"
     if absent:
-        raise LaunchError(f"The model's experts are NVFP4, which the step alone serves here, and {', '.join(absent)}.")
+        found = ", ".join(absent)
+        raise LaunchError(f"The model's experts are NVFP4, which the step alone serves here, and {found}: {do}.")
 
 
 def _require_served(request: Request) -> None:
@@ -233,7 +238,8 @@ def _on_cpu(machine: Machine, model: Model, request: Request) -> _Decided:
     if tp not in SIZES or not experts_by(model, tp):
         most = max(size for size in SIZES if experts_by(model, size))
         raise LaunchError(
-            f"TP {tp} was asked for, and the model's heads, groups and FP8 blocks allow powers of two up to {most}."
+            f"TP {tp} was asked for, and the model's heads, groups and FP8 blocks allow powers of two up to {most}: "
+            f"give one of them."
         )
     if tp % machine.nodes:
         raise LaunchError(f"TP {tp} was asked for over {machine.nodes} machines: give a multiple of {machine.nodes}.")
@@ -268,19 +274,21 @@ def _on_cpu(machine: Machine, model: Model, request: Request) -> _Decided:
 
 def _instead(refusal: Unfit, machine: Machine, model: Model, request: Request) -> str:
     """The refusal as one sentence that says which cards hold the model."""
+    small = "give a small checkpoint, all that a CPU is for"
     if request.value("device") == "cpu":
-        return f"{refusal}; a CPU serves small checkpoints only."
+        return f"{refusal}; {small}."
     if not machine.gpus:
         found = _holding(CARD, 0, machine, model, request)
         return (
             f"No NVIDIA GPU was found, so the plan is for the CPU (--machine FILE.json plans for another): {refusal}; "
-            f"a CPU serves small checkpoints only{f', use {found}' if found else ''}."
+            f"{small}{f', or use {found}' if found else ''}."
         )
     cards = choose(machine, model, request.gpus, values.number(request, "tp-size"))
     if found := _holding(cards.gpu, cards.tp, machine, model, request):
         return f"{refusal}; use {found}."
     found = _holding(CARD, 0, machine, model, request)
-    return f"{refusal}; use cards with more memory{f', {found}' if found else ', or ask for less'}."
+    more = f", {found}" if found else ", or ask for less: a shorter context, fewer requests"
+    return f"{refusal}; use cards with more memory{more}."
 
 
 def _holding(gpu: Gpu, above: int, machine: Machine, model: Model, request: Request) -> str | None:

@@ -168,6 +168,7 @@ def loading_settings(room: Room, request: Request) -> Iterator[Setting]:
 
 NVFP4_RUNNER = "flashinfer_mxfp4"
 """SGLang's runner that leaves the weights of NVFP4 experts as they lie in a checkpoint."""
+NVFP4_NOTE = "The input scales of the NVFP4 experts are ignored: the step has activations in bf16."
 
 
 def nvfp4_settings() -> Iterator[Setting]:

@@ -94,7 +94,7 @@ def checked(request: Request, model: Model) -> Request:
             )
     port = number(request, "port") or PORT
     if problem := port_problem(port, grpc(request.value)):
-        raise LaunchError(f"--port is {port} and {problem}.")
+        raise LaunchError(f"--port is {port}: {problem}.")
     number(request, "node-rank", least=0)
     return _with_drafts(request, model)
 
@@ -107,7 +107,7 @@ def number(request: Request, name: str, least: int = 1) -> int | None:
     """
     value = request.value(name)
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-        raise LaunchError(f"--{name} is {value!r}, needed a whole number of {least} or more.")
+        raise LaunchError(f"--{name} is {value!r}: give a whole number of {least} or more.")
     return value
 
 
@@ -134,7 +134,7 @@ def given(request: Request, model: Model) -> Given:
         graphs = ()
     sizes = tuple(one for one in graphs if isinstance(one, int) and one > 0) if isinstance(graphs, tuple) else None
     if sizes != graphs:
-        raise LaunchError(f"--cuda-graph-bs-decode is {graphs!r}, needed whole numbers of 1 or more.")
+        raise LaunchError(f"--cuda-graph-bs-decode is {graphs!r}: give whole numbers of 1 or more.")
     return Given(
         chunk=number(request, "chunked-prefill-size"),
         requests=number(request, "max-running-requests"),
@@ -258,5 +258,5 @@ def _fraction(request: Request, name: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-        raise LaunchError(f"--{name} is {value!r}, needed a number between 0 and 1.")
+        raise LaunchError(f"--{name} is {value!r}: give a number between 0 and 1.")
     return float(value)

@@ -91,7 +91,7 @@ def takes_prefill(value: str | None, emulated: bool) -> bool:
         ValueError: the variable has another value than sglang or overlay, or sglang where the step must take prefill.
     """
     if value not in (None, "", "sglang", "overlay"):
-        raise ValueError(f"SGLANG_SM120_PREFILL is {value!r} and needs sglang or overlay.")
+        raise ValueError(f"SGLANG_SM120_PREFILL is {value!r}: set it to sglang or overlay.")
     if value == "sglang" and emulated:
         raise ValueError("SGLANG_SM120_PREFILL is sglang, whose prefill needs SM12x: leave out SGLANG_SM120_FORCE.")
     return value == "overlay" or emulated

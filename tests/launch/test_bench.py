@@ -140,7 +140,7 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     [
         (None, "cannot be read"),
         ("{", "is not JSON"),
-        ("[]", "needed 1"),
+        ("[]", "holds no JSON object"),
         (json.dumps({"schema": 99, "points": []}), "schema 99"),
         (json.dumps(result(point(512, 1, 1.0))), "no point in common"),
         ("[" * 100000, "is not JSON"),

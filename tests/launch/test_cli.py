@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -136,7 +139,7 @@ def test_the_launcher_alone_on_a_bare_python(command: str, tmp_path: Path):
         words = ["doctor", "--model", "."]
         done = subprocess.run([*bare, *words], capture_output=True, text=True, timeout=60, cwd=tmp_path)
         assert done.returncode == 1 and done.stderr == "" and "sglang-sm120 is not installed" in done.stdout
-        assert done.stdout.count("not looked at") == 3, "patches, checkpoint and experts"
+        assert done.stdout.count("not looked at") == 2, "patches and checkpoint"
 
 
 def test_the_max_q_edition_is_planned(capsys: pytest.CaptureFixture[str]):
@@ -218,3 +221,22 @@ def test_versions(capsys: pytest.CaptureFixture[str]):
         cli.main(["--version"])
     assert ended.value.code == 0
     assert capsys.readouterr().out == f"sglang-sm120 {__version__}, sglang 0.5.23\n"
+
+
+def _sentences() -> Iterator[tuple[str, str]]:
+    """Where an error for the user is made, and its text with each value as `…`; but for those made elsewhere."""
+    for file in sorted(Path(cli.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("LaunchError", "Failed", "_Stopped"):
+                text = node.args[0]
+                parts = text.values if isinstance(text, ast.JoinedStr) else [text]
+                words = [str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts]
+                if words != ["…"]:
+                    yield f"{file.name}:{node.lineno}", "".join(words)
+
+
+def test_every_error_says_what_to_do():
+    """After its last colon: doctor shows it in a line of its own."""
+    found = list(_sentences())
+    assert len(found) > 100
+    assert [one for one in found if not re.search(r": (…|\S.*[.…])$", one[1])] == []

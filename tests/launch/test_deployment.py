@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shlex
@@ -10,6 +11,7 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -358,6 +360,29 @@ def test_files_are_all_there_or_none(tmp_path: Path) -> None:
     with pytest.raises(LaunchError, match="nothing can be written"):
         writers._write(tmp_path, {"first": "text", "second": "text"})
     assert [path.name for path in tmp_path.iterdir()] == ["second"]
+
+
+@pytest.mark.parametrize("text", ["\udcff", "no space"])
+def test_folders_of_files_that_could_not_be_written_go(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half-way: the second file has no UTF-8, or the disk is full; a folder that was there stays."""
+    (tmp_path / "mine").mkdir()
+    if text == "no space":
+        opened, full = Path.open, Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+        monkeypatch.setattr(Path, "open", lambda self, *a, **k: (opened, full)[self.name == "second"](self, *a, **k))
+    with pytest.raises(LaunchError, match="^--write names .*, where nothing can be written"):
+        writers._write(tmp_path / "mine/new/below", {"first": "text", "second": text})
+    assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
+
+
+def test_no_folder_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """An unset variable of a shell is no name of the present folder."""
+    monkeypatch.chdir(tmp_path)
+    words = [*PLAN, "--machine", TWO, "--format", "compose", "--write"]
+    assert "--write is '', which names no folder: name one, or ." in refused([*words, ""], capsys)
+    assert not list(tmp_path.iterdir())
+    assert cli.main([*words, "."]) == 0 and list(tmp_path.iterdir())
 
 
 def test_who_may_use_the_server_is_told_with_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -197,9 +197,9 @@ def test_a_checkpoint_that_bundles_it(checkpoint: Path, tmp_path: Path):
         ({"model_type": "llama"}, "is a model of type llama, needed deepseek_v4"),
         ({"architectures": ["DSparkDraftModel"]}, "architectures=['DSparkDraftModel'], needed one of"),
         ({"expert_dtype": "bf16"}, "expert_dtype='bf16'"),
-        ({"dspark_target_layer_ids": [1, 2, 3]}, "mtp.0.main_proj.scale: [2, 4], needed [2, 6]"),
-        ({"dspark_markov_rank": 32}, "mtp.1.confidence_head.proj.weight: [1, 320], needed [1, 288]"),
-        ({"dspark_n_routed_experts": 8}, "mtp.0.ffn.gate.bias: [16], needed [8]"),
+        ({"dspark_target_layer_ids": [1, 2, 3]}, "mtp.0.main_proj.scale: F8_E8M0 [2, 4], needed F8_E8M0 [2, 6]"),
+        ({"dspark_markov_rank": 32}, "mtp.1.confidence_head.proj.weight: F32 [1, 320], needed F32 [1, 288]"),
+        ({"dspark_n_routed_experts": 8}, "mtp.0.ffn.gate.bias: F32 [16], needed F32 [8]"),
     ],
 )
 def test_another_models_drafter(checkpoint: Path, tmp_path: Path, changes: dict[str, Any], said: str):

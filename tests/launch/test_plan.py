@@ -126,7 +126,7 @@ def test_what_is_advised_fits(name: str, model: str, request: pytest.FixtureRequ
 
 def test_a_machine_that_holds_nothing_more_is_told_so():
     """A value that the user gave, which no number of cards makes fit."""
-    with pytest.raises(LaunchError, match="; use cards with more memory, or ask for less.$"):
+    with pytest.raises(LaunchError, match=", or ask for less: a shorter context, fewer requests.$"):
         make_plan(TWO, MODEL, Request(flags={"max-total-tokens": 10}))
 
 

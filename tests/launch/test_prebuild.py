@@ -230,7 +230,7 @@ def test_a_module_that_cannot_be_built_ends_no_server(place: Place):
     [
         (["--arch", "cpu"], "--arch cpu is no card: name sm120 …"),
         (["--arch", "sm75"], "There is no list of modules for sm75 (there is for sm120): name one with --modules."),
-        (["--arch", "sm120", "--jobs", "0"], "--jobs is 0, needed 1 or more."),
+        (["--arch", "sm120", "--jobs", "0"], "--jobs is 0: give 1 or more."),
         (["--arch", "sm120", "--modules", "nowhere"], "--modules nowhere cannot be read (No such file or directory)"),
     ],
 )

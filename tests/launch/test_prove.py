@@ -267,7 +267,7 @@ def test_a_page_stays(name: str, capsys: pytest.CaptureFixture[str]):
 
 
 def test_no_time(capsys: pytest.CaptureFixture[str]):
-    assert "--seconds is 0, needed 1 or more" in refused(["prove", "--seconds", "0"], capsys)
+    assert "--seconds is 0: give 1 or more" in refused(["prove", "--seconds", "0"], capsys)
 
 
 def test_a_run_that_is_interrupted_at_once_leaves_nothing(monkeypatch: pytest.MonkeyPatch):

@@ -286,8 +286,9 @@ def test_two_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         (report() | {"servers": [{}]}, "is damaged: run `prove` again"),
         (report(servers=[server("model", point("decode", float("nan"), "ms"))]), "is damaged"),
         (report(servers=[], ops=[op("a")]), "have no time in common"),
-        ({"schema": 1, "points": []}, "of `prove` and the other file of `bench`: name two of one kind"),
+        ({"schema": 1, "points": []}, "of `prove` and the other file is not: name two of one kind"),
         ("{", "is not JSON"),
+        ("[]", "holds no JSON object: name a result of `bench` or `prove`"),
     ],
 )
 @pytest.mark.parametrize("first", (True, False))

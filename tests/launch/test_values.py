@@ -63,9 +63,9 @@ def test_steps_and_tokens_belong_together(steps: int | None, tokens: int | None)
 
 
 DRAFTS: dict[str, tuple[dict[str, Any], str]] = {
-    "no token": ({"speculative_num_draft_tokens": 0}, "is 0, needed a whole number of 2"),
-    "the verified one alone": ({"speculative_num_draft_tokens": 1}, "is 1, needed a whole number of 2"),
-    "no step": ({"speculative_num_steps": 0}, "is 0, needed"),
+    "no token": ({"speculative_num_draft_tokens": 0}, "is 0: give a whole number of 2"),
+    "the verified one alone": ({"speculative_num_draft_tokens": 1}, "is 1: give a whole number of 2"),
+    "no step": ({"speculative_num_steps": 0}, "is 0: give"),
     "too many tokens": ({"speculative_num_draft_tokens": 12}, "is 12, and the compressor can take back 10"),
     "too many steps": ({"speculative_num_steps": 10}, "is 10, and the compressor can take back 10"),
     "steps and tokens apart": ({"speculative_num_steps": 3, "speculative_num_draft_tokens": 6}, "one more"),
@@ -135,11 +135,11 @@ OUT_OF_RANGE: dict[str, tuple[dict[str, Any], str]] = {
     "empty chunks": ({"chunked_prefill_size": 0}, "is 0, prefill in one piece"),
     "no token": ({"max_total_tokens": 0}, "max-total-tokens is 0"),
     "no graph": ({"cuda_graph_max_bs_decode": 0}, "cuda-graph-max-bs-decode is 0"),
-    "graphs of nothing": ({"cuda_graph_bs_decode": (0, 1)}, "needed whole numbers of 1 or more"),
+    "graphs of nothing": ({"cuda_graph_bs_decode": (0, 1)}, "give whole numbers of 1 or more"),
     "no rank": ({"tp_size": 0}, "tp-size is 0"),
     "no host": ({"nnodes": 0}, "nnodes is 0"),
     "a rank before the first": ({"node_rank": -1}, "node-rank is -1"),
-    "all memory": ({"mem_fraction_static": 1.0}, "needed a number between 0 and 1"),
+    "all memory": ({"mem_fraction_static": 1.0}, "give a number between 0 and 1"),
 }
 
 

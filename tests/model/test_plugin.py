@@ -183,7 +183,7 @@ def test_prefill_is_taken_on_request(prefill: Callable[[str], None]) -> None:
     assert why_left("extend", 1, {"input_embeds": 0}) == "the pass brings embeddings instead of tokens"
     assert why_left("mixed", 1, {}) == "the step takes decode and verification, not mixed"
     prefill("yes")
-    with pytest.raises(ValueError, match="^SGLANG_SM120_PREFILL is 'yes' and needs sglang or overlay.$"):
+    with pytest.raises(ValueError, match="^SGLANG_SM120_PREFILL is 'yes': set it to sglang or overlay.$"):
         why_left("extend", 1, {})
 
 

@@ -86,20 +86,26 @@ def lines(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty where it is another value."""
+    """The JSON object in a file.
+
+    Raises:
+        LaunchError: it cannot be read or holds something else.
+    """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise LaunchError(f"{path} cannot be read ({error.strerror}): name a result of `bench` or `prove`.") from None
     except (ValueError, RecursionError) as error:
         raise LaunchError(f"{path} is not JSON ({error}): name a result of `bench` or `prove`.") from None
-    return result if isinstance(result, dict) else {}
+    if not isinstance(result, dict):
+        raise LaunchError(f"{path} holds no JSON object: name a result of `bench` or `prove`.")
+    return result
 
 
 def checked(result: dict[str, Any], path: Path) -> dict[str, Any]:
     """A result of `bench`; raises LaunchError when it is none of this version."""
     if "ops" in result:
-        raise LaunchError(f"{path} is of `prove` and the other file of `bench`: name two of one kind.")
+        raise LaunchError(f"{path} is of `prove` and the other file is not: name two of one kind.")
     schema = result.get("schema")
     if schema != SCHEMA or not isinstance(result.get("points"), list):
         raise LaunchError(

@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     sm = _card(arguments.arch)
     entries = listed(sm, arguments.modules)
     if arguments.jobs is not None and arguments.jobs < 1:
-        raise LaunchError(f"--jobs is {arguments.jobs}, needed 1 or more.")
+        raise LaunchError(f"--jobs is {arguments.jobs}: give 1 or more.")
     if find_nvcc(os.environ) is None:
         raise LaunchError("No nvcc is in CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda: install the CUDA toolkit.")
     # By the variables as `serve` has them: SGLang sets some when it is imported.

@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
     if out.suffix != ".json" or not os.access(out.absolute().parent, os.W_OK):
         raise LaunchError(f"--out {out} cannot be written: name a .json file in an existing folder of yours.")
     if arguments.seconds is not None and arguments.seconds < 1:
-        raise LaunchError(f"--seconds is {arguments.seconds}, needed 1 or more.")
+        raise LaunchError(f"--seconds is {arguments.seconds}: give 1 or more.")
     # As Ctrl-C does: servers are stopped, their folder is removed, what was done is kept.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)

@@ -202,7 +202,7 @@ def watch(child: Child, plan: Plan, stall_limit: float) -> None:
         if child.status() is not None:
             raise Failed(f"The server ended with status {child.status()}: its last lines above say why.")
         if lost := child.lost():
-            raise Failed(f"Process {lost} of the server has ended while the others run: the server is stopped.")
+            raise Failed(f"Process {lost} of the server has ended while the others run: its last lines above say why.")
         if (silence := progress.silence()) > stall_limit:
             print(child.stacks(), file=sys.stderr, flush=True)
             raise Failed(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,13 +35,15 @@ RELEASE = "# Written by `sglang-sm120 plan` for "
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `plan` for files."""
-    parser.add_argument("--write", type=Path, metavar="DIR", help="write files that start the plan into this folder")
+    parser.add_argument("--write", metavar="DIR", help="write files that start the plan into this folder")
     parser.add_argument("--format", choices=FORMATS, help="what reads the files")
     parser.add_argument("--image", metavar="NAME", help=f"the container image (default: sglang-sm120:{__version__})")
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Raise LaunchError where the arguments do not go together."""
+    """Raise LaunchError where the arguments do not go together, or --write names nothing."""
+    if arguments.write == "":
+        raise LaunchError("--write is '', which names no folder: name one, or . for the present one.")
     if arguments.write and not arguments.format:
         raise LaunchError(f"--write was given and no --format: add one of {', '.join(FORMATS)}.")
     for name in ("format", "image"):
@@ -72,7 +75,7 @@ def write(arguments: argparse.Namespace, wanted: Wanted) -> str:
         wanted = replace(wanted, model=replace(wanted.model, path=str(Path(wanted.model.path).absolute())))
     described = deployment.describe(shape, hosts, wanted)
     files, steps = make(described, arguments.image or f"sglang-sm120:{__version__}")
-    folder = arguments.write
+    folder = Path(arguments.write)
     texts = {name: headed(text, described.release) for name, text in files.items()}
     _require_room(folder, texts, described.release)
     _write(folder, texts)
@@ -81,7 +84,8 @@ def write(arguments: argparse.Namespace, wanted: Wanted) -> str:
 
 
 def _write(folder: Path, texts: Files) -> None:
-    """Write all of the files or, raising LaunchError, none."""
+    """Write all of the files or, raising LaunchError, none; nor is a folder left that was made for them."""
+    new = [one for one in (folder, *folder.parents) if not one.exists()]
     begun: list[Path] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -89,9 +93,13 @@ def _write(folder: Path, texts: Files) -> None:
             with (folder / name).open("x", encoding="utf-8") as file:
                 begun.append(folder / name)
                 file.write(text)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         for path in begun:
             path.unlink()
+        for one in new:
+            # One that was not made, or that somebody has put something into since.
+            with suppress(OSError):
+                one.rmdir()
         raise LaunchError(f"--write names {folder}, where nothing can be written ({error}): give another.") from None
 
 

@@ -1,7 +1,8 @@
 """Which tensors a published DeepSeek-V4 checkpoint holds: names, shapes, dtypes.
 
-Two views of the same list: `parameters` yields the model's weights (one entry per matrix), `stored` the
-tensors as they lie in the files (a quantised matrix is two tensors, the weight and its `.scale`, in NVFP4 four).
+Two views of the same list: `parameters` yields the model's weights (one entry per matrix), `entries` the tensors as the
+files' headers have them (a quantised matrix is two tensors, the weight and its `.scale`, in NVFP4 four), and `stored`
+the same with torch's dtypes. Only `stored` needs torch.
 """
 
 from __future__ import annotations
@@ -9,12 +10,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 from .config import FP8_BLOCK, HEAD_DIM, INDEX_HEAD_DIM, NVFP4_GROUP, DSparkConfig, ReferenceConfig
 
 MXFP4_GROUP = 32
+Entry = tuple[tuple[int, ...], str]
+"""Shape and dtype of a tensor, the dtype as safetensors spells it."""
+_TORCH = {
+    "BF16": "bfloat16", "F32": "float32", "I32": "int32", "I8": "int8", "U8": "uint8", "F8_E4M3": "float8_e4m3fn",
+    "F8_E8M0": "float8_e8m0fnu",
+}  # fmt: skip
+"""The names that torch has for them."""
 
 
 class Storage(Enum):
@@ -36,30 +46,24 @@ class Parameter:
     shape: tuple[int, ...]
     storage: Storage
 
-    def stored(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def entries(self) -> dict[str, Entry]:
         """The tensors in the files: name -> (shape, dtype)."""
         if self.storage is Storage.FP8:
             n, k = self.shape
             blocks = (-(-n // FP8_BLOCK), -(-k // FP8_BLOCK))
-            return {
-                self.name: (self.shape, torch.float8_e4m3fn),
-                self.scale_name: (blocks, torch.float8_e8m0fnu),
-            }
+            return {self.name: (self.shape, "F8_E4M3"), self.scale_name: (blocks, "F8_E8M0")}
         if self.storage is Storage.MXFP4:
             n, k = self.shape
-            return {
-                self.name: ((n, k // 2), torch.int8),
-                self.scale_name: ((n, k // MXFP4_GROUP), torch.float8_e8m0fnu),
-            }
+            return {self.name: ((n, k // 2), "I8"), self.scale_name: ((n, k // MXFP4_GROUP), "F8_E8M0")}
         if self.storage is Storage.NVFP4:
             n, k = self.shape
             return {
-                self.name: ((n, k // 2), torch.uint8),
-                f"{self.name}_scale": ((n, k // NVFP4_GROUP), torch.float8_e4m3fn),
-                f"{self.name}_scale_2": ((), torch.float32),
-                f"{self.name.removesuffix('.weight')}.input_scale": ((), torch.float32),
+                self.name: ((n, k // 2), "U8"),
+                f"{self.name}_scale": ((n, k // NVFP4_GROUP), "F8_E4M3"),
+                f"{self.name}_scale_2": ((), "F32"),
+                f"{self.name.removesuffix('.weight')}.input_scale": ((), "F32"),
             }
-        dtype = {Storage.BF16: torch.bfloat16, Storage.FP32: torch.float32, Storage.INT32: torch.int32}
+        dtype = {Storage.BF16: "BF16", Storage.FP32: "F32", Storage.INT32: "I32"}
         return {self.name: (self.shape, dtype[self.storage])}
 
     @property
@@ -92,11 +96,18 @@ def parameters(config: ReferenceConfig, dspark: DSparkConfig | None = None) -> I
         yield from _hc_head(config, prefix)
 
 
+def entries(config: ReferenceConfig, dspark: DSparkConfig | None = None) -> dict[str, Entry]:
+    """Every tensor of the checkpoint files, or of the drafter's: name -> (shape, dtype)."""
+    return {name: entry for p in parameters(config, dspark) for name, entry in p.entries().items()}
+
+
 def stored(
     config: ReferenceConfig, dspark: DSparkConfig | None = None
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Every tensor of the checkpoint files, or of the drafter's: name -> (shape, dtype)."""
-    return {name: entry for p in parameters(config, dspark) for name, entry in p.stored().items()}
+    """`entries` with torch's dtypes."""
+    import torch
+
+    return {name: (shape, getattr(torch, _TORCH[dtype])) for name, (shape, dtype) in entries(config, dspark).items()}
 
 
 def _dspark(config: ReferenceConfig, dspark: DSparkConfig) -> Iterator[Parameter]:
