@@ -172,6 +172,25 @@ def account(found: Sequence[Cycle], known: Mapping[str, Mapping[Any, str]], spec
     }
 
 
+def prefill(found: Sequence[Kernel], known: Mapping[str, Mapping[Any, str]]) -> dict[str, Any]:
+    """All that ran from the first kernel to the last, in µs, by op; `known` as for `account`."""
+    ops: dict[str, float] = defaultdict(float)
+    for kernel in found:
+        ops[traces.op_of(kernel, known)] += kernel.us
+    span = Span(min(kernel.start for kernel in found), max(kernel.end for kernel in found))
+    return {
+        "us": round(span.us, 1), "idle_us": round(span.us - busy(found), 1), "launches": len(found),
+        "ops": {op: round(us, 1) for op, us in sorted(ops.items(), key=lambda item: -item[1])},
+    }  # fmt: skip
+
+
+def prefill_table(told: Mapping[str, Any]) -> str:
+    """A prefill for reading."""
+    lines = [f"prefill {told['us']:9.1f} us, GPU idle {told['idle_us']:.1f} us, {told['launches']} kernels"]
+    shares = ((op, us, us / told["us"]) for op, us in [*told["ops"].items()][:16])
+    return "\n".join(lines + [f"    {op[:60]:60s} {us:8.1f} us {share:4.0%}" for op, us, share in shares])
+
+
 def name_of(place: int, speculates: bool) -> str:
     """A graph of a cycle in words."""
     if place == 0:

@@ -7,7 +7,8 @@ random weights (`random_weights`).
 Per batch and context it sends that many prompts of random tokens, and takes the median time between streamed tokens
 from the moment all of them decode; with EAGLE or DSpark the time is a cycle's. One profiled pass per batch tells, for
 the mean cycle: kernel time by op in each graph, the kernels between graphs, when the GPU is idle, where the host waits
-(`cycles`). It fails when a kernel of DeepGEMM, TileLang, FlashMLA or FA3 ran.
+(`cycles`); and of the prompts' prefill kernel time by op. It fails when a kernel of DeepGEMM, TileLang, FlashMLA or FA3
+ran.
 
 DSpark's requests are greedy, the others' sampled: `compact` accepts in the verification's graph for greedy ones alone,
 whose cycle commits one token where a random drafter is not right by chance.
@@ -52,6 +53,8 @@ TARGET_MS = 5.0
 ANSWER = 1 + 24 * INTERVAL
 """Tokens of each answer."""
 PROFILED_STEPS = 6
+MANY_ROWS = 256
+"""Rows by which a prefill's kernels are known: they have these names at any more."""
 Known = dict[str, dict[Any, str]]
 """Which op launches a kernel, as `traces.ranges` gives it."""
 STEP_SERVES = "the step takes its first {} pass"
@@ -172,12 +175,13 @@ def main() -> int:
         return 1
     lower(args.lowering)
     args.out.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {"steps": [], "profiles": [], "foreign": [], "problems": []}
+    result: dict[str, Any] = {"steps": [], "profiles": [], "prefills": [], "foreign": [], "problems": []}
     result |= {"gpu": torch.cuda.get_device_name(), "lowering": args.lowering, "experts": args.experts}
     result |= {"torch": torch.__version__, "ready_seconds": {}}
     known: Known = {"exact": {}, "compiled": {}, "name": {}}
     try:
-        rows = sorted({batch * rows for batch in args.batch for name in args.serve for rows in SERVERS[name].rows})
+        decoded = {batch * rows for batch in args.batch for name in args.serve for rows in SERVERS[name].rows}
+        rows = sorted({*decoded, MANY_ROWS})
         known |= known_kernels(rows, max(args.context) + 1024, args.out)
     except RuntimeError as error:
         result["problems"].append(f"kernels keep their own names in the tables, their ops did not run here: {error}")
@@ -248,6 +252,8 @@ def measure(url: str, args: argparse.Namespace, server: str, known: Known, resul
                     for stage, trace in stages.items():
                         for kernel in traces.foreign(traces.read(trace)):
                             result["foreign"].append(f"{stage} at batch {batch}: {kernel}")
+                    told = cycles.prefill(traces.read(stages["EXTEND"]), known)
+                    result["prefills"].append({**about, "tokens": batch * context, **told})
                     found = cycles.read(stages["DECODE"])
                     result["profiles"].append({**about, **cycles.account(found, known, speculates)})
                     heading = f"{result['gpu']}, {name}, {context} tokens"
@@ -265,6 +271,9 @@ def report(result: dict[str, Any]) -> str:
         a_layer = profiled["replays"][0]["launches"] / result["layers"]
         about = f"{profiled['server']}, batch {profiled['batch']} at {profiled['context']} tokens"
         lines += [f"{about}: {a_layer:.1f} kernels a layer", cycles.table(profiled)]
+    for prefill in result["prefills"]:
+        about = f"{prefill['server']}, prefill of {prefill['batch']} x {prefill['context']} tokens"
+        lines += [f"{about}:", cycles.prefill_table(prefill)]
     for row in result["steps"]:
         aim = ""
         if row["batch"] == 1 and row["server"] == "plain":

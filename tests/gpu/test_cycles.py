@@ -47,11 +47,14 @@ class Trace:
         for name, after, us, stream in kernels:
             self.kernel(name, at + after, us, launch, stream)
 
-    def read(self, folder: Path) -> list[cycles.Cycle]:
+    def write(self, folder: Path) -> Path:
         path = folder / "x-DECODE.trace.json.gz"
         with gzip.open(path, "wt") as file:
             json.dump({"traceEvents": self.events}, file)
-        return cycles.read(path)
+        return path
+
+    def read(self, folder: Path) -> list[cycles.Cycle]:
+        return cycles.read(self.write(folder))
 
 
 TARGET = [("linear", 0.0, 40.0, 7), ("beside", 10.0, 50.0, 8), ("linear", 70.0, 20.0, 7)]
@@ -239,17 +242,31 @@ def test_decode_step_tells_steps_and_cycles(
     """The tool from its arguments to its table."""
     tool = Tool(tmp_path, monkeypatch, (12, 0))
     assert tool.main("--serve", "plain", "eagle", "--batch", "1") == 0
-    assert ["EAGLE" in flags for flags, _ in tool.started.values()] == [False, True] and tool.rows == [1, 4]
+    assert ["EAGLE" in flags for flags, _ in tool.started.values()] == [False, True] and tool.rows == [1, 4, 256]
     out = capsys.readouterr().out
     assert "target 5 ms met" in out and "9.00 ms a cycle" in out and "eagle, batch 1 at 1024 tokens" in out
     written = tool.told()
     assert written["problems"] == [] and written["ready_seconds"].keys() == {"plain", "eagle"}
     assert [(row["server"], row["ms"]) for row in written["steps"]] == [("plain", 4.5)] * 2 + [("eagle", 9.0)] * 2
     assert [told["replays"][0]["graph"] for told in written["profiles"]] == ["decode", "verify"]
+    assert [(told["server"], told["tokens"]) for told in written["prefills"]] == [("plain", 1024), ("eagle", 1024)]
+    assert "    fp8_linear " in out.partition("plain, prefill of 1 x 1024 tokens")[2]
     assert {path.name for path in tmp_path.glob("*.svg")} == {"plain-1.svg", "eagle-1.svg"}
     told = tables.decode_step(written)
     assert "| 1 | 1024 | random | eagle | 9.00 |" in told and "| `fp8_linear` | 60.0 | 54.5% |" in told
     assert tool.temperatures == {"plain": {1.0}, "eagle": {1.0}}
+
+
+def test_a_prefill_is_all_that_ran(tmp_path: Path) -> None:
+    """From the first kernel to the last, those beside each other once where the GPU is busy, by op each."""
+    trace = Trace()
+    for name, at, us, stream in (("linear", 100, 40, 7), ("beside", 120, 40, 8), ("linear", 170, 30, 7)):
+        trace.kernel(name, at, us, trace.call("cudaLaunchKernel", at - 3, 1), stream)
+    trace.call("cudaStreamSynchronize", 90, 200)
+    told = cycles.prefill(traces.read(trace.write(tmp_path)), NOTHING_KNOWN)
+    assert (told["us"], told["idle_us"], told["launches"]) == (100, 10, 3)
+    assert told["ops"] == {"fp8_linear": 70, "[beside]": 40}
+    assert "fp8_linear" in cycles.prefill_table(told) and " 70%" in cycles.prefill_table(told)
 
 
 @pytest.mark.parametrize("capability", [(9, 0), (12, 0)])
@@ -259,7 +276,7 @@ def test_dspark_has_a_server_for_each_mode(
     """Asked greedily when it is timed and when it is profiled; 5 rows of a block and 6 to verify for a request."""
     tool = Tool(tmp_path, monkeypatch, capability)
     assert tool.main("--serve", "dspark-static", "dspark-compact", "--batch", "1", "8") == 0
-    assert tool.rows == [5, 6, 40, 48]
+    assert tool.rows == [5, 6, 40, 48, 256]
     for mode in ("static", "compact"):
         flags, env = tool.started[f"dspark-{mode}"]
         assert env["SGLANG_RAGGED_VERIFY_MODE"] == mode and "DSPARK" in flags

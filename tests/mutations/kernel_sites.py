@@ -128,8 +128,16 @@ KERNELS = (
         (("(exponent + 63) << 7", "(exponent + 64) << 7"),), EXPERTS,
     ),
     Mutation(
-        "gate and up swapped", "experts, Triton", "ops/mxfp4_moe/triton.py",
+        "gate and up swapped", "experts, Triton", "ops/mxfp4_moe/tiles.py",
         (("half = 1 - row // 8 % 2", "half = row // 8 % 2"),), EXPERTS,
+    ),
+    Mutation(
+        "rows of an expert lost", "more than half a tile in one of half, Triton", "ops/mxfp4_moe/tiles.py",
+        (("if count <= T // 2:\n            _gate_up_tile(", "if count <= T:\n            _gate_up_tile("),), EXPERTS,
+    ),
+    Mutation(
+        "scale of another block", "the first of four for all, Triton", "ops/mxfp4_moe/grouped.py",
+        (("tl.arange(0, 4) * 8)", "tl.arange(0, 4) * 0)"),), EXPERTS,
     ),
     Mutation(
         "scale of another row", "experts by few rows, Triton", "ops/mxfp4_moe/grouped.py",
@@ -205,7 +213,7 @@ KERNELS = (
         (("(offset < count)", "(offset < count - 1)"),), ATTENTION,
     ),
     Mutation(
-        "routed weight scaled twice", "experts, Triton", "ops/mxfp4_moe/triton.py",
+        "routed weight scaled twice", "experts, Triton", "ops/mxfp4_moe/tiles.py",
         (("total += weight * tl.load", "total += weight * weight * tl.load"),), EXPERTS,
     ),
     Mutation(
@@ -255,11 +263,11 @@ KERNELS = (
         (('live = top > float("-inf")', "live = part < splits"),), ATTENTION,
     ),
     Mutation(
-        "factor of the first expert", "NVFP4, gate and up, Triton", "ops/mxfp4_moe/triton.py",
+        "factor of the first expert", "NVFP4, gate and up, Triton", "ops/mxfp4_moe/tiles.py",
         (("factors_ptr += expert * 2", "factors_ptr += 0"),), NVFP4,
     ),
     Mutation(
-        "factor of an expert dropped", "NVFP4, down at one row, Triton", "ops/mxfp4_moe/triton.py",
+        "factor of an expert dropped", "NVFP4, down at one row, Triton", "ops/mxfp4_moe/tiles.py",
         (("weight = weight * tl.load(factors_ptr + expert,", "weight += 0 * tl.load(factors_ptr + expert,"),), NVFP4,
     ),
     Mutation(
@@ -267,7 +275,7 @@ KERNELS = (
         (("tl.abs(value) <= 448", "tl.abs(value) <= 480"),), NVFP4,
     ),
     Mutation(
-        "stale scratch", "sum reads absent experts' slots, Triton", "ops/mxfp4_moe/triton.py",
+        "stale scratch", "sum reads absent experts' slots, Triton", "ops/mxfp4_moe/tiles.py",
         (("mask=inside & chosen,", "mask=inside,"),), EXPERTS,
     ),
     Mutation(

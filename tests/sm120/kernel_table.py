@@ -27,9 +27,9 @@ RENEW=1` writes this file.
 Against Triton 3.6 (commit de4959e) no kernel takes so much more shared memory that an SM holds fewer blocks. Top-k of
 16,384 keys spills, as its 1,024 threads have 64 registers each, and by 8 bytes one of 8,192 keys. Triton 3.8 adds as a
 tree, whose leaves are held at once: `_finish`, `_route`, `_choose` and `_merge` take up to 40 registers more,
-and `_gemv` sums by fours and steps first. `maxnreg` gives `_down` and the bf16 `_many_rows` more, since ptxas 13.3
-would rather spill for blocks that their shared memory has no room for, and holds `_gate_up` and `_down` of few rows to
-128, of which an SM has enough for 16 warps; `_gate_up` of two stretches of V4-Pro's 7,168 channels would spill there
+and `_gemv` sums by fours and steps first. `maxnreg` gives `down` and the bf16 `_many_rows` more, since ptxas 13.3
+would rather spill for blocks that their shared memory has no room for, and holds `gate_up` and `down` of few rows to
+128, of which an SM has enough for 16 warps; `gate_up` of two stretches of V4-Pro's 7,168 channels would spill there
 and may have 170.
 
 | op | kernel | constants | registers | spilled | shared |

@@ -25,6 +25,8 @@ from .._pdl_triton import wait
 from . import LARGEST_SCALE_BYTE as _LARGEST_SCALE_BYTE
 
 LARGEST_SCALE_BYTE = tl.constexpr(_LARGEST_SCALE_BYTE)
+SHIFTS = 4
+"""int32 behind the offsets that `sort_pairs` writes, see `shifts_of`."""
 UNSCALE = tl.constexpr(2.0**63)
 """Weights are made times 2^-63, which lets bf16 hold 2^126 times any scale up to 2^64; sums are multiplied by this."""
 
@@ -71,7 +73,10 @@ def row_of(place, SORTED: tl.constexpr):
 
 @triton.jit
 def scales_of(s_ptr, place, K: tl.constexpr, GROUP: tl.constexpr, SORTED: tl.constexpr):
-    """Pointer to the first scale of `row_of(place)`, whose weights have K channels; the others are at `scale_at`."""
+    """Pointer to the first scale of `row_of(place)`, whose weights have K channels; the others are at `scale_at`.
+
+    Each is the first of four that lie together, at a multiple of four.
+    """
     s = s_ptr + place // 128 * (128 * K // GROUP)
     if SORTED:
         return s + (place % 32 * 16 + place % 128 // 32 * 4)
@@ -84,6 +89,21 @@ def scale_at(start, DEPTH: tl.constexpr, GROUP: tl.constexpr):
     """Offsets [DEPTH / (GROUP / 4)] of the scales of DEPTH words from word `start` on, both multiples of 32."""
     block = tl.arange(0, DEPTH // (GROUP // 4))
     return start * (512 // GROUP) + (block // 4 * 512 + block % 4)
+
+
+@triton.jit
+def shifts_of(offsets_ptr, E: tl.constexpr, T: tl.constexpr):
+    """Shifts int32 [4] of the four scales in a word, as `sort_pairs` leaves them; None where scales are read as bytes.
+
+    Triton 3.8 lays out both operands of a product for the narrowest type that one of them was loaded as, by bytes four
+    neighbouring channels to a thread, of which the tensor core wants two: more than a move for each of its
+    instructions. So scales are loaded by fours, and these shifts are loaded too, since only what is loaded may go into
+    weights that are to be expanded in registers. Tiles of 16 tokens wait for memory, and were slower by it.
+    """
+    if T > 16:
+        return tl.load(offsets_ptr + E + 1 + tl.arange(0, 4))
+    else:
+        return None
 
 
 @triton.jit
@@ -121,28 +141,38 @@ def _bf16(word):
 @triton.jit
 def product(
     w, s, x, column_live, R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, DEPTH: tl.constexpr,
-    GROUP: tl.constexpr, PLANE: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+    GROUP: tl.constexpr, PLANE: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr, shifts=None,
 ):  # fmt: skip
     """fp32 [R, C] of weight rows at w int16, s uint8 [R] times tokens at x [C], times 2^-63, over K channels.
 
-    x points to four bf16 planes, channels 0, 4, 8, … and 1, 5, 9, … and so on, PLANE elements apart; or with PLANE = 0
-    to int64 that hold four neighbouring channels. Tokens that are not live are not read and give 0.
+    With `shifts_of`, scales are read by fours. x points to four bf16 planes, channels 0, 4, 8, … and 1, 5, 9, … and so
+    on, PLANE elements apart; or with PLANE = 0 to int64 that hold four neighbouring channels. Tokens that are not live
+    are not read and give 0.
     """
     acc = tl.zeros((R, C), tl.float32)
     WORDS: tl.constexpr = K // 4
     SHARING: tl.constexpr = GROUP // 4
     for start in tl.range(0, WORDS, DEPTH, num_stages=STAGES):
         word = start + tl.arange(0, DEPTH)
-        at = s[:, None] + scale_at(start, DEPTH, GROUP)[None, :]
+        if shifts is None:
+            at = s[:, None] + scale_at(start, DEPTH, GROUP)[None, :]
+        else:
+            four = start * (128 // GROUP) + tl.arange(0, DEPTH // GROUP) * 128
+            at = s.to(tl.pointer_type(tl.int32))[:, None] + four[None, :]
         x_mask = column_live[None, :]
         if WORDS % DEPTH:
             x_mask = x_mask & (word < WORDS)[:, None]
             packed = tl.load(w[:, None] + word[None, :], mask=(word < WORDS)[None, :], other=0)
-            inside = start // SHARING + tl.arange(0, DEPTH // SHARING) < WORDS // SHARING
+            if shifts is None:
+                inside = start // SHARING + tl.arange(0, DEPTH // SHARING) < WORDS // SHARING
+            else:
+                inside = start // GROUP + tl.arange(0, DEPTH // GROUP) < WORDS // GROUP
             scale = tl.load(at, mask=inside[None, :], other=0)
         else:
             packed = tl.load(w[:, None] + word[None, :])
             scale = tl.load(at)
+        if shifts is not None:
+            scale = tl.reshape((scale[:, :, None] >> shifts[None, None, :]) & 0xFF, (R, DEPTH // SHARING))
         acc = add_step(acc, packed, scale, x[None, :] + word[:, None], x_mask, R, DEPTH, GROUP, PLANE, ASM)
     return acc
 
@@ -155,7 +185,7 @@ def add_step(
     """acc + weights times tokens, as `product`: packed [R, DEPTH], scale bytes of its groups, x at [DEPTH, C]."""
     SHARING: tl.constexpr = GROUP // 4
     if GROUP == group_of(tl.float8e4nv):
-        value = scale.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        value = scale.to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32)
         # NaN, which the interpreter reads as 480, counts as 0.
         bits = (tl.where(tl.abs(value) <= 448, value, 0.0) * UNSCALE).to(tl.int32, bitcast=True)
         scale = bits | ((bits >> 16) & 0xFFFF)
@@ -203,44 +233,53 @@ def diagonal(acc, R: tl.constexpr, T: tl.constexpr, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def members(
-    ids_ptr, ids_stride, offsets_ptr, order_ptr, pairs, t, E: tl.constexpr, BOUND: tl.constexpr, SLOTS: tl.constexpr,
-    PAIRS: tl.constexpr, SORTED: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
+def members(ids_ptr, ids_stride, pairs, t, SLOTS: tl.constexpr, PAIRS: tl.constexpr, T: tl.constexpr):
     """(expert, pair int32 [T], live [T]): up to T pairs with one expert, group program_id(1); expert -1: nothing to do.
 
-    Sorted: groups follow the order of `sort_pairs`. Not sorted: one group per pair; every T-th pair of an expert works
-    for itself and the T - 1 after it, the others rest. PAIRS = 0, one row: every pair works for itself.
+    One group per pair; every T-th pair of an expert works for itself and the T - 1 after it, the others rest.
+    PAIRS = 0, one row: every pair works for itself.
     """
     here = tl.program_id(1)
-    if SORTED:
-        e = tl.arange(0, BOUND)
-        size = tl.load(offsets_ptr + e + 1, mask=e < E, other=0) - tl.load(offsets_ptr + e, mask=e < E, other=0)
-        ends = tl.cumsum((size + T - 1) // T)
-        expert = tl.sum((ends <= here).to(tl.int32))
-        first = tl.max(tl.where(ends <= here, ends, 0))
-        bounded = tl.minimum(expert, E - 1)
-        place = tl.load(offsets_ptr + bounded) + (here - first) * T + t
-        live = (place < tl.load(offsets_ptr + bounded + 1)) & (expert < E)
-        pair = tl.load(order_ptr + place, mask=live, other=0)
-        expert = tl.where(expert < E, expert, -1)
+    expert = tl.load(ids_ptr + (here // SLOTS).to(tl.int64) * ids_stride + here % SLOTS).to(tl.int32)
+    if PAIRS == 0:
+        pair = here + t
+        live = (t == 0) & (expert >= 0)
+        pair = tl.where(live, pair, 0)
     else:
-        expert = tl.load(ids_ptr + (here // SLOTS).to(tl.int64) * ids_stride + here % SLOTS).to(tl.int32)
-        if PAIRS == 0:
-            pair = here + t
-            live = (t == 0) & (expert >= 0)
-            pair = tl.where(live, pair, 0)
-        else:
-            index = tl.arange(0, PAIRS)
-            place = ids_ptr + (index // SLOTS).to(tl.int64) * ids_stride + index % SLOTS
-            same = (tl.load(place, mask=index < pairs, other=-1).to(tl.int32) == expert).to(tl.int32)
-            before = tl.sum(tl.where(index < here, same, 0))
-            rank = tl.cumsum(same) - 1 - before
-            found = (same[None, :] != 0) & (rank[None, :] == t[:, None])
-            pair = tl.sum(tl.where(found, index[None, :], 0), 1)
-            live = tl.sum(found.to(tl.int32), 1) != 0
-            expert = tl.where(before % T == 0, expert, -1)
+        index = tl.arange(0, PAIRS)
+        place = ids_ptr + (index // SLOTS).to(tl.int64) * ids_stride + index % SLOTS
+        same = (tl.load(place, mask=index < pairs, other=-1).to(tl.int32) == expert).to(tl.int32)
+        before = tl.sum(tl.where(index < here, same, 0))
+        rank = tl.cumsum(same) - 1 - before
+        found = (same[None, :] != 0) & (rank[None, :] == t[:, None])
+        pair = tl.sum(tl.where(found, index[None, :], 0), 1)
+        live = tl.sum(found.to(tl.int32), 1) != 0
+        expert = tl.where(before % T == 0, expert, -1)
     return expert, pair, live
+
+
+@triton.jit
+def sorted_group(offsets_ptr, E: tl.constexpr, BOUND: tl.constexpr, T: tl.constexpr):
+    """(expert, first place in the order of `sort_pairs`, pairs, T at most) of group program_id(1); expert -1: none."""
+    here = tl.program_id(1)
+    e = tl.arange(0, BOUND)
+    size = tl.load(offsets_ptr + e + 1, mask=e < E, other=0) - tl.load(offsets_ptr + e, mask=e < E, other=0)
+    ends = tl.cumsum((size + T - 1) // T)
+    expert = tl.sum((ends <= here).to(tl.int32))
+    first = tl.max(tl.where(ends <= here, ends, 0))
+    bounded = tl.minimum(expert, E - 1)
+    begin = tl.load(offsets_ptr + bounded) + (here - first) * T
+    count = tl.minimum(tl.load(offsets_ptr + bounded + 1) - begin, T)
+    return tl.where(expert < E, expert, -1), begin, tl.where(expert < E, count, 0)
+
+
+@triton.jit
+def pair_at(order_ptr, at, live, SORTED: tl.constexpr):
+    """int32 pairs at live places of the order of `sort_pairs`, or those places if not SORTED."""
+    if SORTED:
+        return tl.load(order_ptr + at, mask=live, other=0)
+    else:
+        return at
 
 
 @triton.jit
@@ -269,7 +308,8 @@ def to_planes(x_ptr, planes_ptr, K: tl.constexpr, X_STRIDE: tl.constexpr, BLOCK:
 def sort_pairs(
     ids_ptr, offsets_ptr, order_ptr, pairs, ids_stride, E: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """order int32 [pairs]: pairs of expert 0, of expert 1, …; offsets int32 [E + 1]: where each expert's begin.
+    """order int32 [pairs]: pairs of expert 0, of expert 1, …; offsets int32 [E + 5]: where each expert's begin, and
+    `shifts_of`.
 
     One program per expert counts the pairs of the experts before it, then writes its own behind them, in order.
     """
@@ -288,6 +328,7 @@ def sort_pairs(
     tl.store(offsets_ptr + expert, begin)
     if expert == E - 1:
         tl.store(offsets_ptr + E, begin + count)
+        tl.store(offsets_ptr + E + 1 + tl.arange(0, 4), tl.arange(0, 4) * 8)
     if count > 0:
         for start in range(0, pairs, BLOCK):
             index = start + tl.arange(0, BLOCK)

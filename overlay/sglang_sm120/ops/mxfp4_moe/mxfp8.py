@@ -32,7 +32,7 @@ from ...registry import Arguments
 from .._mxfp8_triton import BLOCK, RUNS_ON, launch_quantise_rows, own, quantise
 from .._pdl_triton import INTERPRETED, wait
 from . import mxfp4_moe, with_operands
-from .grouped import LARGEST_SCALE_BYTE, members, scales_of, sort_pairs
+from .grouped import LARGEST_SCALE_BYTE, SHIFTS, pair_at, scales_of, sort_pairs, sorted_group
 from .triton import SORT_ABOVE, accepts, mxfp4_moe_triton, stretch_of, sum_slots
 
 SHIFT = tl.constexpr(57)
@@ -99,11 +99,11 @@ def _gate_up_mxfp8(
     """hidden E4M3 [pairs, I] in the order of `place`, sh uint8 [pairs, I/32] = silu(w1 x) * w3 x; w: ups, gates."""
     wait()
     N: tl.constexpr = R // 2
-    expert, pair, live = members(
-        order_ptr, 0, offsets_ptr, order_ptr, pairs, tl.arange(0, T), E, BOUND, SLOTS, 0, True, T
-    )
+    expert, begin, count = sorted_group(offsets_ptr, E, BOUND, T)
     if expert < 0:
         return
+    live = tl.arange(0, T) < count
+    pair = pair_at(order_ptr, begin + tl.arange(0, T), live, True)
     # Gates and ups alternate, so that the thread that holds a gate in its accumulator holds its up.
     place = tl.program_id(0) * N + tl.arange(0, R) // 2
     channel = place // BLOCK * BLOCK + place % (BLOCK // 2) * 2 + place % BLOCK // (BLOCK // 2)
@@ -134,11 +134,11 @@ def _down_mxfp8(
 ):  # fmt: skip
     """partial fp32 [pairs, partial_stride] = w hidden, output channels from `first` on; w [E, H, I/2]."""
     wait()
-    expert, pair, live = members(
-        order_ptr, 0, offsets_ptr, order_ptr, pairs, tl.arange(0, T), E, BOUND, SLOTS, 0, True, T
-    )
+    expert, begin, count = sorted_group(offsets_ptr, E, BOUND, T)
     if expert < 0:
         return
+    live = tl.arange(0, T) < count
+    pair = pair_at(order_ptr, begin + tl.arange(0, T), live, True)
     local = tl.program_id(0) * R + tl.arange(0, R)
     w = w_ptr + expert.to(tl.int64) * (H * INTER // 2) + (first + local) * (INTER // 2)
     s = scales_of(s_ptr + expert.to(tl.int64) * (H * INTER // 32), first + local, INTER, BLOCK, True)
@@ -196,7 +196,7 @@ def mxfp4_moe_mxfp8(a: Arguments) -> torch.Tensor:
         ((pairs, inter), torch.float8_e4m3fn),
         ((pairs, inter // mxfp8.BLOCK), torch.uint8),
         ((max(partial_bytes, rows * width + rows * width // mxfp8.BLOCK),), torch.uint8),
-        ((experts + 1,), torch.int32),
+        ((experts + 1 + SHIFTS,), torch.int32),
         ((pairs,), torch.int32),
     )
     partial, x8, sx = work.view(torch.float32), work.view(torch.float8_e4m3fn), work[rows * width :]

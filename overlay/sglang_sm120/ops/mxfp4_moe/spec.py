@@ -49,7 +49,7 @@ def tunables(launches: Families) -> dict[str, Callable[[Shape, int, Any], Iterat
 
 def _gate_up(shape: Shape, rows: int, h: Any) -> Iterator[Any]:
     if rows > 64:
-        yield from _sorted_tiles()
+        yield from _sorted_tiles(h)
         return
     tiles: tuple[tuple[int, int], ...] = ((64, 1), (64, 2), (128, 1), (128, 2), (256, 1))
     if rows == 1:
@@ -61,7 +61,7 @@ def _gate_up(shape: Shape, rows: int, h: Any) -> Iterator[Any]:
 
 def _down(shape: Shape, rows: int, h: Any) -> Iterator[Any]:
     if rows > 64:
-        yield from _sorted_tiles()
+        yield from _sorted_tiles(h)
         return
     for tile, depth in itertools.product((32, 64, 128) if rows == 1 else (64, 128, 256), (32, 64, 128)):
         yield Config(tile, 8, 1, depth, 4, 3)
@@ -77,7 +77,8 @@ def _around(h: Any) -> Iterator[Any]:
     yield h._replace(depth=h.depth * 2, stages=2)
 
 
-def _sorted_tiles() -> Iterator[Any]:
+def _sorted_tiles(h: Any) -> Iterator[Any]:
+    yield from (h._replace(stages=stages) for stages in (2, 4))
     for tile, tokens, depth in itertools.product((64, 128), (16, 32, 64), (32, 64)):
         yield Config(tile, tokens, 1, depth, 4, 3)
     for tokens in (32, 64, 128):

@@ -21,30 +21,13 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 
 from ... import kernels, tuned
 from ...formats import e8m0, mxfp4
 from ...formats.experts import MULTIPLE
 from ...registry import Arguments
-from .._arithmetic import scaled_sum, to_bf16
-from .._pdl_triton import wait
-from . import mxfp4_moe
-from .grouped import (
-    add_step,
-    diagonal,
-    group_of,
-    members,
-    product,
-    repeat,
-    row_of,
-    scale_at,
-    scales_of,
-    sort_pairs,
-    to_planes,
-    unscaled,
-    words,
-)
+from . import mxfp4_moe, tiles
+from .grouped import SHIFTS, sort_pairs, to_planes
 
 SORT_ABOVE = 64
 """Rows above which sorting the pairs by expert pays for a launch."""
@@ -150,172 +133,8 @@ FAMILIES = families("mxfp4_moe", mxfp4.BLOCK)
 
 
 def _alone(rows: int, slots: int) -> bool:
-    """Whether `_down_row` serves the call."""
+    """Whether `tiles.down_row` serves the call."""
     return rows == 1 and slots <= 8
-
-
-@triton.jit(do_not_specialize=["pairs", "ids_stride"])
-def _gate_up(
-    x_ptr, ids_ptr, w_ptr, s_ptr, factors_ptr, offsets_ptr, order_ptr, hidden_ptr, pairs, ids_stride, limit,
-    H: tl.constexpr, INTER: tl.constexpr, E: tl.constexpr, BOUND: tl.constexpr, SLOTS: tl.constexpr,
-    X_STRIDE: tl.constexpr, PAIRS: tl.constexpr, SORTED: tl.constexpr, LIMITED: tl.constexpr, R: tl.constexpr,
-    T: tl.constexpr, SPLIT: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """hidden bf16 [pairs, 4, I/4] (planes of every fourth channel) = silu(w1 x) * w3 x; w rows: ups, then gates."""
-    wait()
-    GROUP: tl.constexpr = group_of(s_ptr.dtype.element_ty)
-    C: tl.constexpr = T * SPLIT
-    N: tl.constexpr = R // SPLIT // 2
-    K: tl.constexpr = H // SPLIT
-    expert, pair, live = members(
-        ids_ptr, ids_stride, offsets_ptr, order_ptr, pairs, tl.arange(0, T), E, BOUND, SLOTS, PAIRS, SORTED, T
-    )
-    if expert < 0:
-        return
-    # Gate and up rows alternate in eights, so that the thread that holds a gate in its accumulator holds its up.
-    row = tl.arange(0, R) % (2 * N)
-    stretch = tl.arange(0, R) // (2 * N)
-    place = tl.program_id(0) * N + row // 16 * 8 + row % 8
-    half = 1 - row // 8 % 2
-    w = words(w_ptr) + expert.to(tl.int64) * (INTER * H // 2)
-    w += (row_of(place, SORTED) + half * INTER) * (H // 4) + stretch * (K // 4)
-    s = _bytes(s_ptr) + expert.to(tl.int64) * (2 * INTER * H // GROUP)
-    s = scales_of(s, place + half * INTER, H, GROUP, SORTED) + stretch * (128 * K // GROUP)
-    token = repeat(pair // SLOTS, T, SPLIT).to(tl.int64)
-    if SORTED:
-        x = x_ptr + token * H
-    else:
-        x = x_ptr.to(tl.pointer_type(tl.int64)) + token * (X_STRIDE // 4) + tl.arange(0, C) // T * (K // 4)
-    PLANE: tl.constexpr = H // 4 if SORTED else 0
-    live_columns = repeat(live, T, SPLIT)
-    acc = product(w, s, x, live_columns, R, C, K, DEPTH, GROUP, PLANE, STAGES, ASM)
-    acc = diagonal(acc, R, T, SPLIT)
-
-    gate, up = tl.split(tl.permute(tl.reshape(acc, (N // 8, 2, 8, T)), (0, 2, 3, 1)))
-    if factors_ptr is not None:
-        factors_ptr += expert * 2
-    gate = unscaled(tl.reshape(gate, (N, T)), factors_ptr)
-    if factors_ptr is not None:
-        factors_ptr += 1
-    up = unscaled(tl.reshape(up, (N, T)), factors_ptr)
-    if LIMITED:
-        gate = tl.minimum(gate, limit)
-        up = tl.minimum(tl.maximum(up, -limit), limit)
-    hidden = gate / (1 + tl.exp(-gate)) * up
-
-    channel = row_of(tl.program_id(0) * N + tl.arange(0, N), SORTED)
-    to = hidden_ptr + pair.to(tl.int64)[None, :] * INTER + ((channel % 4) * (INTER // 4) + channel // 4)[:, None]
-    tl.store(to, to_bf16(hidden), mask=live[None, :])
-
-
-@triton.jit(do_not_specialize=["pairs", "ids_stride", "first"])
-def _down(
-    hidden_ptr, ids_ptr, w_ptr, s_ptr, factors_ptr, offsets_ptr, order_ptr, partial_ptr, pairs, ids_stride, first,
-    partial_stride, H: tl.constexpr, INTER: tl.constexpr, E: tl.constexpr, BOUND: tl.constexpr, SLOTS: tl.constexpr,
-    PAIRS: tl.constexpr, SORTED: tl.constexpr, R: tl.constexpr, T: tl.constexpr, DEPTH: tl.constexpr,
-    STAGES: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """partial fp32 [pairs, partial_stride] = w hidden, output channels from `first` on; w [E, H, I/2]."""
-    wait()
-    GROUP: tl.constexpr = group_of(s_ptr.dtype.element_ty)
-    expert, pair, live = members(
-        ids_ptr, ids_stride, offsets_ptr, order_ptr, pairs, tl.arange(0, T), E, BOUND, SLOTS, PAIRS, SORTED, T
-    )
-    if expert < 0:
-        return
-    place = tl.program_id(0) * R + tl.arange(0, R)
-    if SORTED:  # others begin at 0
-        place += first
-    channel = row_of(place, SORTED)
-    w = words(w_ptr) + expert.to(tl.int64) * (H * INTER // 4) + channel * (INTER // 4)
-    s = scales_of(_bytes(s_ptr) + expert.to(tl.int64) * (H * INTER // GROUP), place, INTER, GROUP, SORTED)
-    x = hidden_ptr + pair.to(tl.int64) * INTER
-    acc = product(w, s, x, live, R, T, INTER, DEPTH, GROUP, INTER // 4, STAGES, ASM)
-    to = partial_ptr + pair.to(tl.int64)[None, :] * partial_stride + (channel - first)[:, None]
-    if factors_ptr is not None:
-        factors_ptr += expert
-    tl.store(to, unscaled(acc, factors_ptr), mask=live[None, :])
-
-
-@triton.jit
-def _down_row(
-    hidden_ptr, ids_ptr, weights_ptr, w_ptr, s_ptr, factors_ptr, y_ptr,
-    H: tl.constexpr, INTER: tl.constexpr, SLOTS: tl.constexpr, R: tl.constexpr, T: tl.constexpr, DEPTH: tl.constexpr,
-    STAGES: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """y bf16 [1, H] = sum over slots of weight * (w hidden).
-
-    The slots' channels, one slot after the other, are cut in T stretches, which lie side by side in the tile. A stretch
-    is no longer than a slot, so that it has channels of two slots at most, and each step of it of one.
-    """
-    wait()
-    GROUP: tl.constexpr = group_of(s_ptr.dtype.element_ty)
-    N: tl.constexpr = R // T
-    SLOT: tl.constexpr = INTER // 4
-    PART: tl.constexpr = (SLOTS * SLOT + T * DEPTH - 1) // (T * DEPTH) * DEPTH
-    place = tl.program_id(0) * N + tl.arange(0, R) % N
-    begin = tl.arange(0, R) // N * PART
-    slot = begin // SLOT
-    expert, weight = _routed(ids_ptr, weights_ptr, factors_ptr, slot, SLOTS)
-    next_expert, next_weight = _routed(ids_ptr, weights_ptr, factors_ptr, slot + 1, SLOTS)
-    w = words(w_ptr) + row_of(place, False) * SLOT
-    s = scales_of(_bytes(s_ptr), place, INTER, GROUP, False)
-    column_begin = tl.arange(0, T) * PART
-    column_slot = column_begin // SLOT
-    column_expert, _ = _routed(ids_ptr, weights_ptr, factors_ptr, column_slot, SLOTS)
-    column_next, _ = _routed(ids_ptr, weights_ptr, factors_ptr, column_slot + 1, SLOTS)
-    acc = tl.zeros((R, T), tl.float32)
-    for start in tl.range(0, PART, DEPTH, num_stages=STAGES):
-        later = (begin + start) // SLOT != slot
-        here = tl.where(later, next_expert, expert)
-        live = (here >= 0)[:, None]
-        here = tl.maximum(here, 0).to(tl.int64)
-        word = (begin + start) % SLOT
-        packed = tl.load((w + here * (H * SLOT) + word)[:, None] + tl.arange(0, DEPTH)[None, :], mask=live, other=0)
-        at = (s + here * (H * INTER // GROUP) + word * (512 // GROUP))[:, None] + scale_at(0, DEPTH, GROUP)[None, :]
-        scale = tl.load(at, mask=live, other=0)
-        column = column_begin + start
-        column_live = tl.where(column // SLOT != column_slot, column_next, column_expert) >= 0
-        x = hidden_ptr + (column // SLOT * INTER + column % SLOT)[None, :] + tl.arange(0, DEPTH)[:, None]
-        step = tl.zeros((R, T), tl.float32)
-        step = add_step(step, packed, scale, x, column_live[None, :], R, DEPTH, GROUP, SLOT, ASM)
-        acc = scaled_sum(step, tl.where(later, next_weight, weight)[:, None], acc)
-    y = unscaled(tl.reshape(diagonal(acc, R, 1, T), (N,)), None)
-    tl.store(y_ptr + row_of(tl.program_id(0) * N + tl.arange(0, N), False), to_bf16(y))
-
-
-@triton.jit
-def _bytes(s_ptr):
-    return s_ptr.to(tl.pointer_type(tl.uint8))
-
-
-@triton.jit
-def _routed(ids_ptr, weights_ptr, factors_ptr, slot, SLOTS: tl.constexpr):
-    """(expert, weight fp32 times the expert's factor) of the one row's slots; expert -1: none."""
-    expert = tl.load(ids_ptr + slot, mask=slot < SLOTS, other=-1)
-    weight = tl.load(weights_ptr + slot, mask=expert >= 0, other=0.0).to(tl.float32)
-    if factors_ptr is not None:
-        weight = weight * tl.load(factors_ptr + expert, mask=expert >= 0, other=0.0)
-    return expert, weight
-
-
-@triton.jit(do_not_specialize=["ids_stride", "weights_stride", "first"])
-def _sum_slots(
-    partial_ptr, ids_ptr, weights_ptr, y_ptr, ids_stride, weights_stride, first, partial_stride,
-    H: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """y bf16 [rows, H], channels from `first` on = sum over slots of weight * partial fp32 [pairs, stride]."""
-    wait()
-    row = tl.program_id(0).to(tl.int64)
-    local = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    inside = (local < partial_stride) & (first + local < H)
-    total = tl.zeros((WIDTH,), tl.float32)
-    for slot in tl.static_range(SLOTS):
-        chosen = tl.load(ids_ptr + row * ids_stride + slot) >= 0
-        weight = tl.load(weights_ptr + row * weights_stride + slot, mask=chosen, other=0.0).to(tl.float32)
-        at = partial_ptr + (row * SLOTS + slot) * partial_stride + local
-        total += weight * tl.load(at, mask=inside & chosen, other=0.0)
-    tl.store(y_ptr + row * H + first + local, to_bf16(total), mask=inside)
 
 
 def accepts(a: Arguments) -> str | None:
@@ -371,7 +190,7 @@ def sum_slots(a: Arguments, partial: torch.Tensor, y: torch.Tensor, first: int, 
     """y bf16 [rows, H], `stretch` channels from `first` on, of the slots' outputs partial fp32 [pairs, stretch]."""
     rows, width = y.shape
     kernels.launch(
-        _sum_slots, (rows, triton.cdiv(min(stretch, width - first), 1024)),
+        tiles.sum_slots, (rows, triton.cdiv(min(stretch, width - first), 1024)),
         partial, a.topk_ids, a.topk_weights, y, a.topk_ids.stride(0), a.topk_weights.stride(0), first, stretch,
         H=width, SLOTS=a.topk_ids.shape[1], WIDTH=1024, num_warps=4,
     )  # fmt: skip
@@ -404,7 +223,7 @@ def experts_of(
         x.device,
         ((pairs, inter), torch.bfloat16),
         ((max(p.partial_bytes, 2 * rows * width if p.sort else 0),), torch.uint8),
-        ((experts + 1 if p.sort else 0,), torch.int32),
+        ((experts + 1 + SHIFTS if p.sort else 0,), torch.int32),
         ((pairs if p.sort else 0,), torch.int32),
     )
     partial, planes = work.view(torch.float32), work.view(torch.bfloat16)
@@ -432,7 +251,7 @@ def experts_of(
     if gate_up.split > 1:
         most = kernels.registers(gate_up.warps, 16 if gate_up.split > 2 or width & (width - 1) == 0 else 12)
     kernels.launch(
-        _gate_up, (triton.cdiv(inter, per_program), groups(gate_up)),
+        tiles.gate_up, (triton.cdiv(inter, per_program), groups(gate_up)),
         planes if p.sort else x, topk_ids, w13, s13, g13, offsets, order, hidden, pairs, topk_ids.stride(0),
         0.0 if a.limit is None else float(a.limit),
         X_STRIDE=x.stride(0), LIMITED=a.limit is not None, R=gate_up.rows, T=gate_up.tokens, SPLIT=gate_up.split,
@@ -441,7 +260,7 @@ def experts_of(
     second = {"R": down.rows, "T": down.tokens, "DEPTH": down.depth, "STAGES": down.stages, "num_warps": down.warps}
     if p.alone:
         kernels.launch(
-            _down_row, (triton.cdiv(width, down.rows // down.tokens),),
+            tiles.down_row, (triton.cdiv(width, down.rows // down.tokens),),
             hidden, topk_ids, a.topk_weights, w2, s2, g2, y, **common, **second,
         )  # fmt: skip
         return y
@@ -449,7 +268,7 @@ def experts_of(
     for first in range(0, width, p.stretch):
         channels = min(p.stretch, width - first)
         kernels.launch(
-            _down, (triton.cdiv(channels, down.rows), groups(down)),
+            tiles.down, (triton.cdiv(channels, down.rows), groups(down)),
             hidden, topk_ids, w2, s2, g2, offsets, order, partial, pairs, topk_ids.stride(0), first, p.stretch,
             maxnreg=most, **common, **grouping, **second,
         )  # fmt: skip
