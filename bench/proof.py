@@ -54,11 +54,13 @@ from streamed import ask, drawn, speculation
 
 CONTEXT = 1024
 """Tokens of context of a decode step: the prediction leaves out what reading more takes."""
-PREFILL = (1024, 8192, 32_768)
+PREFILL = (1024, *tuned.CHUNKS, 32_768)
+"""Tokens of the prompts: the next to the last are one chunk each, the last several of the longest."""
 EXPERTS = (256, 128, 64, 32, 16, 8)
 FLAGS = (
     "--load-format", "dummy", "--context-length", str(max(PREFILL) + 1024), "--max-running-requests",
-    str(max(predict.TOLD)), "--cuda-graph-bs-decode", *map(str, predict.TOLD),
+    str(max(predict.TOLD)), "--cuda-graph-bs-decode", *map(str, predict.TOLD), "--chunked-prefill-size",
+    str(max(tuned.CHUNKS)),
 )  # fmt: skip
 OVERLAY, MXFP8 = tuned.PREFILLS["overlay"], tuned.PREFILLS["mxfp8"]
 DROPPED = ("SGLANG_SM120", *tuned.VARIABLES, *request.KEYS)

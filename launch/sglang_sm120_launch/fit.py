@@ -23,7 +23,7 @@ from .model import Model
 GIB = 1 << 30
 REQUESTS = (64, 48, 32, 24, 16, 12, 8, 4, 2)
 RATIOS = (memory.WINDOW_RATIO, 0.2, 0.4)
-SMALL_CHUNKS = (2048, 1024, 512, 256)
+SMALL_CHUNKS = (4096, 2048, 1024, 512, 256)
 TOKENS_PER_REQUEST = 4096
 """Tokens that each running request gets on average, before fewer requests are planned."""
 MOST_STATIC = 0.92

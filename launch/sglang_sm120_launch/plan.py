@@ -123,7 +123,7 @@ def _on_cuda(machine: Machine, model: Model, request: Request) -> _Decided:
     cards = choose(machine, model, request.gpus, values.number(request, "tp-size"))
     gpu, tp = cards.gpu, cards.tp
     best = request.best(cards.names)
-    request = replace(request, config_env={**best, **request.config_env})
+    request = replace(request, config_env={**best.variables, **request.config_env})
     sm12x, forced = gpu.sm in SM12X, request.variable("SGLANG_SM120_FORCE") == "1"
     emulated = forced and not sm12x
     with_nvfp4 = nvfp4_experts(model.config)
@@ -155,15 +155,15 @@ def _on_cuda(machine: Machine, model: Model, request: Request) -> _Decided:
     room = Room(
         gpu.name, tuple(lines), usable, tp, step, draft, cards.ep, sm12x=sm12x, patched=request.patched
     )
-    preferred = 4096 if sm12x else 8192
+    preferred = best.chunk or (4096 if sm12x else 8192)
     found = fit(model, room, values.given(request, model), preferred)
     talk = list(comms(machine, tp))
     settings = [
         flag("model-path", model.path, "the model to serve"),
         *rank_settings(machine, cards),
-        *memory_settings(model, room, found, preferred),
+        *memory_settings(model, room, found, preferred, proved=best.chunk is not None),
         *graph_settings(found, room),
-        *step_settings(room, request, best),
+        *step_settings(room, request, best.variables),
         *(nvfp4_settings() if nvfp4 else loading_settings(room, request)),
         *(mtp_settings(draft) if request.mtp else ()),
         *(dspark_settings(model, draft - 1) if request.dspark else ()),

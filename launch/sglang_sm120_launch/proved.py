@@ -21,6 +21,8 @@ GAIN = 1.03
 """What replaces SGLang's own prefill has to be so much faster, or chance might have chosen."""
 LONG = 8192
 """Tokens of a prompt from which on a prefill's rate decides: a shorter one is hardly waited for."""
+NEARLY = 0.97
+"""A chunk of so much of the best one's rate is taken if it is shorter: running requests wait for it."""
 Report = Mapping[str, Any]
 
 
@@ -110,7 +112,16 @@ def choice(report: Report) -> dict[str, Any] | None:
     lowered = "" if report["gpu"]["kernels"] == native(report) else report["gpu"]["kernels"]
     told = {side: {str(length): rate for length, rate in by.items()} for side, by in rates.items()}
     file = limits.tuned_table(report["gpu"]["name"], lowered)
-    return {"by": best, "variables": dict(tuned.PREFILLS[best]), "tokens_per_s": told, "table": file}
+    chosen = {"by": best, "variables": dict(tuned.PREFILLS[best]), "chunk": chunk(able.get(best, {}))}
+    return chosen | {"tokens_per_s": told, "table": file}
+
+
+def chunk(rates: Mapping[int, float]) -> int | None:
+    """The shortest chunk that is nearly as fast as the best, by tokens a second of prompts that are one chunk each."""
+    known = {size: rates[size] for size in tuned.CHUNKS if size in rates}
+    if len(known) < len(tuned.CHUNKS):
+        return None
+    return next(size for size, rate in known.items() if rate >= NEARLY * max(known.values()))
 
 
 def native(report: Report) -> str:
@@ -123,7 +134,8 @@ def table(report: Report) -> str:
     found = report["choice"]
     about = {"gpu": report["gpu"]["name"], **tuned.read(found["table"])}
     entries = about.pop("entries", [])
-    about["prefill"] = {name: found[name] for name in ("by", "tokens_per_s")} | {"evidence": report["evidence"]}
+    about["prefill"] = {name: found[name] for name in ("by", "chunk", "tokens_per_s")}
+    about["prefill"] |= {"evidence": report["evidence"]}
     lines = [f"{json.dumps(name)}: {json.dumps(value)}," for name, value in about.items()]
     return "\n".join(["{", *lines, '"entries": [', ",\n".join(map(json.dumps, entries)), "]", "}", ""])
 
@@ -132,8 +144,9 @@ def advice(report: Report, path: Path | str) -> str:
     """How the choice is taken."""
     found = report["choice"]
     chosen = " ".join(f"{name}={value}" for name, value in found["variables"].items()) or "no variable"
+    pieces = f", in chunks of {found['chunk']:,} tokens" if found["chunk"] else ""
     return (
-        f"fastest prefill: {found['by']} ({chosen}); nothing was changed: `cp {path} "
+        f"fastest prefill: {found['by']} ({chosen}){pieces}; nothing was changed: `cp {path} "
         f"overlay/sglang_sm120/tuned/{found['table']}` and `make apply` in the clone have `plan` and `serve` take it."
     )
 

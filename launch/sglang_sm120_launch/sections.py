@@ -47,7 +47,10 @@ def _nodes(machine: Machine) -> Iterator[Setting]:
         yield flag("nnodes", machine.nodes, "hosts that serve one model together; each gets its --node-rank")
 
 
-def memory_settings(model: Model, room: Room, found: Fit, preferred: int) -> Iterator[Setting]:
+def memory_settings(
+    model: Model, room: Room, found: Fit, preferred: int, *, proved: bool
+) -> Iterator[Setting]:
+    """`proved`: whether `preferred` is the chunk that `prove` found on such a card."""
     loaded = sum(room.loaded(model).values())
     yield flag(
         "mem-fraction-static",
@@ -60,17 +63,21 @@ def memory_settings(model: Model, room: Room, found: Fit, preferred: int) -> Ite
         found.window_ratio,
         f"{ratio}: the window pool holds {found.pools.swa} tokens, {found.window_needed} are needed",
     )
-    yield from pool_settings(model, found, _why_requests(found), preferred)
+    yield from pool_settings(model, found, _why_requests(found), preferred, proved=proved)
 
 
-def pool_settings(model: Model, found: Fit, requests: str, preferred: int = CPU_CHUNK) -> Iterator[Setting]:
+def pool_settings(
+    model: Model, found: Fit, requests: str, preferred: int = CPU_CHUNK, *, proved: bool = False
+) -> Iterator[Setting]:
     longest = model.config["max_position_embeddings"]
     if found.context == longest:
         context = "all the model has; the cache holds one such request"
     else:
         context = f"the cache holds {found.pools.full} tokens, and one request must fit (steps of {CONTEXT_STEP})"
     yield flag("context-length", found.context, context)
-    if found.chunk == preferred:
+    if found.chunk == preferred and proved:
+        chunk = "the shortest that is nearly as fast as the best, by the table of this card, which `prove` wrote"
+    elif found.chunk == preferred:
         chunk = "running requests wait for a chunk: large enough for the kernels, short enough to wait for"
     else:
         chunk = f"{preferred} would not fit into the window pool beside two pages for each request"

@@ -1,11 +1,11 @@
-"""What a plan reads of the overlay's tuned tables: whose prefill was the fastest on a card (`prove`)."""
+"""What a plan reads of the overlay's tuned tables: whose prefill was the fastest on a card, and its chunk (`prove`)."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import sglang_sm120
 from sglang_sm120.limits import tuned_table
@@ -19,6 +19,8 @@ PREFILLS: Mapping[str, Mapping[str, str]] = {
     "mxfp8": {"SGLANG_SM120_PREFILL": "overlay", "SGLANG_SM120_PROVIDER": "mxfp8"},
 }
 """By whose prefill: the variables that choose it. SGLang's own is what serves without any."""
+CHUNKS = (2048, 4096, 8192)
+"""Tokens of a chunk that a plan may prefer."""
 VARIABLES = tuple({name: None for chosen in PREFILLS.values() for name in chosen})
 """All of them."""
 
@@ -41,15 +43,26 @@ def read(name: str) -> dict[str, Any]:
     return found
 
 
-def prefill(card: str) -> Mapping[str, str]:
-    """The variables of the prefill that a card's table names; none without such a table.
+class Prefill(NamedTuple):
+    """What a card's table says of prefill: variables that choose it, and tokens of a chunk; None where it says none."""
+
+    variables: Mapping[str, str] = {}
+    chunk: int | None = None
+
+
+def prefill(card: str) -> Prefill:
+    """The prefill that a card's table names; nothing without such a table.
 
     Raises:
-        LaunchError: it names one that is not known.
+        LaunchError: it names one, or a chunk, that is not known.
     """
     name = tuned_table(card)
     found = read(name).get("prefill")
     by = found.get("by") if isinstance(found, dict) else "sglang"
     if not isinstance(by, str) or by not in PREFILLS:
         raise LaunchError(f"{FOLDER / name} names the prefill {by!r}, needed one of {', '.join(PREFILLS)}: correct it.")
-    return PREFILLS[by]
+    chunk = found.get("chunk") if isinstance(found, dict) else None
+    if chunk is not None and chunk not in CHUNKS:
+        known = ", ".join(map(str, CHUNKS))
+        raise LaunchError(f"{FOLDER / name} names a chunk of {chunk!r} tokens, needed one of {known}: correct it.")
+    return Prefill(PREFILLS[by], chunk)

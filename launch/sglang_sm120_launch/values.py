@@ -44,7 +44,7 @@ class Request:
         flags, env: values from the command line and the process's environment; they win over the config's.
         keys: flags from variables of the environment; the command line wins over them, they win over the config.
         auto: flags that the config leaves to the plan; None for all.
-        measured: variables that were the best on a card, by its name.
+        measured: whose prefill was the best on a card, by its name.
         mtp: speculative decoding with the checkpoint's MTP layer.
         dspark: with its DSpark drafter.
         gpus: indices of the cards to use; None for the best set.
@@ -58,7 +58,7 @@ class Request:
     flags: Mapping[str, Value] = field(default_factory=dict)
     keys: Mapping[str, Value] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
-    measured: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    measured: Mapping[str, tuned.Prefill] = field(default_factory=dict)
     auto: tuple[str, ...] | None = None
     mtp: bool = False
     dspark: bool = False
@@ -74,10 +74,11 @@ class Request:
         """What the user gave for a variable."""
         return {**self.config_env, **self.env}.get(name)
 
-    def best(self, cards: Sequence[str]) -> Mapping[str, str]:
+    def best(self, cards: Sequence[str]) -> tuned.Prefill:
         """What was measured on cards of these names; nothing where they differ, or the user gave a part of it."""
         given = any(self.variable(name) is not None for name in tuned.VARIABLES)
-        return {} if given or len(cards) != 1 else self.measured.get(cards[0], {})
+        nothing = tuned.Prefill()
+        return nothing if given or len(cards) != 1 else self.measured.get(cards[0], nothing)
 
 
 def checked(request: Request, model: Model) -> Request:

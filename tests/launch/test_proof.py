@@ -142,13 +142,13 @@ def test_every_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert found["verdict"] == "pass" and found["left_out"] is None
     model = {(p["what"], p["requests"], p["tokens"]): p for p in by["model"]["points"]}
     assert [*model] == [("ready", None, None), *(("decode", n, 1024) for n in (1, 8, 32)),
-                        *(("prefill", None, n) for n in (1024, 8192, 32768))]  # fmt: skip
+                        *(("prefill", None, n) for n in (1024, 2048, 4096, 8192, 32768))]  # fmt: skip
     # As docs/launcher.md has them for these cards.
     assert [round(model["decode", n, 1024]["predicted"], 1) for n in (1, 8, 32)] == [7.1, 12.4, 28.1]
     assert model["prefill", None, 1024]["value"] > 3000, "one slow answer of three decided"
     assert by["model"]["about"] == "256 experts a layer, random weights, TP 2" and by["model"]["modes"] == ["decode"]
     assert by["model, prefill=mxfp8"]["modes"] == ["decode", "extend"]
-    assert [p["what"] for p in by["model, prefill=mxfp8"]["points"]] == ["ready", *["prefill"] * 3]
+    assert [p["what"] for p in by["model, prefill=mxfp8"]["points"]] == ["ready", *["prefill"] * 5]
     (recalled,) = (p for p in by["recall, EAGLE"]["points"] if p["what"].startswith("recall"))
     assert (recalled["value"], recalled["of"], recalled["requests"], recalled["problem"]) == (414, 418, 16, None)
     refused = by["recall, prefill=sglang"]

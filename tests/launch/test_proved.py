@@ -121,7 +121,47 @@ def test_the_sample_is_what_prove_writes():
 )  # fmt: skip
 def test_the_choice(found: dict[str, Any], by: str):
     assert found["choice"]["by"] == by and found["choice"]["table"] == TABLE
+    assert found["choice"]["chunk"] is None, "no prompt was one chunk of each size"
     assert found["choice"]["variables"] == tuned.PREFILLS[by]
+
+
+@pytest.mark.parametrize(
+    ("rates", "chunk"),
+    [({2048: 970, 4096: 990, 8192: 1000}, 2048), ({2048: 969, 4096: 990, 8192: 1000}, 4096),
+     ({2048: 900, 4096: 969, 8192: 1000}, 8192), ({2048: 900, 4096: 1000, 8192: 100, 32_768: 9000}, 4096),
+     ({2048: 970, 8192: 1000}, None), ({}, None)],
+)  # fmt: skip
+def test_the_chunk(rates: dict[int, float], chunk: int | None):
+    """The shortest that is nearly as fast as the best one; a prompt of several chunks has no say."""
+    assert proved.chunk(rates) == chunk
+
+
+def chunked(**rates: float) -> dict[str, Any]:
+    """`report` with the rates of mxfp8's prompts of one chunk."""
+    found = report()
+    points = [point("prefill", rate, "tokens/s", tokens=int(size[1:])) for size, rate in rates.items()]
+    servers = [one | {"points": [*one["points"], *points]} if one["server"] == "model, prefill=mxfp8" else one
+               for one in found["servers"]]  # fmt: skip
+    return report(servers=servers)
+
+
+def test_the_chunk_of_whose_prefill_is_chosen(folder: Path):
+    """From the report to its page, the card's table and a plan."""
+    found = chunked(_2048=1100, _4096=1190)
+    jsonschema.validate(found, schema())
+    assert (found["choice"]["by"], found["choice"]["chunk"]) == ("mxfp8", 4096)
+    assert "in chunks of 4,096 tokens" in proved.page(found)
+    (folder / TABLE).write_text(proved.table(chunked(_2048=1000, _4096=1100)))
+    assert tuned.prefill(CARD) == (tuned.PREFILLS["mxfp8"], 8192)
+    two, flash = machine("2x-rtx-pro-6000"), load(FLASH)
+    plan = make_plan(two, flash, Request(measured={CARD: tuned.prefill(CARD)}))
+    assert plan.value("chunked-prefill-size") == 8192
+    [why] = [one.reason for one in plan.settings if one.name == "chunked-prefill-size"]
+    assert "which `prove` wrote" in why
+    given = Request(measured={CARD: tuned.prefill(CARD)}, flags={"chunked-prefill-size": 1024})
+    assert make_plan(two, flash, given).value("chunked-prefill-size") == 1024
+    one = Request(measured={CARD: tuned.prefill(CARD)}, env={"SGLANG_SM120_PREFILL": "sglang"})
+    assert make_plan(two, flash, one).value("chunked-prefill-size") == 4096, "the user has all in hand"
 
 
 def test_nothing_to_choose():
@@ -156,16 +196,16 @@ def test_the_table_keeps_what_was_tuned(folder: Path):
     (folder / TABLE).write_text(text)
     assert len(overlay_tuned.load(folder / TABLE)) == 1 and json.loads(text)["copy_bytes_per_s"] == 5
     assert json.loads(text)["prefill"]["evidence"] == "measured"
-    assert tuned.prefill(CARD) == tuned.PREFILLS["mxfp8"] and tuned.prefill("another") == {}
+    assert tuned.prefill(CARD) == (tuned.PREFILLS["mxfp8"], None) and tuned.prefill("another") == ({}, None)
     (folder / TABLE).unlink()
     (folder / TABLE).write_text(proved.table(report()))
-    assert overlay_tuned.load(folder / TABLE) == {} and tuned.prefill(CARD) == tuned.PREFILLS["mxfp8"]
+    assert overlay_tuned.load(folder / TABLE) == {} and tuned.prefill(CARD).variables == tuned.PREFILLS["mxfp8"]
 
 
 def test_a_plan_takes_it(folder: Path):
     """With its reason, with room for the step's prefill; with one of its variables the user has all in hand."""
     two, flash = machine("2x-rtx-pro-6000"), load(FLASH)
-    overlay, mxfp8 = ({CARD: tuned.PREFILLS[side]} for side in ("overlay", "mxfp8"))
+    overlay, mxfp8 = ({CARD: tuned.Prefill(tuned.PREFILLS[side])} for side in ("overlay", "mxfp8"))
     plan = make_plan(two, flash, Request(measured=mxfp8))
     asked = make_plan(two, flash, Request(env={"SGLANG_SM120_PREFILL": "overlay"}))
     read = {LOADER: "1"}
@@ -185,7 +225,7 @@ def test_a_plan_takes_it(folder: Path):
 def test_the_cards_that_are_chosen_decide(folder: Path):
     """On a machine with another too; where their names differ nothing is taken."""
     flash, mixed, two = load(FLASH), machine("mixed-cards"), machine("2x-rtx-pro-6000")
-    measured = {gpu.name: tuned.PREFILLS["overlay"] for gpu in mixed.gpus}
+    measured = {gpu.name: tuned.Prefill(tuned.PREFILLS["overlay"]) for gpu in mixed.gpus}
     three = replace(two, gpus=(mixed.gpus[1], *two.gpus))
     for known, taken in ((measured, True), ({three.gpus[0].name: measured[CARD]}, False)):
         chosen = make_plan(three, flash, Request(measured=known)).environment()
@@ -211,6 +251,8 @@ def test_both_commands_read_it(
 @pytest.mark.parametrize(
     ("text", "said"),
     [("{", "no JSON object"), ("[]", "no JSON object"), ('{"prefill": {"by": "x"}}', "names the prefill 'x'"),
+     ('{"prefill": {"by": "sglang", "chunk": 3000}}', "names a chunk of 3000 tokens"),
+     ('{"prefill": {"by": "sglang", "chunk": [1]}}', "names a chunk of [1] tokens"),
      ('{"prefill": {}}', "names the prefill None"), ('{"prefill": {"by": []}}', "names the prefill []")],
 )  # fmt: skip
 def test_a_table_that_is_damaged(text: str, said: str, folder: Path):
