@@ -173,7 +173,13 @@ def account(found: Sequence[Cycle], known: Mapping[str, Mapping[Any, str]], spec
 
 
 def prefill(found: Sequence[Kernel], known: Mapping[str, Mapping[Any, str]]) -> dict[str, Any]:
-    """All that ran from the first kernel to the last, in µs, by op; `known` as for `account`."""
+    """All that ran from the first kernel to the last, in µs, by op; `known` as for `account`.
+
+    Raises:
+        ValueError: nothing ran.
+    """
+    if not found:
+        raise ValueError("the trace of the prefill has no kernel.")
     ops: dict[str, float] = defaultdict(float)
     for kernel in found:
         ops[traces.op_of(kernel, known)] += kernel.us

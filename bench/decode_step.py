@@ -53,6 +53,9 @@ TARGET_MS = 5.0
 ANSWER = 1 + 24 * INTERVAL
 """Tokens of each answer."""
 PROFILED_STEPS = 6
+"""Passes of each stage that a trace has at most."""
+CHUNK = 8192
+"""Tokens of a pass of prefill, at most."""
 MANY_ROWS = 256
 """Rows by which a prefill's kernels are known: they have these names at any more."""
 Known = dict[str, dict[Any, str]]
@@ -214,7 +217,7 @@ def serve(model: Path, args: argparse.Namespace, name: str, known: Known, result
     flags = [
         "--load-format", "dummy", "--mem-fraction-static", "0.8", "--grammar-backend", "none",
         "--max-running-requests", str(max(args.batch)), "--cuda-graph-bs-decode", *map(str, sorted(args.batch)),
-        "--context-length", str(max(args.context) + 1024), "--chunked-prefill-size", "8192",
+        "--context-length", str(max(args.context) + 1024), "--chunked-prefill-size", str(CHUNK),
         *((*sm120_lowering.SERVER_FLAGS, *served.on_hopper) if hopper else ()),
         *served.flags, *(f"--{flag}" for flag in args.flag),
     ]  # fmt: skip
@@ -252,10 +255,11 @@ def measure(url: str, args: argparse.Namespace, server: str, known: Known, resul
                     for stage, trace in stages.items():
                         for kernel in traces.foreign(traces.read(trace)):
                             result["foreign"].append(f"{stage} at batch {batch}: {kernel}")
-                    told = cycles.prefill(traces.read(stages["EXTEND"]), known)
-                    result["prefills"].append({**about, "tokens": batch * context, **told})
                     found = cycles.read(stages["DECODE"])
                     result["profiles"].append({**about, **cycles.account(found, known, speculates)})
+                    told = cycles.prefill(traces.read(stages["EXTEND"]), known)
+                    tokens = min(batch * context, PROFILED_STEPS * CHUNK)
+                    result["prefills"].append({**about, "tokens": tokens, **told})
                     heading = f"{result['gpu']}, {name}, {context} tokens"
                     cycles.timeline(found[len(found) // 2], heading, known, speculates, args.out / f"{name}.svg")
             except (RuntimeError, LookupError, ValueError, OSError, httpx.HTTPError) as error:
@@ -272,7 +276,7 @@ def report(result: dict[str, Any]) -> str:
         about = f"{profiled['server']}, batch {profiled['batch']} at {profiled['context']} tokens"
         lines += [f"{about}: {a_layer:.1f} kernels a layer", cycles.table(profiled)]
     for prefill in result["prefills"]:
-        about = f"{prefill['server']}, prefill of {prefill['batch']} x {prefill['context']} tokens"
+        about = f"{prefill['server']}, prefill of {prefill['tokens']} tokens, {prefill['context']} a prompt"
         lines += [f"{about}:", cycles.prefill_table(prefill)]
     for row in result["steps"]:
         aim = ""

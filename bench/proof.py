@@ -187,9 +187,9 @@ class Kit:
         if served.decodes and plan.prediction is not None:
             tp = plan.value("tp-size")
             by = predict.way(plan.settings, tp) if isinstance(tp, int) else None
-            assert isinstance(tp, int) and by is not None
             # As in the plan, the poorest of cards that are nearly alike.
             card = min(self._machine.gpus, key=lambda gpu: gpu.memory_mib)
+            assert isinstance(tp, int) and by is not None, "a plan that predicts knows how its ranks sum"
             self.predicted = predict.step_ms(wanted.model, card.name, tp, by)
         return plan
 

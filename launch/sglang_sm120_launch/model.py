@@ -30,6 +30,8 @@ _SHARDED = re.compile(
 
 _PAIRS = frozenset(("I8", "U8"))
 """Of a byte with two E2M1 values: SGLang takes either (`configs/deepseek_v4.py`) and copies it bit for bit."""
+_PART = re.compile(r"^layers\.\d+\.|\.experts\.\d+\.")
+"""A layer, and an expert, in a tensor's name."""
 _FLOATS = frozenset(("BF16", "F16", "F32"))
 """Of what a drafter has unquantised: no source says in which dtype all of it is published, and SGLang converts."""
 
@@ -275,6 +277,12 @@ def _compare(found: Mapping[str, dict[str, Any]], needed: Mapping[str, Entry], f
         raise LaunchError(
             f"{folder} differs from its config.json in {len(differing)} of {len(needed)} tensors (first {name}: "
             f"{there}, needed {_words(*needed[name])}): use the published checkpoint, or download it again."
+        )
+    parts = {part for name in needed for part in _PART.findall(name)}
+    if beyond := sorted(name for name in found if set(_PART.findall(name)) - parts):
+        raise LaunchError(
+            f"{folder} has {len(beyond)} tensors of layers or experts that its config.json does not have (first "
+            f"{beyond[0]}): use the config.json that was published with them."
         )
 
 

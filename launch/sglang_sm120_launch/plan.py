@@ -6,6 +6,7 @@ SGLang, happens around it, in `request.py`; printing in `show.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from sglang_sm120.checkpoint.config import nvfp4_experts
@@ -47,6 +48,11 @@ PROCESSES = 3072 * MIB
 """Allowance for SGLang's processes on a host without a GPU."""
 CARD = Gpu("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 97887, "12.0")
 """What is told about where the machine's own cards, or a CPU, hold too little: its memory as NVML says."""
+LIMITS = (
+    "context-length", "max-running-requests", "max-total-tokens", "chunked-prefill-size", "mem-fraction-static",
+    "swa-full-tokens-ratio",
+)  # fmt: skip
+"""Flags with which a user may ask for what nothing holds, or for less than a server needs."""
 PLACED = ("tp-size", "ep-size", "nnodes", "node-rank", "dist-init-addr", "device")
 """Flags that say where ranks run."""
 
@@ -100,7 +106,8 @@ def make_plan(machine: Machine, model: Model, request: Request) -> Plan:
         decided = _on_cpu(machine, model, request) if cpu else _on_cuda(machine, model, request)
     except Unfit as refusal:
         raise LaunchError(_instead(refusal, machine, model, request)) from None
-    settings, found, sentences, prediction = decided
+    settings, found, sentences, predicted = decided
+    everything = settings
     if request.auto is not None:
         drafts = (entry.name for entry in settings if entry.name.startswith("speculative-"))
         kept = {*request.auto, "model-path", *request.flags, *drafts}
@@ -112,10 +119,13 @@ def make_plan(machine: Machine, model: Model, request: Request) -> Plan:
         given.append(flag(name, value, f"as SGLANG_{name.replace('-', '_').upper()} says"))
     given += [flag(name, value, mine) for name, value in request.flags.items()]
     given += [env(name, value, "as set in the environment") for name, value in request.env.items()]
+    prediction = predicted(overridden(everything, given)) if predicted else None
     return Plan(model.path, request.evidence, overridden(settings, given), found, tuple(sentences), prediction)
 
 
-_Decided = tuple[list[Setting], Fit, list[str], str | None]
+_Predicts = Callable[[Iterable[Setting]], str | None]
+"""From all settings, the user's own among them, what a step should take."""
+_Decided = tuple[list[Setting], Fit, list[str], _Predicts | None]
 
 
 def _on_cuda(machine: Machine, model: Model, request: Request) -> _Decided:
@@ -157,7 +167,6 @@ def _on_cuda(machine: Machine, model: Model, request: Request) -> _Decided:
     )
     preferred = best.chunk or (4096 if sm12x else 8192)
     found = fit(model, room, values.given(request, model), preferred)
-    talk = list(comms(machine, tp))
     settings = [
         flag("model-path", model.path, "the model to serve"),
         *rank_settings(machine, cards),
@@ -168,16 +177,17 @@ def _on_cuda(machine: Machine, model: Model, request: Request) -> _Decided:
         *(mtp_settings(draft) if request.mtp else ()),
         *(dspark_settings(model, draft - 1) if request.dspark else ()),
         *served_settings(),
-        *talk,
+        *comms(machine, tp),
     ]
     sentences = [*cards.notes, *notes(machine, tp), *([NVFP4_NOTE] if nvfp4 else ())]
     if absent:
         sentences.append(f"SGLang's own forward serves every pass: {', '.join(absent)}.")
-    predicted = None
-    if not absent:
-        by = predict.way(talk, tp)
-        predicted = predict.sentence(model, gpu.name, tp, by, found.requests, speculates=draft > 0)
-    return settings, found, sentences, predicted
+
+    def predicted(chosen: Iterable[Setting]) -> str | None:
+        by = predict.way(chosen, tp)
+        return predict.sentence(model, gpu.name, tp, by, found.requests, speculates=draft > 0)
+
+    return settings, found, sentences, None if absent else predicted
 
 
 def _without_step(request: Request, machine: Machine, *, takes_prefill: bool, emulated: bool) -> list[str]:
@@ -284,20 +294,46 @@ def _instead(refusal: Unfit, machine: Machine, model: Model, request: Request) -
             f"{small}{f', or use {found}' if found else ''}."
         )
     cards = choose(machine, model, request.gpus, values.number(request, "tp-size"))
-    if found := _holding(cards.gpu, cards.tp, machine, model, request):
-        return f"{refusal}; use {found}."
-    found = _holding(CARD, 0, machine, model, request)
-    more = f", {found}" if found else ", or ask for less: a shorter context, fewer requests"
-    return f"{refusal}; use cards with more memory{more}."
+    free = replace(machine, gpus=tuple(replace(gpu, used_mib=0) for gpu in machine.gpus))
+    if cards.used_mib and _fits(free, model, request):
+        return f"{refusal}; free what other processes hold, {gib(cards.used_mib * MIB)} GiB of a card."
+    limits = [name for name in LIMITS if name in request.flags or name in request.config_flags]
+    for names in (*([name] for name in limits), limits):
+        if names and _fits(free, model, _without(request, names)):
+            also = " and free what other processes hold" if cards.used_mib else ""
+            return f"{refusal}; leave out --{' and --'.join(names)}{also}."
+    gpu = replace(cards.gpu, used_mib=0)
+    more = CARD if gpu.memory_mib < CARD.memory_mib else None
+    for names in ([], limits):
+        asked = _without(request, names)
+        found = _holding(gpu, cards.tp, machine, model, asked)
+        if found or (more and (found := _holding(more, 0, machine, model, asked))):
+            return f"{refusal}; use {found}{', and leave out --' if names else ''}{' and --'.join(names)}."
+        if not limits:
+            break
+    return f"{refusal}; use cards with more memory."
+
+
+def _fits(machine: Machine, model: Model, request: Request) -> bool:
+    try:
+        _on_cuda(machine, model, request)
+    except LaunchError:
+        return False
+    return True
+
+
+def _without(request: Request, names: Iterable[str]) -> Request:
+    """The request as if the user had not given these flags."""
+    flags, config_flags = (
+        {flag: value for flag, value in given.items() if flag not in names}
+        for given in (request.flags, request.config_flags)
+    )
+    return replace(request, flags=flags, config_flags=config_flags)
 
 
 def _holding(gpu: Gpu, above: int, machine: Machine, model: Model, request: Request) -> str | None:
     """How many of a card, more than `above`, hold what is asked for, and what they leave; None where 16 do not."""
-    flags, config_flags = (
-        {flag: value for flag, value in given.items() if flag not in PLACED}
-        for given in (request.flags, request.config_flags)
-    )
-    request = replace(request, gpus=None, flags=flags, config_flags=config_flags)
+    request = replace(_without(request, PLACED), gpus=None)
     driver, cuda = machine.driver or str(DRIVER), machine.cuda or ".".join(map(str, CUDA))
     host = replace(machine, driver=driver, cuda=cuda, link=machine.link or "root", p2p=bool(machine.p2p))
     fewer = ""
@@ -314,7 +350,9 @@ def _holding(gpu: Gpu, above: int, machine: Machine, model: Model, request: Requ
             continue
         else:
             what = gpu.name if gpu is CARD else "such cards"
-            where = f", {local} on each of {host.nodes} nodes (`plan --nodes {host.nodes}`)" if host.nodes > 1 else ""
+            where = f", {local} on each of {host.nodes} nodes" if host.nodes > 1 else ""
+            # A machine of several nodes is a file's, which fixes their number.
+            where += f" (`plan --nodes {host.nodes}`)" if host.nodes > 1 and machine.nodes == 1 else ""
             return (
                 f"{count} {what}{where}: at TP {count} {gib(found.taken)} GiB of weights and scratch leave "
                 f"{gib(found.left)} GiB of each, with a cache of {found.pools.full} tokens{fewer}"

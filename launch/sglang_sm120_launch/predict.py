@@ -70,11 +70,11 @@ def weights(model: Model, rows: int, tp: int) -> float:
 
 
 def way(settings: Iterable[Setting], tp: int) -> Way | None:
-    """How the ranks of a plan on one host sum, by `comms`; None where nobody has said what that takes."""
+    """How ranks on one host sum with these settings; None where nobody has said what that takes."""
     chosen = {entry.name: entry.value for entry in settings}
     if tp == 1 or chosen.get("disable-custom-all-reduce") is False:
         return "SGLang"
-    return "FlashInfer" if PCIE_IPC in chosen else "NCCL" if tp == 8 else None
+    return "FlashInfer" if chosen.get(PCIE_IPC) == "1" else "NCCL" if tp == 8 else None
 
 
 def sum_ms(model: Model, rows: int, by: Way) -> float:

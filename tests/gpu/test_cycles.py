@@ -250,7 +250,7 @@ def test_decode_step_tells_steps_and_cycles(
     assert [(row["server"], row["ms"]) for row in written["steps"]] == [("plain", 4.5)] * 2 + [("eagle", 9.0)] * 2
     assert [told["replays"][0]["graph"] for told in written["profiles"]] == ["decode", "verify"]
     assert [(told["server"], told["tokens"]) for told in written["prefills"]] == [("plain", 1024), ("eagle", 1024)]
-    assert "    fp8_linear " in out.partition("plain, prefill of 1 x 1024 tokens")[2]
+    assert "    fp8_linear " in out.partition("plain, prefill of 1024 tokens")[2]
     assert {path.name for path in tmp_path.glob("*.svg")} == {"plain-1.svg", "eagle-1.svg"}
     told = tables.decode_step(written)
     assert "| 1 | 1024 | random | eagle | 9.00 |" in told and "| `fp8_linear` | 60.0 | 54.5% |" in told

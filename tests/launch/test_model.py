@@ -262,6 +262,23 @@ def test_a_tensor_that_sglang_takes_all_the_same(tensors: tuple[list[str], Path]
     assert seen
 
 
+def test_tensors_of_a_layer_that_the_config_does_not_have(
+    tensors: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
+):
+    """A config.json of another release, with a layer less: SGLang would leave the last one out and serve the rest."""
+    words, _ = tensors
+    file = Path(words[4], "config.json")
+    text = file.read_text()
+    file.write_text(json.dumps(json.loads(text) | {"num_hidden_layers": 2, "compress_ratios": [0, 4, 0]}))
+    try:
+        said = "tensors of layers or experts that its config.json does not have (first layers.2."
+        assert said in refused(words, capsys)
+        [finding] = checkpoint_checks(Path(words[4]))
+    finally:
+        file.write_text(text)
+    assert finding.status == "fail"
+
+
 def test_bytes_that_are_not_those_of_the_shape(tensors: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]):
     words, file = tensors
     name, entry = next((name, one) for name, one in shard_header(file).items() if len(one["shape"]) == 2)

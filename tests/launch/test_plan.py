@@ -105,8 +105,8 @@ def test_what_is_advised_fits(name: str, model: str, request: pytest.FixtureRequ
     else:
         return
     found = re.search(
-        r"(?:use|memory,) (\d+) (such cards|NVIDIA[\w ]+)(?:, (\d+) on each of (\d+) nodes \(`plan --nodes \4`\))?: at "
-        r"TP \1 ([\d.]+) GiB of weights and scratch leave ([\d.]+) GiB of each, with a cache of (\d+) tokens",
+        r"(?:use|memory,) (\d+) (such cards|NVIDIA[\w ]+)(?:, (\d+) on each of (\d+) nodes(?: \(`plan --nodes \4`\))?)?"
+        r": at TP \1 ([\d.]+) GiB of weights and scratch leave ([\d.]+) GiB of each, with a cache of (\d+) tokens",
         said,
     )
     assert found, said
@@ -124,10 +124,37 @@ def test_what_is_advised_fits(name: str, model: str, request: pytest.FixtureRequ
     assert (f"{plan.fit.taken / GIB:.1f}", f"{(usable - plan.fit.taken) / GIB:.1f}") == (taken, left)
 
 
-def test_a_machine_that_holds_nothing_more_is_told_so():
-    """A value that the user gave, which no number of cards makes fit."""
-    with pytest.raises(LaunchError, match=", or ask for less: a shorter context, fewer requests.$"):
-        make_plan(TWO, MODEL, Request(flags={"max-total-tokens": 10}))
+@pytest.mark.parametrize(
+    ("name", "flags", "used", "said"),
+    [
+        ("2x-rtx-pro-6000", {"max-total-tokens": 10}, 0, "; leave out --max-total-tokens."),
+        ("2x-rtx-pro-6000", {"mem-fraction-static": 0.5}, 0, "; leave out --mem-fraction-static."),
+        ("2x-rtx-pro-6000", {"chunked-prefill-size": 655360}, 0, "; leave out --chunked-prefill-size."),
+        ("2x-rtx-pro-6000", {}, 90_000, "; free what other processes hold, 87.9 GiB of a card."),
+        ("2x-rtx-pro-6000", {"max-total-tokens": 10}, 90_000,
+         "; leave out --max-total-tokens and free what other processes hold."),
+        ("1x-rtx-pro-6000", {"max-total-tokens": 10}, 0, " and leave out --max-total-tokens."),
+    ],
+)  # fmt: skip
+def test_what_stands_in_the_way_is_told(name: str, flags: dict[str, Any], used: int, said: str):
+    """A value that the user gave, or others' memory: what to leave out or to free, not more cards."""
+    there = machine(name)
+    there = replace(there, gpus=tuple(replace(gpu, used_mib=used) for gpu in there.gpus))
+    with pytest.raises(LaunchError) as refusal:
+        make_plan(there, MODEL, Request(flags=flags))
+    assert str(refusal.value).endswith(said) and str(refusal.value).count("; use") == ("1x" in name)
+
+
+def test_a_machine_of_several_nodes_is_told_no_command(request: pytest.FixtureRequest):
+    """Its file fixes their number, so that `--nodes` of another one is refused."""
+    with pytest.raises(LaunchError, match=", 1 on each of 16 nodes: at TP 16 "):
+        make_plan(machine("gb10-pair"), request.getfixturevalue("pro"), Request())
+
+
+def test_the_prediction_is_of_the_sums_that_are_made():
+    """As the user has them: without a figure for them there is none."""
+    assert make_plan(TWO, MODEL, Request()).prediction
+    assert make_plan(TWO, MODEL, Request(flags={"disable-custom-all-reduce": True})).prediction is None
 
 
 def v4_pro() -> list[tuple[list[str], str]]:

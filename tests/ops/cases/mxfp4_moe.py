@@ -101,7 +101,10 @@ def cases(kind: str, weights: Callable[..., dict[str, torch.Tensor]] = weights) 
         yield Case(f"rows-{tokens}", BF16, partial(build, tokens=tokens))
     # Depths that no step divides, rows of several tiles of scales.
     yield Case("three-blocks-deep", BF16, lambda make: build(make, 4, hidden=384, inter=384))
+    # Sorted, tiles of 16, 32 and 64 tokens, and what is left of those; 16 have steps that do not divide the depth.
+    yield Case("few-an-expert-many-rows", BF16, lambda make: build(make, 66, k=1, experts=7, hidden=384, inter=384))
     yield Case("three-blocks-deep-many-rows", BF16, lambda make: build(make, 65, k=1, experts=3, hidden=256, inter=384))
+    yield Case("many-an-expert-many-rows", BF16, lambda make: build(make, 70, experts=3, hidden=256))
     # Few rows of 512 channels are cut in four stretches, or in two.
     yield Case("stretches", BF16, lambda make: build(make, 4, hidden=512))
     yield Case("one-row-stretches", BF16, lambda make: build(make, 1, hidden=512))

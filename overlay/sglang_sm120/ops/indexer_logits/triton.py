@@ -6,7 +6,7 @@ bits, so it is exact there too; how many bits the sum of 32 products and the acc
 Ada's and Hopper's FP8 instructions are reported to keep 13 bits below the largest term and to drop the rest
 (SageAttention2; DeepSeek-V3's report, 3.5.2), 2^-13 of it with each term, where the tolerance is 1e-5 of the scores;
 B200's are reported to keep 25 (DeepGEMM's issue 176). Of SM120 nothing is known here. So fp16 is the default, and FP8
-is for a table: `make tune` takes it where it is faster and its scores stay within the tolerance on that card. Triton's
+for a table that is written by hand: `prove` tells its precision on a card, `make tune` does not try it. Triton's
 `max_num_imprecise_acc`, by which Hopper's wgmma adds up in fp32, does nothing to SM120's mma, and under SM120 lowering
 a Hopper card multiplies in fp16: it can tell neither the precision nor the time.
 

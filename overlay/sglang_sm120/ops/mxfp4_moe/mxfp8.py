@@ -90,9 +90,9 @@ def product(x, sx, live, w, s, K: tl.constexpr, T: tl.constexpr, R: tl.constexpr
     return acc
 
 
-@triton.jit(do_not_specialize=["pairs"])
+@triton.jit
 def _gate_up_mxfp8(
-    x_ptr, sx_ptr, w_ptr, s_ptr, offsets_ptr, order_ptr, hidden_ptr, sh_ptr, pairs, limit,
+    x_ptr, sx_ptr, w_ptr, s_ptr, offsets_ptr, order_ptr, hidden_ptr, sh_ptr, limit,
     H: tl.constexpr, INTER: tl.constexpr, E: tl.constexpr, BOUND: tl.constexpr, SLOTS: tl.constexpr,
     LIMITED: tl.constexpr, T: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -126,9 +126,9 @@ def _gate_up_mxfp8(
     tl.store(sh_ptr + pair * (INTER // BLOCK) + to[None, :], byte, mask=live[:, None])
 
 
-@triton.jit(do_not_specialize=["pairs", "first"])
+@triton.jit(do_not_specialize=["first"])
 def _down_mxfp8(
-    hidden_ptr, sh_ptr, w_ptr, s_ptr, offsets_ptr, order_ptr, partial_ptr, pairs, first, partial_stride,
+    hidden_ptr, sh_ptr, w_ptr, s_ptr, offsets_ptr, order_ptr, partial_ptr, first, partial_stride,
     H: tl.constexpr, INTER: tl.constexpr, E: tl.constexpr, BOUND: tl.constexpr, SLOTS: tl.constexpr,
     T: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -210,14 +210,14 @@ def mxfp4_moe_mxfp8(a: Arguments) -> torch.Tensor:
     common |= {"T": tile.tokens, "R": ROWS, "STAGES": tile.stages, "num_warps": tile.warps}
     kernels.launch(
         _gate_up_mxfp8, (2 * inter // ROWS, groups),
-        x8, sx, a.w13.view(torch.uint8), e8m0.scale_bytes(a.s13), offsets, order, hidden, sh, pairs,
+        x8, sx, a.w13.view(torch.uint8), e8m0.scale_bytes(a.s13), offsets, order, hidden, sh,
         0.0 if a.limit is None else float(a.limit), LIMITED=a.limit is not None, **common,
     )  # fmt: skip
     for first in range(0, width, stretch):
         channels = min(stretch, width - first)
         kernels.launch(
             _down_mxfp8, (channels // ROWS, groups),
-            hidden, sh, a.w2.view(torch.uint8), e8m0.scale_bytes(a.s2), offsets, order, partial, pairs, first, stretch,
+            hidden, sh, a.w2.view(torch.uint8), e8m0.scale_bytes(a.s2), offsets, order, partial, first, stretch,
             **common,
         )  # fmt: skip
         sum_slots(a, partial, y, first, stretch)

@@ -29,44 +29,19 @@ from .grouped import (
 )
 
 
-@triton.jit(do_not_specialize=["pairs", "ids_stride"])
-def gate_up(
-    x_ptr, ids_ptr, w_ptr, s_ptr, factors_ptr, offsets_ptr, order_ptr, hidden_ptr, pairs, ids_stride, limit,
-    H: tl.constexpr, INTER: tl.constexpr, E: tl.constexpr, BOUND: tl.constexpr, SLOTS: tl.constexpr,
-    X_STRIDE: tl.constexpr, PAIRS: tl.constexpr, SORTED: tl.constexpr, LIMITED: tl.constexpr, R: tl.constexpr,
-    T: tl.constexpr, SPLIT: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """hidden bf16 [pairs, 4, I/4] (planes of every fourth channel) = silu(w1 x) * w3 x; w rows: ups, then gates.
+@triton.jit
+def _bytes(s_ptr):
+    return s_ptr.to(tl.pointer_type(tl.uint8))
 
-    Pairs are in the order of `order`, if SORTED.
-    """
-    wait()
-    if SORTED:
-        expert, begin, count = sorted_group(offsets_ptr, E, BOUND, T)
-        if expert < 0:
-            return
-        shifts = shifts_of(offsets_ptr, E, T)
-        # What is left of an expert's pairs, in half a tile where that holds it.
-        if count <= T // 2:
-            _gate_up_tile(
-                x_ptr, w_ptr, s_ptr, factors_ptr, order_ptr, hidden_ptr, shifts, limit, expert,
-                begin + tl.arange(0, T // 2), tl.arange(0, T // 2) < count,
-                H, INTER, SLOTS, X_STRIDE, SORTED, LIMITED, R, T // 2, SPLIT, DEPTH, STAGES, ASM,
-            )  # fmt: skip
-        else:
-            _gate_up_tile(
-                x_ptr, w_ptr, s_ptr, factors_ptr, order_ptr, hidden_ptr, shifts, limit, expert,
-                begin + tl.arange(0, T), tl.arange(0, T) < count,
-                H, INTER, SLOTS, X_STRIDE, SORTED, LIMITED, R, T, SPLIT, DEPTH, STAGES, ASM,
-            )  # fmt: skip
-    else:
-        expert, pair, live = members(ids_ptr, ids_stride, pairs, tl.arange(0, T), SLOTS, PAIRS, T)
-        if expert < 0:
-            return
-        _gate_up_tile(
-            x_ptr, w_ptr, s_ptr, factors_ptr, order_ptr, hidden_ptr, None, limit, expert, pair, live,
-            H, INTER, SLOTS, X_STRIDE, SORTED, LIMITED, R, T, SPLIT, DEPTH, STAGES, ASM,
-        )  # fmt: skip
+
+@triton.jit
+def _routed(ids_ptr, weights_ptr, factors_ptr, slot, SLOTS: tl.constexpr):
+    """(expert, weight fp32 times the expert's factor) of the one row's slots; expert -1: none."""
+    expert = tl.load(ids_ptr + slot, mask=slot < SLOTS, other=-1)
+    weight = tl.load(weights_ptr + slot, mask=expert >= 0, other=0.0).to(tl.float32)
+    if factors_ptr is not None:
+        weight = weight * tl.load(factors_ptr + expert, mask=expert >= 0, other=0.0)
+    return expert, weight
 
 
 @triton.jit
@@ -118,40 +93,44 @@ def _gate_up_tile(
     tl.store(to, to_bf16(hidden), mask=live[None, :])
 
 
-@triton.jit(do_not_specialize=["pairs", "ids_stride", "first"])
-def down(
-    hidden_ptr, ids_ptr, w_ptr, s_ptr, factors_ptr, offsets_ptr, order_ptr, partial_ptr, pairs, ids_stride, first,
-    partial_stride, H: tl.constexpr, INTER: tl.constexpr, E: tl.constexpr, BOUND: tl.constexpr, SLOTS: tl.constexpr,
-    PAIRS: tl.constexpr, SORTED: tl.constexpr, R: tl.constexpr, T: tl.constexpr, DEPTH: tl.constexpr,
-    STAGES: tl.constexpr, ASM: tl.constexpr,
+@triton.jit(do_not_specialize=["pairs", "ids_stride"])
+def gate_up(
+    x_ptr, ids_ptr, w_ptr, s_ptr, factors_ptr, offsets_ptr, order_ptr, hidden_ptr, pairs, ids_stride, limit,
+    H: tl.constexpr, INTER: tl.constexpr, E: tl.constexpr, BOUND: tl.constexpr, SLOTS: tl.constexpr,
+    X_STRIDE: tl.constexpr, PAIRS: tl.constexpr, SORTED: tl.constexpr, LIMITED: tl.constexpr, R: tl.constexpr,
+    T: tl.constexpr, SPLIT: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """partial fp32 [pairs, partial_stride] = w hidden, output channels from `first` on; w [E, H, I/2]."""
+    """hidden bf16 [pairs, 4, I/4] (planes of every fourth channel) = silu(w1 x) * w3 x; w rows: ups, then gates.
+
+    Pairs are in the order of `order`, if SORTED.
+    """
     wait()
     if SORTED:
         expert, begin, count = sorted_group(offsets_ptr, E, BOUND, T)
         if expert < 0:
             return
         shifts = shifts_of(offsets_ptr, E, T)
-        # What is left of an expert's pairs, in half a tile where that holds it.
+        # What is left of an expert's pairs, in half a tile where that holds it. Both are written out, as a name cannot
+        # have one type in each branch.
         if count <= T // 2:
-            _down_tile(
-                hidden_ptr, w_ptr, s_ptr, factors_ptr, order_ptr, partial_ptr, shifts, first, partial_stride, expert,
+            _gate_up_tile(
+                x_ptr, w_ptr, s_ptr, factors_ptr, order_ptr, hidden_ptr, shifts, limit, expert,
                 begin + tl.arange(0, T // 2), tl.arange(0, T // 2) < count,
-                H, INTER, SORTED, R, T // 2, DEPTH, STAGES, ASM,
+                H, INTER, SLOTS, X_STRIDE, SORTED, LIMITED, R, T // 2, SPLIT, DEPTH, STAGES, ASM,
             )  # fmt: skip
         else:
-            _down_tile(
-                hidden_ptr, w_ptr, s_ptr, factors_ptr, order_ptr, partial_ptr, shifts, first, partial_stride, expert,
+            _gate_up_tile(
+                x_ptr, w_ptr, s_ptr, factors_ptr, order_ptr, hidden_ptr, shifts, limit, expert,
                 begin + tl.arange(0, T), tl.arange(0, T) < count,
-                H, INTER, SORTED, R, T, DEPTH, STAGES, ASM,
+                H, INTER, SLOTS, X_STRIDE, SORTED, LIMITED, R, T, SPLIT, DEPTH, STAGES, ASM,
             )  # fmt: skip
     else:
         expert, pair, live = members(ids_ptr, ids_stride, pairs, tl.arange(0, T), SLOTS, PAIRS, T)
         if expert < 0:
             return
-        _down_tile(
-            hidden_ptr, w_ptr, s_ptr, factors_ptr, order_ptr, partial_ptr, None, first, partial_stride, expert, pair,
-            live, H, INTER, SORTED, R, T, DEPTH, STAGES, ASM,
+        _gate_up_tile(
+            x_ptr, w_ptr, s_ptr, factors_ptr, order_ptr, hidden_ptr, None, limit, expert, pair, live,
+            H, INTER, SLOTS, X_STRIDE, SORTED, LIMITED, R, T, SPLIT, DEPTH, STAGES, ASM,
         )  # fmt: skip
 
 
@@ -177,6 +156,44 @@ def _down_tile(
     if factors_ptr is not None:
         factors_ptr += expert
     tl.store(to, unscaled(acc, factors_ptr), mask=live[None, :])
+
+
+@triton.jit(do_not_specialize=["pairs", "ids_stride", "first"])
+def down(
+    hidden_ptr, ids_ptr, w_ptr, s_ptr, factors_ptr, offsets_ptr, order_ptr, partial_ptr, pairs, ids_stride, first,
+    partial_stride, H: tl.constexpr, INTER: tl.constexpr, E: tl.constexpr, BOUND: tl.constexpr, SLOTS: tl.constexpr,
+    PAIRS: tl.constexpr, SORTED: tl.constexpr, R: tl.constexpr, T: tl.constexpr, DEPTH: tl.constexpr,
+    STAGES: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """partial fp32 [pairs, partial_stride] = w hidden, output channels from `first` on; w [E, H, I/2]."""
+    wait()
+    if SORTED:
+        expert, begin, count = sorted_group(offsets_ptr, E, BOUND, T)
+        if expert < 0:
+            return
+        shifts = shifts_of(offsets_ptr, E, T)
+        # What is left of an expert's pairs, in half a tile where that holds it. Both are written out, as a name cannot
+        # have one type in each branch.
+        if count <= T // 2:
+            _down_tile(
+                hidden_ptr, w_ptr, s_ptr, factors_ptr, order_ptr, partial_ptr, shifts, first, partial_stride, expert,
+                begin + tl.arange(0, T // 2), tl.arange(0, T // 2) < count,
+                H, INTER, SORTED, R, T // 2, DEPTH, STAGES, ASM,
+            )  # fmt: skip
+        else:
+            _down_tile(
+                hidden_ptr, w_ptr, s_ptr, factors_ptr, order_ptr, partial_ptr, shifts, first, partial_stride, expert,
+                begin + tl.arange(0, T), tl.arange(0, T) < count,
+                H, INTER, SORTED, R, T, DEPTH, STAGES, ASM,
+            )  # fmt: skip
+    else:
+        expert, pair, live = members(ids_ptr, ids_stride, pairs, tl.arange(0, T), SLOTS, PAIRS, T)
+        if expert < 0:
+            return
+        _down_tile(
+            hidden_ptr, w_ptr, s_ptr, factors_ptr, order_ptr, partial_ptr, None, first, partial_stride, expert, pair,
+            live, H, INTER, SORTED, R, T, DEPTH, STAGES, ASM,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -224,21 +241,6 @@ def down_row(
         acc = scaled_sum(step, tl.where(later, next_weight, weight)[:, None], acc)
     y = unscaled(tl.reshape(diagonal(acc, R, 1, T), (N,)), None)
     tl.store(y_ptr + row_of(tl.program_id(0) * N + tl.arange(0, N), False), to_bf16(y))
-
-
-@triton.jit
-def _bytes(s_ptr):
-    return s_ptr.to(tl.pointer_type(tl.uint8))
-
-
-@triton.jit
-def _routed(ids_ptr, weights_ptr, factors_ptr, slot, SLOTS: tl.constexpr):
-    """(expert, weight fp32 times the expert's factor) of the one row's slots; expert -1: none."""
-    expert = tl.load(ids_ptr + slot, mask=slot < SLOTS, other=-1)
-    weight = tl.load(weights_ptr + slot, mask=expert >= 0, other=0.0).to(tl.float32)
-    if factors_ptr is not None:
-        weight = weight * tl.load(factors_ptr + expert, mask=expert >= 0, other=0.0)
-    return expert, weight
 
 
 @triton.jit(do_not_specialize=["ids_stride", "weights_stride", "first"])
