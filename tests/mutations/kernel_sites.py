@@ -136,6 +136,10 @@ KERNELS = (
         (("if count <= T // 2:\n            _gate_up_tile(", "if count <= T:\n            _gate_up_tile("),), EXPERTS,
     ),
     Mutation(
+        "rows of an expert lost", "downs of more than half a tile in one of half, Triton", "ops/mxfp4_moe/tiles.py",
+        (("if count <= T // 2:\n            _down_tile(", "if count <= T:\n            _down_tile("),), EXPERTS,
+    ),
+    Mutation(
         "scale of another block", "the first of four for all, Triton", "ops/mxfp4_moe/grouped.py",
         (("tl.arange(0, 4) * 8)", "tl.arange(0, 4) * 0)"),), EXPERTS,
     ),

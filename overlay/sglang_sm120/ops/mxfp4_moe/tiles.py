@@ -110,8 +110,8 @@ def gate_up(
         if expert < 0:
             return
         shifts = shifts_of(offsets_ptr, E, T)
-        # What is left of an expert's pairs, in half a tile where that holds it. Both are written out, as a name cannot
-        # have one type in each branch.
+        # What is left of an expert's pairs, in half a tile where that holds it. Both are written out: as an unrolled
+        # loop over the two sizes `down` spills.
         if count <= T // 2:
             _gate_up_tile(
                 x_ptr, w_ptr, s_ptr, factors_ptr, order_ptr, hidden_ptr, shifts, limit, expert,
@@ -172,8 +172,8 @@ def down(
         if expert < 0:
             return
         shifts = shifts_of(offsets_ptr, E, T)
-        # What is left of an expert's pairs, in half a tile where that holds it. Both are written out, as a name cannot
-        # have one type in each branch.
+        # What is left of an expert's pairs, in half a tile where that holds it. Both are written out: as an unrolled
+        # loop over the two sizes `down` spills.
         if count <= T // 2:
             _down_tile(
                 hidden_ptr, w_ptr, s_ptr, factors_ptr, order_ptr, partial_ptr, shifts, first, partial_stride, expert,
